@@ -1,0 +1,9 @@
+#pragma once
+#include "jit/implementation.h"
+
+/// Plain C++: serves where no code may be generated, and is what every other path is compared with.
+namespace kiln::reference {
+
+Implementation int8_mm();
+
+} // namespace kiln::reference

@@ -1,0 +1,19 @@
+#include "backends/table.h"
+
+#include <vector>
+
+#include "backends/llvm/rows.h"
+#include "backends/reference/rows.h"
+#include "backends/x86/rows.h"
+
+namespace kiln {
+
+std::span<const Implementation> implementation_table() {
+  static const std::vector<Implementation> table = {
+      x86::int8_mm_amx(),      x86::int8_mm_avx512vnni(), x86::int8_mm_avxvnni(),
+      x86::int8_mm_avx2(),     portable::int8_mm(),       reference::int8_mm(),
+  };
+  return table;
+}
+
+} // namespace kiln

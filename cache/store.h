@@ -1,0 +1,84 @@
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cache/bytes.h"
+#include "cache/digest.h"
+#include "cache/log.h"
+#include "cache/status.h"
+
+namespace kiln {
+
+/// One kernel on disk. Everything but `hits` and the times of use is covered by the row's authentication.
+struct StoreRow {
+  Digest key;
+  std::string op;        ///< readable columns: what the key was made of
+  std::string desc;      ///< canonical desc text
+  std::string isa;       ///< ISA path
+  std::string target;    ///< the features (and vector length or SM) the code uses
+  std::string generator; ///< generator id, hex
+  Bytes code;            ///< serialised CodeObject
+  std::int64_t compile_us = 0;
+  std::int64_t created_at = 0;  ///< Unix seconds
+  std::int64_t last_hit_at = 0; ///< Unix seconds; not authenticated
+  std::int64_t hits = 0;        ///< not authenticated
+};
+
+enum class CacheMode : std::uint8_t { read_write, read_only, off };
+
+struct StoreOptions {
+  std::string directory;               ///< made with mode 0700 when it does not exist
+  std::string key_directory;           ///< where the MAC key file lives: outside `directory`; made 0700, the key file 0600
+  CacheMode mode = CacheMode::read_write;
+  std::int64_t max_bytes = 512ll << 20; ///< bound on the sum of code sizes and their row overhead
+  int busy_timeout_ms = 20;            ///< a longer wait for SQLite's lock is a miss
+};
+
+struct StoreStats {
+  std::int64_t rows = 0, bytes = 0, file_bytes = 0;
+  // of this process:
+  std::int64_t hits = 0, misses = 0, puts = 0, evictions = 0, refused = 0, errors = 0;
+};
+
+/// L2: the kernels on disk, in one SQLite database (`kernels.db`) per cache directory.
+///
+/// Thread-safe (one mutex; SQLite's own locks between processes). No call throws. After any error that is not a plain miss the
+/// store logs one warning per cause and the call behaves as a miss; the caller compiles and goes on. A child made by fork
+/// never uses the parent's connection: it opens its own.
+class Store {
+public:
+  /// Opens lazily: nothing is created on disk before the first get or put. Fails only on unusable options.
+  static Result<std::unique_ptr<Store>> open(StoreOptions options, const Log& log);
+  virtual ~Store() = default;
+
+  /// The row with this key, authenticated, or nothing. A row that fails authentication is deleted, counted and treated as a miss.
+  virtual std::optional<StoreRow> get(const Digest& key) = 0;
+  /// Stores or replaces; evicts least recently used rows until the bound holds. Errors are logged and returned, never fatal.
+  virtual Status put(const StoreRow& row) = 0;
+  /// Writes pending hit counts and times (batched; also done every 64 hits and at destruction).
+  virtual void flush() = 0;
+
+  /// Every row without its code (`code` empty; `size` in the pair), most recently used first. Not authenticated.
+  struct Listed { StoreRow row; std::int64_t code_bytes = 0; };
+  virtual Result<std::vector<Listed>> list() = 0;
+  /// Keys that begin with `hex_prefix` (for the command).
+  virtual Result<std::vector<Digest>> find(std::string_view hex_prefix) = 0;
+  virtual Result<StoreStats> stats() = 0;
+  virtual Status remove(const Digest& key) = 0;
+  struct Verified { std::int64_t ok = 0, bad = 0; std::vector<std::string> bad_keys; };
+  /// Authenticates every row; removes the bad ones when `repair`.
+  virtual Result<Verified> verify(bool repair) = 0;
+  struct Pruned { std::int64_t rows = 0, bytes = 0; };
+  /// Evicts least recently used rows until at most `max_bytes` are left; `dry_run` only counts.
+  virtual Result<Pruned> prune(std::int64_t max_bytes, bool dry_run) = 0;
+  /// Removes every row; `dry_run` only counts.
+  virtual Result<Pruned> clear(bool dry_run) = 0;
+
+  virtual std::string path() const = 0; ///< of the database file
+};
+
+} // namespace kiln

@@ -1,0 +1,56 @@
+#pragma once
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cache/log.h"
+#include "cache/status.h"
+#include "cache/store.h"
+#include "jit/implementation.h"
+
+namespace kiln {
+
+enum class MissPolicy : std::uint8_t { compile, error, fallback };
+enum class PerfMode : std::uint8_t { off, map, jitdump };
+
+/// DESIGN's environment table as a value. `from_environment` is the only reader of the environment in Kiln.
+struct Config {
+  // KILN_DISABLE
+  std::vector<IsaPath> disabled_paths;
+  std::vector<BackendId> disabled_backends;
+  std::vector<GeneratorId> disabled_generators;
+  bool disk_disabled = false;
+  // KILN_FORCE: `path` for every op that has it, or `op:path`
+  struct Force {
+    OpId op = OpId::none; ///< none: every op that has the path
+    IsaPath path;
+  };
+  std::vector<Force> forced;
+
+  CacheMode cache = CacheMode::read_write;
+  std::string cache_dir, key_dir, cache_system_dir, remote;
+  std::int64_t cache_max_mb = 512;
+  MissPolicy miss = MissPolicy::compile;
+  int threads = 0; ///< 0: every core this process may use
+  LogLevel log = LogLevel::warn;
+  std::string dump_dir;
+  PerfMode perf = PerfMode::off;
+
+  /// One row a variable, for `kiln info`: name, value in force, where it came from (`default`, `environment`, `host`).
+  struct Origin {
+    std::string name, value, origin;
+  };
+  std::vector<Origin> origins;
+  /// Said once by the engine: unknown names in KILN_DISABLE with the valid ones, and the like.
+  std::vector<std::string> warnings;
+
+  /// Reads through `get` (as ::getenv). Errors (a malformed KILN_FORCE, KILN_CACHE, KILN_THREADS…) name variable, value and what is allowed.
+  static Result<Config> from_environment(const char* (*get)(const char* name));
+
+  bool disables(const Implementation& implementation) const;
+  /// The path forced for this op, or nothing. `has_path` tells whether some implementation of the op has the path at all.
+  bool forced_path(OpId op, IsaPath& path) const;
+};
+
+} // namespace kiln

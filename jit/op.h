@@ -1,0 +1,76 @@
+#pragma once
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "cache/status.h"
+#include "jit/desc.h"
+
+namespace kiln {
+
+/// One field of an op's desc, as named in OPS.md: the C API, the command, manifests and keys all use this table.
+struct FieldSpec {
+  std::string_view name;
+  std::int64_t min = 0, max = 0;               ///< of an integer field
+  std::int64_t default_value = 0;
+  bool required = false;
+  std::span<const std::string_view> choices{}; ///< a named field when not empty: the value is an index into it
+  bool any_allowed = false;                    ///< kAny (`any`) is a value
+};
+
+enum class Dtype : std::uint8_t { s8, u8, s32, f32, bf16, f16, e4m3, e5m2 };
+std::string_view name_of(Dtype dtype);
+std::size_t size_of(Dtype dtype);
+
+/// One tensor of an op, for whoever makes or checks tensors without knowing the op (the command, tests).
+struct TensorSpec {
+  std::string_view name;
+  bool output = false;
+  Dtype (*dtype)(const KernelDesc&);
+  /// Row-major extents for this desc.
+  std::vector<std::int64_t> (*shape)(const KernelDesc&);
+};
+
+/// A range of m that one kernel serves; max = INT64_MAX for the unbounded class.
+struct MRange {
+  std::int64_t min = 0, max = 0;
+};
+
+/// One op family: everything about it that is neither machine nor ISA. One row of op_table(); jit/ops/NAME.h has its typed view.
+struct OpSpec {
+  OpId id;
+  std::string_view name;
+  std::span<const FieldSpec> fields;
+  std::span<const TensorSpec> tensors;
+  /// What the table's ranges cannot say. The message names field, value and what is allowed.
+  Status (*check)(const KernelDesc&);
+  /// The desc whose kernel serves this one: sizes that code takes at run time replaced by their class, fields that
+  /// change no code by their default. Idempotent; cheap (on the path of every get).
+  KernelDesc (*canonical)(const KernelDesc&);
+  /// The m that a kernel of this canonical desc serves.
+  MRange (*m_range)(const KernelDesc&);
+  /// Multiply and add each count one.
+  double (*operations)(const KernelDesc&);
+  /// Compulsory traffic: each input and output once.
+  double (*bytes)(const KernelDesc&);
+};
+
+std::span<const OpSpec> op_table();
+const OpSpec* find_op(OpId id);
+const OpSpec* find_op(std::string_view name);
+/// Field index in the op's table, or -1.
+int find_field(const OpSpec& op, std::string_view name);
+
+/// Builds a desc from `key=value` pairs: unknown field, bad value, missing or repeated field are errors that list what is allowed;
+/// `device` is accepted for every op. The result is checked but not canonical.
+Result<KernelDesc> desc_from_fields(std::string_view op, std::span<const std::pair<std::string, std::string>> fields);
+/// Of what KernelDesc::text() gives, or any `op key=value …` line.
+Result<KernelDesc> parse_desc(std::string_view text);
+/// Ranges, then the op's own check.
+Status check_desc(const KernelDesc& desc);
+std::string known_op_names(); ///< comma list
+
+} // namespace kiln

@@ -1,0 +1,36 @@
+#pragma once
+#include <cstdint>
+#include <memory>
+
+namespace kiln {
+
+/// Runs `task(context, i)` for i in [0, count), possibly on several threads, and returns when all are done.
+/// A host's own; must not throw. `worker` < the number of threads given with it.
+using ParallelForFn = void (*)(void* host, std::size_t count, void (*task)(void* context, std::size_t index), void* context);
+
+/// The threads of one engine. Default: pthreadpool, made before the first parallel run and not earlier. A host may give its own.
+/// Thread-safe: concurrent calls take turns on the pool; a nested or contended call may run on the caller alone.
+class Parallel {
+public:
+  /// `threads` ≥ 1: upper bound; 1 never starts a thread.
+  explicit Parallel(int threads);
+  Parallel(int threads, ParallelForFn host_function, void* host);
+  ~Parallel();
+  Parallel(const Parallel&) = delete;
+  Parallel& operator=(const Parallel&) = delete;
+
+  int threads() const { return threads_; }
+  void run(std::size_t count, void (*task)(void* context, std::size_t index), void* context);
+
+private:
+  struct Impl;
+  int threads_;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// A 64-byte-aligned scratch buffer of the calling thread, at least `bytes` long, valid until its next call on this thread; kept for
+/// reuse and freed with the thread. Null when memory is short. Slots keep driver and pack scratch apart.
+enum class ScratchSlot : std::uint8_t { workspace, panels, count };
+void* thread_scratch(ScratchSlot slot, std::size_t bytes);
+
+} // namespace kiln
