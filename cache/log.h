@@ -1,4 +1,5 @@
 #pragma once
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -10,7 +11,8 @@ enum class LogLevel : std::uint8_t { trace, debug, info, warn, error, off };
 /// One engine's log. spdlog behind it; a host can give a sink of its own. Any thread may log.
 class Log {
 public:
-  /// `message` has no newline and is valid only during the call. Called from any thread, one call at a time.
+  /// `message` has no newline and is valid only during the call. Called from any thread, one call at a time; must not
+  /// call into Kiln, which would log from inside its own log.
   using Sink = void (*)(void* context, LogLevel level, const char* message);
 
   /// To stderr, at `level`.
