@@ -32,7 +32,13 @@ struct KernelDesc {
   /// `int8_mm m=16 n=4096 k=4096 a_dtype=s8 c_dtype=s32`: op, then every field of the table in order, device only when not cpu.
   /// Two descs are equal exactly when their texts are.
   std::string text() const;
-  std::uint64_t hash() const;
+  /// Over the whole value; not stable between versions. Inline: it is on the path of every get.
+  std::uint64_t hash() const {
+    std::uint64_t h = static_cast<std::uint64_t>(op) << 16 | static_cast<std::uint64_t>(device.kind) << 8 | device.index;
+    for (const std::int64_t v : value)
+      h = (h ^ static_cast<std::uint64_t>(v)) * 0x9E3779B97F4A7C15ull ^ (h >> 29);
+    return h ^ (h >> 32);
+  }
 };
 
 } // namespace kiln

@@ -1,0 +1,172 @@
+#include "jit/ops/int8_mm.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cstring>
+#include <limits>
+
+#include <fmt/format.h>
+
+namespace kiln::int8_mm {
+namespace {
+
+/// Sizes stay below 2^31 so that every row offset of a kernel fits its 32-bit displacements and every byte count an int64.
+constexpr std::int64_t kMaxSize = (std::int64_t{1} << 31) - 1;
+
+constexpr std::string_view kBLayoutNames[] = {"kn", "nk"};
+constexpr std::string_view kADtypeNames[] = {"s8", "u8"};
+constexpr std::string_view kCDtypeNames[] = {"s32"};
+
+constexpr FieldSpec kFields[] = {
+    {.name = "m", .min = 0, .max = kMaxSize, .required = true, .any_allowed = true},
+    {.name = "n", .min = 0, .max = kMaxSize, .required = true},
+    {.name = "k", .min = 0, .max = kMaxSize, .required = true},
+    {.name = "b_layout", .default_value = static_cast<std::int64_t>(BLayout::nk), .choices = kBLayoutNames},
+    {.name = "a_dtype", .choices = kADtypeNames},
+    {.name = "c_dtype", .choices = kCDtypeNames},
+};
+static_assert(std::size(kFields) == kFieldCount);
+
+std::int64_t m_of(const KernelDesc& d) { return d.value[kM]; }
+std::int64_t n_of(const KernelDesc& d) { return d.value[kN]; }
+std::int64_t k_of(const KernelDesc& d) { return d.value[kK]; }
+
+const TensorSpec kTensors[] = {
+    {.name = "a",
+     .dtype = [](const KernelDesc& d) { return d.value[kADtype] == static_cast<std::int64_t>(ADtype::u8) ? Dtype::u8 : Dtype::s8; },
+     .shape = [](const KernelDesc& d) { return std::vector{m_of(d), k_of(d)}; }},
+    {.name = "b",
+     .dtype = [](const KernelDesc&) { return Dtype::s8; },
+     .shape = [](const KernelDesc& d) {
+       return d.value[kBLayout] == static_cast<std::int64_t>(BLayout::kn) ? std::vector{k_of(d), n_of(d)} : std::vector{n_of(d), k_of(d)};
+     }},
+    {.name = "c",
+     .output = true,
+     .dtype = [](const KernelDesc&) { return Dtype::s32; },
+     .shape = [](const KernelDesc& d) { return std::vector{m_of(d), n_of(d)}; }},
+};
+
+Status check(const KernelDesc& d) {
+  const auto fits = [](std::int64_t rows, std::int64_t columns, std::int64_t element_bytes) {
+    return rows <= 0 || columns <= std::numeric_limits<std::int64_t>::max() / 4 / element_bytes / rows;
+  };
+  if (!fits(n_of(d), k_of(d), 1) || !fits(m_of(d), n_of(d), 4) || !fits(m_of(d), k_of(d), 1))
+    return Status::error(Code::invalid_argument, fmt::format("int8_mm: m={} n={} k={}: a matrix would exceed 2^61 bytes", m_of(d), n_of(d), k_of(d)));
+  return {};
+}
+
+KernelDesc canonical(const KernelDesc& d) {
+  KernelDesc out = d;
+  out.value[kM] = kAny;
+  for (const std::int64_t bound : kMClasses)
+    if (m_of(d) != kAny && m_of(d) <= bound) {
+      out.value[kM] = bound;
+      break;
+    }
+  // Packed or packed on the fly: a kernel only ever sees panels.
+  out.value[kBLayout] = static_cast<std::int64_t>(BLayout::nk);
+  return out;
+}
+
+MRange m_range(const KernelDesc& d) {
+  std::int64_t previous = 0;
+  for (const std::int64_t bound : kMClasses) {
+    if (m_of(d) != kAny && bound != kAny && m_of(d) <= bound)
+      return {previous == 0 ? 0 : previous + 1, bound};
+    if (bound != kAny)
+      previous = bound;
+  }
+  return {previous + 1, std::numeric_limits<std::int64_t>::max()};
+}
+
+double operations(const KernelDesc& d) { return 2.0 * static_cast<double>(m_of(d)) * static_cast<double>(n_of(d)) * static_cast<double>(k_of(d)); }
+
+double bytes(const KernelDesc& d) {
+  const double m = static_cast<double>(m_of(d)), n = static_cast<double>(n_of(d)), k = static_cast<double>(k_of(d));
+  return m * k + n * k + 4 * m * n;
+}
+
+} // namespace
+
+const OpSpec& op() {
+  static const OpSpec spec = {.id = OpId::int8_mm,
+                              .name = "int8_mm",
+                              .fields = kFields,
+                              .tensors = kTensors,
+                              .check = check,
+                              .canonical = canonical,
+                              .m_range = m_range,
+                              .operations = operations,
+                              .bytes = bytes};
+  return spec;
+}
+
+KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, BLayout b_layout) {
+  KernelDesc d;
+  d.op = OpId::int8_mm;
+  d.value[kM] = m;
+  d.value[kN] = n;
+  d.value[kK] = k;
+  d.value[kBLayout] = static_cast<std::int64_t>(b_layout);
+  return d;
+}
+
+std::string PackLayout::id() const { return fmt::format("n{}k{}", n_block, k_block); }
+
+Result<PackLayout> PackLayout::parse(std::string_view id) {
+  PackLayout layout;
+  const char* const end = id.data() + id.size();
+  if (id.starts_with('n')) {
+    const auto n = std::from_chars(id.data() + 1, end, layout.n_block);
+    if (n.ec == std::errc() && n.ptr < end && *n.ptr == 'k') {
+      const auto k = std::from_chars(n.ptr + 1, end, layout.k_block);
+      if (k.ec == std::errc() && k.ptr == end && layout.n_block >= 1 && layout.n_block <= 256 && layout.k_block >= 1 && layout.k_block <= 64)
+        return layout;
+    }
+  }
+  return Status::error(Code::invalid_argument, fmt::format("pack layout '{}': allowed is nNkK with N 1…256 and K 1…64, as n16k4", id));
+}
+
+void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a, std::int64_t lda, const std::int8_t* b,
+               std::int64_t ldb, BLayout b_layout, std::int32_t* c, std::int64_t ldc) {
+  const std::int64_t b_n = b_layout == BLayout::nk ? ldb : 1, b_k = b_layout == BLayout::nk ? 1 : ldb;
+  for (std::int64_t i = 0; i < m; ++i)
+    for (std::int64_t j = 0; j < n; ++j) {
+      std::uint32_t sum = 0; // unsigned: the sum wraps
+      for (std::int64_t p = 0; p < k; ++p)
+        sum += static_cast<std::uint32_t>(std::int32_t{a[i * lda + p]} * std::int32_t{b[j * b_n + p * b_k]});
+      c[i * ldc + j] = static_cast<std::int32_t>(sum);
+    }
+}
+
+std::vector<std::pair<std::string, std::int64_t>> Plan::values() const {
+  return {{"n_block", layout.n_block},           {"k_block", layout.k_block}, {"m_step", m_step},
+          {"n_step", n_step},                    {"workspace_fixed", workspace_fixed},
+          {"workspace_per_row", workspace_per_row}};
+}
+
+Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> values) {
+  Plan plan;
+  int found = 0;
+  bool in_range = true;
+  const auto take = [&](const char* name, auto& field, std::int64_t max) {
+    for (const auto& [key, value] : values)
+      if (key == name) {
+        ++found;
+        in_range = in_range && value >= 0 && value <= max;
+        field = static_cast<std::remove_reference_t<decltype(field)>>(value);
+      }
+  };
+  take("n_block", plan.layout.n_block, 256);
+  take("k_block", plan.layout.k_block, 64);
+  take("m_step", plan.m_step, 1 << 16);
+  take("n_step", plan.n_step, 1 << 16);
+  take("workspace_fixed", plan.workspace_fixed, std::int64_t{1} << 40);
+  take("workspace_per_row", plan.workspace_per_row, std::int64_t{1} << 33);
+  if (found != 6 || !in_range || plan.layout.n_block < 1 || plan.layout.k_block < 1 || plan.m_step < 1 || plan.n_step < 1 ||
+      plan.n_step % plan.layout.n_block != 0)
+    return Status::error(Code::integrity, "int8_mm: a launch plan with missing or impossible values");
+  return plan;
+}
+
+} // namespace kiln::int8_mm
