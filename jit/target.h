@@ -14,7 +14,7 @@ namespace kiln {
 enum class Arch : std::uint8_t { x86_64, aarch64, nvptx };
 std::string_view name_of(Arch arch);
 
-/// CPU features that some kernel needs. Names (features.cpp's table) are those of LLVM's `target-features`.
+/// CPU features that some kernel needs. Names (target.cpp's table) are those of LLVM's `target-features`.
 enum class Feature : std::uint8_t {
   // x86_64
   avx2, fma, f16c, bmi2, avxvnni, avx512f, avx512bw, avx512vl, avx512dq, avx512vnni, avx512bf16,
@@ -50,6 +50,9 @@ private:
   static constexpr std::uint64_t bit(Feature f) { return std::uint64_t{1} << static_cast<int>(f); }
   std::uint64_t bits_ = 0;
 };
+
+/// Every feature that a machine of this architecture may have.
+Features features_of(Arch arch);
 
 /// A whole machine as far as code generation can tell: `x86_64:avx2,fma,...`, `aarch64:neon,dotprod;sve=256;sme=512`, `nvptx:sm_90a`.
 /// A kernel's key holds only what the kernel uses of it.
