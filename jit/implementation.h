@@ -29,6 +29,8 @@ struct Implementation {
   IsaPath isa;
   BackendId backend;
   GeneratorId generator;
+  /// Digest of the generator's sources and of its library's version (generator_id.cmake); empty for `reference`.
+  std::string_view generator_digest;
   DeviceKind device = DeviceKind::cpu;
   Arch arch = Arch::x86_64;
   bool any_arch = false; ///< `portable` and `reference`

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -52,6 +53,8 @@ struct OpSpec {
   KernelDesc (*canonical)(const KernelDesc&);
   /// The m that a kernel of this canonical desc serves.
   MRange (*m_range)(const KernelDesc&);
+  /// A code object's launch plan in the op's own type (int8_mm::Plan); Code::integrity when it is not one.
+  Result<std::shared_ptr<const void>> (*bind_plan)(std::span<const std::pair<std::string, std::int64_t>>);
   /// Multiply and add each count one.
   double (*operations)(const KernelDesc&);
   /// Compulsory traffic: each input and output once.

@@ -86,6 +86,13 @@ double bytes(const KernelDesc& d) {
   return m * k + n * k + 4 * m * n;
 }
 
+Result<std::shared_ptr<const void>> bind_plan(std::span<const std::pair<std::string, std::int64_t>> values) {
+  Result<Plan> plan = Plan::from(values);
+  if (!plan)
+    return plan.status();
+  return std::shared_ptr<const void>(std::make_shared<const Plan>(*plan));
+}
+
 } // namespace
 
 const OpSpec& op() {
@@ -96,6 +103,7 @@ const OpSpec& op() {
                               .check = check,
                               .canonical = canonical,
                               .m_range = m_range,
+                              .bind_plan = bind_plan,
                               .operations = operations,
                               .bytes = bytes};
   return spec;

@@ -1,0 +1,284 @@
+/* Kiln: run-time compiled kernels for inference engines, kept in a persistent cache.
+ *
+ * This header is the manual of the library. It is C11 and C++.
+ *
+ *   kiln_engine* engine;
+ *   kiln_engine_create(NULL, &engine);
+ *   kiln_int8_mm_desc desc = KILN_INT8_MM_DESC_INIT;
+ *   desc.m = 1; desc.n = 4096; desc.k = 4096;
+ *   kiln_pack* weights;
+ *   kiln_pack_create(engine, &desc.base, b, 4096, &weights);
+ *   kiln_kernel* kernel;
+ *   kiln_get(engine, &desc.base, &kernel);
+ *   kiln_int8_mm_args args = KILN_INT8_MM_ARGS_INIT;
+ *   args.m = 1; args.a = a; args.lda = 4096; args.b_pack = weights; args.c = c; args.ldc = 4096;
+ *   kiln_run(kernel, &args.base);
+ *
+ * Rules that hold for every call
+ * - Handles are opaque. Whoever receives a handle through an out parameter owns one reference and gives it up with the release or
+ *   destroy call named there. Releasing NULL does nothing.
+ * - A call that fails returns a status other than KILN_OK, leaves its out parameters NULL (or untouched when they are not pointers),
+ *   writes no output tensor, and stores a message for kiln_last_error() on the calling thread.
+ * - Every function may be called from any thread at any time, except that a handle must not be used during or after its last release.
+ * - No call throws, aborts, installs signal handlers, or changes the floating-point state.
+ * - Structs that a caller fills begin with their size and, where they belong to an op, the op. They may grow at the end in later versions:
+ *   a smaller struct is taken with its missing tail as zero, a larger one only when its unknown tail is zero
+ *   (else KILN_INVALID_ARGUMENT). Initialise them with the _INIT macros.
+ * - Strides are in elements; the innermost stride is 1.
+ */
+#ifndef KILN_H
+#define KILN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(_WIN32)
+#define KILN_API __declspec(dllexport)
+#else
+#define KILN_API __attribute__((visibility("default")))
+#endif
+
+#define KILN_VERSION_MAJOR 0
+#define KILN_VERSION_MINOR 1
+#define KILN_VERSION_PATCH 0
+
+/* ---------------------------------------------------------------- status */
+
+typedef enum kiln_status {
+  KILN_OK = 0,
+  KILN_INVALID_ARGUMENT = 1, /* never allowed; the message names the argument, its value and what is allowed */
+  KILN_UNSUPPORTED = 2,      /* valid, but nothing on this machine, or under the present toggles, can do it */
+  KILN_NOT_FOUND = 3,
+  KILN_OUT_OF_MEMORY = 4,
+  KILN_IO = 5,
+  KILN_INTEGRITY = 6, /* bytes that fail authentication or are not what they claim to be */
+  KILN_COMPILE_FAILED = 7,
+  KILN_BUSY = 8,
+  KILN_MISS = 9, /* KILN_MISS=error and the kernel is in no cache */
+  KILN_INTERNAL = 10
+} kiln_status;
+
+/* The lower-case name of a status: "ok", "invalid_argument", … Static. */
+KILN_API const char* kiln_status_name(kiln_status status);
+
+/* The message of the last failed call on this thread; "" when none has failed. Valid until the next failing call on this thread. */
+KILN_API const char* kiln_last_error(void);
+
+/* "0.1.0". Static. */
+KILN_API const char* kiln_version(void);
+
+/* ---------------------------------------------------------------- engine */
+
+typedef struct kiln_engine kiln_engine;
+
+/* Runs task(task_context, i) once for every i in [0, count), on any threads, and returns when all are done. `host` is
+ * options.parallel_context. Kiln calls it from the thread that calls kiln_run, never while holding a lock. */
+typedef void (*kiln_parallel_for)(void* host, size_t count, void (*task)(void* task_context, size_t index), void* task_context);
+
+typedef enum kiln_log_level { KILN_LOG_TRACE, KILN_LOG_DEBUG, KILN_LOG_INFO, KILN_LOG_WARN, KILN_LOG_ERROR, KILN_LOG_OFF } kiln_log_level;
+/* `message` is valid during the call only, has no newline. One call at a time, from any thread; must not call into the engine. */
+typedef void (*kiln_log_sink)(void* context, kiln_log_level level, const char* message);
+
+/* What a host may set itself. A NULL or 0 field leaves the value to the environment (see `kiln info`) and its default. */
+typedef struct kiln_engine_options {
+  size_t size;
+  const char* cache_dir; /* absolute; over KILN_CACHE_DIR */
+  const char* cache_mode; /* "rw", "ro" or "off"; over KILN_CACHE */
+  int32_t threads; /* upper bound; the smaller of it and KILN_THREADS holds */
+  int32_t reserved; /* 0 */
+  kiln_parallel_for parallel_for; /* NULL: a pool of Kiln's own, started by the first parallel run */
+  void* parallel_context;
+  kiln_log_sink log_sink; /* NULL: stderr */
+  void* log_context;
+  uint64_t max_code_bytes; /* bound on loaded code in memory, default 64 MiB; kernels that are held stay beyond it */
+} kiln_engine_options;
+#define KILN_ENGINE_OPTIONS_INIT {sizeof(kiln_engine_options), 0, 0, 0, 0, 0, 0, 0, 0, 0}
+
+/* Reads the environment once. Touches neither disk nor threads until they are needed. `options` may be NULL.
+ * Errors: a malformed environment variable or option (KILN_INVALID_ARGUMENT). */
+KILN_API kiln_status kiln_engine_create(const kiln_engine_options* options, kiln_engine** engine);
+
+/* Waits for a background compile in progress. Kernels and packs that are still held stay valid and can still run. */
+KILN_API void kiln_engine_destroy(kiln_engine* engine);
+
+/* ---------------------------------------------------------------- descs: what to compute */
+
+typedef enum kiln_op {
+  KILN_OP_INT8_MM = 1,
+  KILN_OP_INT8_LINEAR = 2,   /* reserved */
+  KILN_OP_INT4_MM = 3,       /* reserved */
+  KILN_OP_FP8_BLOCK_BMM = 4, /* reserved */
+  KILN_OP_ATTENTION = 5      /* reserved */
+} kiln_op;
+
+typedef enum kiln_device { KILN_DEVICE_CPU = 0, KILN_DEVICE_CUDA = 1 } kiln_device;
+
+/* The head of every desc. */
+typedef struct kiln_desc {
+  size_t size; /* of the whole struct */
+  int32_t op;  /* kiln_op */
+  int32_t device; /* kiln_device */
+  int32_t device_index;
+  int32_t reserved; /* 0 */
+} kiln_desc;
+
+typedef enum kiln_dtype { KILN_S8 = 0, KILN_U8 = 1, KILN_S32 = 2 } kiln_dtype;
+typedef enum kiln_b_layout {
+  KILN_B_KN = 0, /* B is [K][N] */
+  KILN_B_NK = 1  /* B is [N][K], as linear layers keep their weights */
+} kiln_b_layout;
+
+#define KILN_ANY (-1)
+
+/* int8_mm: C[M,N] = A[M,K] · B[K,N]; A s8, B s8, C s32 with sums that wrap. Any sizes from 0 to 2^31 − 1.
+ * m: the rows of the calls to come. One kernel serves a class of m (1; 2; 3–4; 5–8; 9–16; 17–32; 33 and more), so a host whose m changes asks
+ * anew for each and compiles at most seven kernels per (n, k). KILN_ANY stands for the last class. */
+typedef struct kiln_int8_mm_desc {
+  kiln_desc base;
+  int64_t m, n, k;
+  int32_t b_layout; /* kiln_b_layout, of the B that is packed or passed raw */
+  int32_t a_dtype;  /* KILN_S8 */
+  int32_t c_dtype;  /* KILN_S32 */
+  int32_t reserved; /* 0 */
+} kiln_int8_mm_desc;
+#define KILN_INT8_MM_DESC_INIT \
+  {{sizeof(kiln_int8_mm_desc), KILN_OP_INT8_MM, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, KILN_B_NK, KILN_S8, KILN_S32, 0}
+
+/* ---------------------------------------------------------------- kernels */
+
+typedef struct kiln_kernel kiln_kernel;
+
+/* The kernel for a desc: from memory (no lock), from disk, or compiled now. Release with kiln_kernel_release.
+ * One thread compiles a kernel, the others wait for it. Errors: KILN_INVALID_ARGUMENT, KILN_UNSUPPORTED (KILN_FORCE or
+ * KILN_DISABLE leave nothing that can do it), KILN_COMPILE_FAILED, KILN_MISS, KILN_OUT_OF_MEMORY. */
+KILN_API kiln_status kiln_get(kiln_engine* engine, const kiln_desc* desc, kiln_kernel** kernel);
+
+KILN_API void kiln_kernel_retain(kiln_kernel* kernel);
+KILN_API void kiln_kernel_release(kiln_kernel* kernel);
+
+typedef enum kiln_source { KILN_FROM_MEMORY = 0, KILN_FROM_DISK = 1, KILN_COMPILED = 2, KILN_BUILTIN = 3 } kiln_source;
+
+/* Strings live as long as the kernel is held. */
+typedef struct kiln_kernel_info {
+  size_t size;
+  const char* op;          /* "int8_mm" */
+  const char* desc;        /* canonical text */
+  const char* isa;         /* ISA path: "avx512vnni", … */
+  const char* backend;     /* "x86", "portable", "reference", … */
+  const char* generator;   /* "asmjit", "llvm", "none" */
+  const char* features;    /* CPU features that the code uses, comma list */
+  const char* key;         /* 64 hex digits; "" for "reference" */
+  const char* pack_layout; /* id of the packed weights it reads, "" for an op without */
+  int32_t source;          /* kiln_source: where it came from when it was loaded */
+  uint32_t vector_registers, general_registers; /* that the code touches */
+  uint32_t reserved;
+  uint64_t code_bytes;
+  int64_t m_min, m_max; /* the m it serves */
+  int64_t compile_us;   /* by the process that compiled it */
+  int64_t load_us;
+} kiln_kernel_info;
+#define KILN_KERNEL_INFO_INIT {sizeof(kiln_kernel_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+KILN_API kiln_status kiln_kernel_get_info(const kiln_kernel* kernel, kiln_kernel_info* info);
+
+/* ---------------------------------------------------------------- packed weights */
+
+/* Weights rearranged once for this machine. One pack serves every m of its (n, k): decode and prefill share it.
+ * Immutable; independent of the engine that made it. */
+typedef struct kiln_pack kiln_pack;
+
+/* Packs B of an int8_mm desc (its m is ignored). `b` is read during the call only; ldb ≥ n (KILN_B_KN) or ≥ k (KILN_B_NK). */
+KILN_API kiln_status kiln_pack_create(kiln_engine* engine, const kiln_desc* desc, const void* b, int64_t ldb, kiln_pack** pack);
+/* Writes the pack to a new file and renames it to `path`. The file names op, layout, sizes and carries a checksum. */
+KILN_API kiln_status kiln_pack_save(const kiln_pack* pack, const char* path);
+/* Loads what kiln_pack_save wrote, on a machine and under toggles whose kernels read this layout (else KILN_INVALID_ARGUMENT that names both).
+ * Errors: KILN_IO, KILN_INTEGRITY. */
+KILN_API kiln_status kiln_pack_load(kiln_engine* engine, const kiln_desc* desc, const char* path, kiln_pack** pack);
+KILN_API void kiln_pack_retain(kiln_pack* pack);
+KILN_API void kiln_pack_release(kiln_pack* pack);
+
+typedef struct kiln_pack_info {
+  size_t size;
+  const char* op;     /* lives as long as the pack is held */
+  const char* layout; /* "n16k4" */
+  int64_t n, k;
+  uint64_t bytes;
+} kiln_pack_info;
+#define KILN_PACK_INFO_INIT {sizeof(kiln_pack_info), 0, 0, 0, 0, 0}
+KILN_API kiln_status kiln_pack_get_info(const kiln_pack* pack, kiln_pack_info* info);
+
+/* ---------------------------------------------------------------- run */
+
+/* The head of every args struct. */
+typedef struct kiln_args {
+  size_t size;
+  int32_t op; /* kiln_op of the kernel */
+  int32_t threads; /* upper bound for this call; 0: the engine's */
+} kiln_args;
+
+/* C[m,n] = A[m,k] · B with the n and k of the kernel. Buffers are read and written within m, n, k exactly and must not overlap.
+ * Give b_pack, or b with ldb and b_layout: a raw B is packed piece by piece in workspace on each call. */
+typedef struct kiln_int8_mm_args {
+  kiln_args base;
+  int64_t m; /* rows of this call, one of those that the kernel serves; m = 0 does nothing */
+  const int8_t* a;
+  int64_t lda; /* ≥ k */
+  const kiln_pack* b_pack;
+  const int8_t* b;
+  int64_t ldb;
+  int32_t b_layout; /* of b */
+  int32_t reserved; /* 0 */
+  int32_t* c;
+  int64_t ldc; /* ≥ n */
+  void* workspace; /* NULL: a per-thread arena of Kiln's. Else 64-byte aligned, for this call alone */
+  uint64_t workspace_bytes; /* ≥ what kiln_workspace_bytes tells for the same args */
+} kiln_int8_mm_args;
+#define KILN_INT8_MM_ARGS_INIT \
+  {{sizeof(kiln_int8_mm_args), KILN_OP_INT8_MM, 0}, 0, 0, 0, 0, 0, 0, KILN_B_NK, 0, 0, 0, 0, 0}
+
+/* Runs; returns when the output is complete. No lock, lookup or allocation (the first call of a thread may grow its arena). */
+KILN_API kiln_status kiln_run(const kiln_kernel* kernel, const kiln_args* args);
+
+/* How much workspace kiln_run would use for these args (pointers are not read). */
+KILN_API kiln_status kiln_workspace_bytes(const kiln_kernel* kernel, const kiln_args* args, uint64_t* bytes);
+
+/* ---------------------------------------------------------------- ahead of time */
+
+/* Gets the kernels of these descs on one background thread, in order; returns at once. Failures are logged. */
+KILN_API kiln_status kiln_prefetch(kiln_engine* engine, const kiln_desc* const* descs, size_t count);
+/* Waits until the prefetch list is empty, at most timeout_ms; KILN_BUSY when it is not. */
+KILN_API kiln_status kiln_prefetch_wait(kiln_engine* engine, int64_t timeout_ms);
+
+typedef struct kiln_warmup_result {
+  size_t size;
+  uint64_t hit, compiled, failed;
+} kiln_warmup_result;
+#define KILN_WARMUP_RESULT_INIT {sizeof(kiln_warmup_result), 0, 0, 0}
+/* Makes sure that the cache on disk holds the kernels of these descs for `target` (NULL: this machine; else what `kiln info --target`
+ * prints or a name it lists), without loading them. Goes on after a failure; then returns the first failure's status and message. */
+KILN_API kiln_status kiln_warmup(kiln_engine* engine, const kiln_desc* const* descs, size_t count, const char* target, kiln_warmup_result* result);
+
+/* ---------------------------------------------------------------- statistics */
+
+typedef struct kiln_stats {
+  size_t size;
+  uint64_t memory_hits, disk_hits, compiled, failed, fallbacks;
+  uint64_t kernels, code_bytes, evictions; /* loaded now; thrown out of memory so far */
+  uint64_t compile_us;                     /* sum */
+  uint64_t cache_rows, cache_bytes;        /* on disk; 0 when the cache is off */
+  uint64_t cache_refused, cache_errors;    /* rows that failed authentication; errors passed over */
+} kiln_stats;
+#define KILN_STATS_INIT {sizeof(kiln_stats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+/* Counts since the engine was created. */
+KILN_API kiln_status kiln_get_stats(kiln_engine* engine, kiln_stats* stats);
+
+/* The path of the cache database, "" when the cache is off. Lives as long as the engine. */
+KILN_API const char* kiln_cache_path(kiln_engine* engine);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

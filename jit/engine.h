@@ -1,0 +1,99 @@
+#pragma once
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cache/log.h"
+#include "cache/status.h"
+#include "cache/store.h"
+#include "jit/config.h"
+#include "jit/implementation.h"
+#include "jit/kernel.h"
+
+namespace kiln {
+
+struct EngineOptions {
+  Config config;
+  Machine machine;
+  std::span<const Implementation> implementations; ///< in order of preference; must outlive the engine and its kernels
+  Log::Sink log_sink = nullptr;                    ///< null: stderr
+  void* log_context = nullptr;
+  ParallelForFn parallel_for = nullptr; ///< null: pthreadpool
+  void* parallel_context = nullptr;
+  std::size_t max_code_bytes = 64u << 20; ///< L1's bound on loaded code; kernels that are held do not go
+  /// Listing of a code object for KILN_DUMP_DIR; may be null.
+  std::function<Result<std::string>(const CodeObject&)> disassemble;
+};
+
+struct EngineStats {
+  std::uint64_t memory_hits = 0, disk_hits = 0, compiled = 0, failed = 0, fallbacks = 0;
+  std::uint64_t kernels = 0, evictions = 0, code_bytes = 0;
+  std::uint64_t compile_us = 0; ///< sum
+  bool has_store = false;
+  StoreStats store;
+};
+
+/// Why each implementation of the op was taken or refused, and where its kernel would come from.
+struct Explanation {
+  struct Candidate {
+    const Implementation* implementation = nullptr;
+    bool taken = false;
+    std::string reason; ///< empty when taken
+  };
+  KernelDesc canonical;
+  MRange m_range;
+  std::vector<Candidate> candidates;
+  const Implementation* taken = nullptr;
+  Digest key;
+  std::string key_text;    ///< what the key is the digest of, readable
+  std::string pack_layout; ///< empty for ops without a pack
+  std::string tier;        ///< `memory`, `disk` or `none` (a get would compile)
+  std::string nearest;     ///< on a miss: the stored kernel of this op that differs least, and in which key fields; may be empty
+};
+
+/// The whole path of a call: L1, L2, compile. Thread-safe.
+class Engine {
+public:
+  static Result<std::unique_ptr<Engine>> create(EngineOptions options);
+  /// Waits for the background compile in progress, drops the rest, writes pending hit counts. Kernels that are held stay valid.
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  /// The kernel for this desc. No lock and no allocation on a hit in memory.
+  Result<KernelRef> get(const KernelDesc& desc);
+
+  enum class Warmed : std::uint8_t { hit, compiled };
+  /// Makes sure that the cache on disk holds the desc's kernel for `target` (null: this machine); loads nothing.
+  Result<Warmed> warmup(const KernelDesc& desc, const Target* target);
+
+  /// Queues descs for one background thread, which gets them one after another. Failures are logged.
+  Status prefetch(std::span<const KernelDesc> descs);
+  /// Waits until the queue is empty; false on time-out.
+  bool wait_prefetched(std::chrono::milliseconds timeout);
+
+  /// The layout id of packed weights for this desc (`n16k4`), the same for every m. Compiles nothing.
+  Result<std::string> pack_layout(const KernelDesc& desc);
+
+  Explanation explain(const KernelDesc& desc, const Target* target);
+  EngineStats stats();
+
+  const Config& config() const;
+  const Machine& machine() const;
+  const Log& log() const;
+  Runtime& runtime();
+  Store* store(); ///< null when the cache is off
+  std::span<const Implementation> implementations() const;
+
+private:
+  struct State;
+  explicit Engine(State* state) : state_(state) {}
+  State* state_; ///< destroyed with the last kernel
+};
+
+} // namespace kiln

@@ -1,0 +1,102 @@
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string_view>
+
+#include "cache/digest.h"
+#include "cache/status.h"
+#include "cache/table.h"
+#include "jit/code_object.h"
+#include "jit/desc.h"
+#include "jit/executable_memory.h"
+#include "jit/implementation.h"
+#include "jit/op.h"
+#include "jit/parallel.h"
+#include "jit/target.h"
+
+namespace kiln {
+
+/// Where a kernel came from when it was loaded.
+enum class Source : std::uint8_t { memory, disk, compiled, builtin };
+std::string_view name_of(Source source);
+
+/// What every kernel of an engine runs with; outlives them all.
+struct Runtime {
+  Machine machine;
+  ExecutableMemory memory;
+  Parallel parallel;
+
+  Runtime(Machine m, int threads, ParallelForFn host_function, void* host);
+};
+
+/// Loaded and executable; immutable, safe to run from many threads. Movable so that a table can hold it.
+class Kernel {
+public:
+  /// Loads `code` into executable memory. Fails with Code::unsupported when the machine lacks a feature that the code needs or refuses
+  /// executable mappings, Code::integrity when its plan is not the op's.
+  static Result<Kernel> load(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical, const Digest& key, CodeObject code);
+  /// `reference`: a function of this library, for packs of `pack_layout`.
+  static Result<Kernel> builtin(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical, std::string_view pack_layout);
+
+  Kernel(Kernel&& other) noexcept;
+  Kernel& operator=(Kernel&&) = delete;
+  ~Kernel();
+
+  const OpSpec& op() const { return *op_; }
+  const Implementation& implementation() const { return *implementation_; }
+  const KernelDesc& desc() const { return desc_; } ///< canonical
+  MRange m_range() const { return m_range_; }
+  const Digest& key() const { return key_; }
+  /// The code object without its image: that is text().
+  const CodeObject& code() const { return code_; }
+  ByteSpan text() const { return {text_, text_bytes_}; } ///< executable; empty for `reference`
+  const void* entry() const { return entry_; }
+  const void* plan() const { return plan_.get(); } ///< the op's own type
+  Runtime& runtime() const { return *runtime_; } ///< of its engine
+
+  Source source = Source::compiled; ///< disk, compiled or builtin
+  std::int64_t compile_us = 0;      ///< of the process that compiled it
+  std::int64_t load_us = 0;
+
+private:
+  Kernel() = default;
+  Runtime* runtime_ = nullptr;
+  const OpSpec* op_ = nullptr;
+  const Implementation* implementation_ = nullptr;
+  KernelDesc desc_;
+  MRange m_range_;
+  Digest key_;
+  CodeObject code_;
+  const std::uint8_t* text_ = nullptr;
+  std::size_t text_bytes_ = 0;
+  const void* entry_ = nullptr;
+  std::shared_ptr<const void> plan_;
+};
+
+using KernelTable = SharedTable<KernelDesc, Kernel>;
+using KernelNode = KernelTable::Node;
+
+/// A counted reference to a kernel; the kernel lives at least as long, also after its engine.
+class KernelRef {
+public:
+  /// Takes over one reference.
+  explicit KernelRef(KernelNode* node) : node_(node) {}
+  KernelRef(KernelRef&& other) noexcept : node_(std::exchange(other.node_, nullptr)) {}
+  KernelRef& operator=(KernelRef&& other) noexcept {
+    std::swap(node_, other.node_);
+    return *this;
+  }
+  ~KernelRef() {
+    if (node_ != nullptr)
+      KernelTable::release(node_);
+  }
+  const Kernel& operator*() const { return node_->value(); }
+  const Kernel* operator->() const { return &node_->value(); }
+  /// Gives the reference up to the caller, who must KernelTable::release() it.
+  KernelNode* detach() { return std::exchange(node_, nullptr); }
+
+private:
+  KernelNode* node_;
+};
+
+} // namespace kiln

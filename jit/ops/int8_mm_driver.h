@@ -1,0 +1,61 @@
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "cache/status.h"
+#include "jit/kernel.h"
+#include "jit/ops/int8_mm.h"
+
+/// int8_mm's driver: packs weights, checks a call, and cuts it into ranges for the kernel.
+namespace kiln::int8_mm {
+
+/// B rearranged once. Immutable; one pack serves every m of its (n, k).
+class Pack {
+public:
+  /// Packs B on the caller's threads (`parallel`). Code::out_of_memory when it does not fit.
+  static Result<Pack> make(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n, std::int64_t k,
+                           Parallel& parallel);
+  /// File image: magic, version, op, layout, n, k, BLAKE2b digest of all, data.
+  Status save(const std::string& path) const;
+  /// Code::io, Code::integrity (a damaged file, another format).
+  static Result<Pack> load(const std::string& path);
+
+  PackLayout layout() const { return layout_; }
+  std::int64_t n() const { return n_; }
+  std::int64_t k() const { return k_; }
+  std::int64_t bytes() const { return layout_.bytes(n_, k_); }
+  const std::int8_t* panels() const { return data_.get(); }
+  const std::int32_t* sums() const { return reinterpret_cast<const std::int32_t*>(data_.get() + layout_.sums_offset(n_, k_)); }
+
+private:
+  struct Free {
+    void operator()(std::int8_t* p) const;
+  };
+  static Result<Pack> allocate(PackLayout layout, std::int64_t n, std::int64_t k);
+  PackLayout layout_;
+  std::int64_t n_ = 0, k_ = 0;
+  std::unique_ptr<std::int8_t[], Free> data_; ///< 64-byte aligned; on huge pages where the system has them
+};
+
+struct Args {
+  std::int64_t m = 0;
+  const std::int8_t* a = nullptr;
+  std::int64_t lda = 0;
+  const Pack* pack = nullptr;     ///< or
+  const std::int8_t* b = nullptr; ///< a raw B, packed piece by piece into workspace
+  std::int64_t ldb = 0;
+  BLayout b_layout = BLayout::nk;
+  std::int32_t* c = nullptr;
+  std::int64_t ldc = 0;
+  int threads = 0; ///< 0: the engine's
+  void* workspace = nullptr; ///< null: the threads' own scratch
+  std::uint64_t workspace_bytes = 0;
+};
+
+/// C = A · B by this kernel. Checks every argument first; writes nothing when it returns an error.
+Status run(const Kernel& kernel, const Args& args);
+/// What run() would use of Args::workspace.
+Result<std::uint64_t> workspace_bytes(const Kernel& kernel, const Args& args);
+
+} // namespace kiln::int8_mm
