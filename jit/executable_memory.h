@@ -8,11 +8,13 @@
 
 namespace kiln {
 
-/// Executable memory for many small kernels. Code is written through a second, writable view of a memfd: no mapping is ever
-/// writable and executable, and pages that hold running kernels are never remapped or made unreadable. Chunks hold many
-/// kernels; a freed range is filled with a trapping byte and reused.
+/// Executable memory for many small kernels, in memfd chunks of 256 KiB that are mapped read + execute and have no writable mapping
+/// at all: code is written to the file. (A second, writable mapping would stay an open door, or cost page faults and a
+/// TLB flush on every core per load.) Pages that hold running kernels are never remapped or made unreadable; a freed range is
+/// filled with a trapping byte and reused; one empty chunk is kept.
 ///
-/// Thread-safe. After fork, a child may run what it inherited, and allocates from fresh chunks of its own.
+/// Thread-safe. Survives fork: the child runs what it inherited, and both sides allocate from fresh chunks afterwards, since what
+/// one side writes to a shared chunk the other would run. Inherited blocks stay mapped in the child after release().
 class ExecutableMemory {
 public:
   ExecutableMemory();
@@ -21,12 +23,14 @@ public:
   ExecutableMemory& operator=(const ExecutableMemory&) = delete;
 
   /// Copies `image` to executable memory at `alignment` (a power of two ≤ 4096) and makes it visible to instruction fetch.
-  /// Code::unsupported when the system refuses executable mappings altogether.
+  /// Code::unsupported when the system refuses executable mappings altogether; out_of_memory or io when it fails.
   Result<const std::uint8_t*> load(ByteSpan image, std::size_t alignment);
   /// `code` is what load() gave; nothing may run in it any more.
   void release(const std::uint8_t* code);
 
-  struct Stats { std::size_t chunks = 0, bytes_reserved = 0, bytes_used = 0; };
+  struct Stats {
+    std::size_t chunks = 0, bytes_reserved = 0, bytes_used = 0;
+  };
   Stats stats() const;
 
 private:

@@ -1,0 +1,61 @@
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "cache/bytes.h"
+#include "cache/status.h"
+#include "jit/target.h"
+
+/// What differs by operating system: one file per system (os_linux.cpp) implements all of it. Any thread may call any
+/// of it.
+namespace kiln::os {
+
+/// Cores that the affinity mask and the CPU quota of this process leave it, at least 1.
+int usable_cores();
+
+/// Of core 0, in bytes; 0 where the system does not tell.
+struct CacheSizes {
+  std::int64_t l1d = 0, l2 = 0, l3 = 0;
+};
+CacheSizes cache_sizes();
+
+/// Asks for AMX tile data for this process; false when the system refuses. May be repeated.
+bool request_amx_tiles();
+
+/// Arm keeps its identification registers for the system, so the system is asked. Meaningful on aarch64 only.
+struct ArmProcessor {
+  Features features;
+  int sve_bits = 0, sme_bits = 0; ///< 0 without the feature
+  std::string name;
+};
+ArmProcessor arm_processor();
+
+/// Whether the process runs with rights its caller lacks (setuid, file capabilities), so that its environment is not to
+/// be trusted.
+bool runs_privileged();
+
+/// How many forks lie between the process that loaded Kiln and this one: grows in the child only.
+unsigned process_generation();
+/// Forks that this process, or one it descends from, has begun: grows in parent and child, before the child exists.
+/// Neither count sees a bare clone(2), after which glibc supports nothing of what Kiln needs.
+unsigned fork_count();
+
+/// Memory that is readable and executable at `address`, and has no writable mapping anywhere: it changes through
+/// `write` only. Shared with children made by fork.
+struct CodeMapping {
+  std::uint8_t* address = nullptr;
+  std::size_t size = 0;
+  int file = -1;
+  std::uint64_t file_id = 0; ///< tells whether `file` is still ours: a host may close descriptors it did not open
+};
+/// `size` is a multiple of the page size. Code::unsupported when the system refuses executable mappings, out_of_memory
+/// or io otherwise.
+Result<CodeMapping> map_code(std::size_t size);
+/// Replaces bytes of the mapping; instruction fetch is not synchronised by it.
+Status write_code(const CodeMapping& mapping, std::size_t offset, ByteSpan bytes);
+void unmap_code(const CodeMapping& mapping);
+/// Every thread of this process drops instructions it fetched before: needed when code replaces other code.
+void synchronise_instruction_fetch();
+
+} // namespace kiln::os

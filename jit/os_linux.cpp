@@ -1,0 +1,283 @@
+#ifdef __linux__
+#include "jit/os.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <climits>
+#include <cstdio>
+#include <cstring>
+#include <fcntl.h>
+#include <linux/membarrier.h>
+#include <memory>
+#include <pthread.h>
+#include <sched.h>
+#include <string_view>
+#include <sys/auxv.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <fmt/format.h>
+
+namespace kiln::os {
+namespace {
+
+/// The first line of a small file of /proc or /sys; empty when there is none.
+std::string first_line(const std::string& path) {
+  std::array<char, 512> line{};
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "re"), std::fclose);
+  if (!file || !std::fgets(line.data(), line.size(), file.get()))
+    return {};
+  line[std::strcspn(line.data(), "\n")] = 0;
+  return line.data();
+}
+
+int affinity_cores() {
+  // 8192 is the largest NR_CPUS that Linux can be built with; a mask smaller than the kernel's is refused.
+  std::array<unsigned long, 8192 / (8 * sizeof(long))> mask{};
+  if (sched_getaffinity(0, sizeof mask, reinterpret_cast<cpu_set_t*>(mask.data())) != 0)
+    return 1;
+  int cores = 0;
+  for (unsigned long word : mask)
+    cores += __builtin_popcountl(word);
+  return std::max(cores, 1);
+}
+
+/// Whole cores that `quota` of each `period` microseconds amount to, rounded up.
+int quota_cores(long long quota, long long period) {
+  if (quota <= 0 || period <= 0)
+    return INT_MAX;
+  return static_cast<int>(std::min<long long>((quota + period - 1) / period, INT_MAX));
+}
+
+int quota_of_cgroup_v2(const std::string& directory) {
+  long long quota = 0, period = 0;
+  // `max 100000` means no quota and does not scan.
+  if (std::sscanf(first_line(directory + "/cpu.max").c_str(), "%lld %lld", &quota, &period) != 2)
+    return INT_MAX;
+  return quota_cores(quota, period);
+}
+
+int quota_of_cgroup_v1(const std::string& directory) {
+  return quota_cores(std::atoll(first_line(directory + "/cpu.cfs_quota_us").c_str()),
+                     std::atoll(first_line(directory + "/cpu.cfs_period_us").c_str()));
+}
+
+/// The tightest quota from `group` up to the root of the hierarchy mounted at `mount`.
+int tightest_quota(const std::string& mount, std::string group, int (*quota_of)(const std::string& directory)) {
+  int cores = INT_MAX;
+  for (;;) {
+    cores = std::min(cores, quota_of(mount + group));
+    const std::size_t slash = group.rfind('/');
+    if (group.empty() || slash == std::string::npos)
+      return cores;
+    group.erase(slash);
+  }
+}
+
+/// From /proc/self/cgroup (cgroups(7)): `0::/path` for version 2, `4:cpu,cpuacct:/path` for version 1.
+int cgroup_cores() {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen("/proc/self/cgroup", "re"), std::fclose);
+  std::array<char, 4096> line;
+  int cores = INT_MAX;
+  while (file && std::fgets(line.data(), line.size(), file.get())) {
+    line[std::strcspn(line.data(), "\n")] = 0;
+    const std::string_view text = line.data();
+    const std::size_t controllers = text.find(':') + 1;
+    const std::size_t path = text.find(':', controllers) + 1;
+    if (controllers == 0 || path == 0)
+      continue;
+    const std::string list = "," + std::string(text.substr(controllers, path - 1 - controllers)) + ",";
+    const std::string group(text.substr(path));
+    if (list == ",,")
+      cores = std::min(cores, tightest_quota("/sys/fs/cgroup", group, quota_of_cgroup_v2));
+    else if (list.find(",cpu,") != std::string::npos)
+      cores = std::min(cores, tightest_quota("/sys/fs/cgroup/cpu", group, quota_of_cgroup_v1));
+  }
+  return cores;
+}
+
+std::atomic<unsigned> g_generation{0}, g_forks{0};
+
+void count_forks() {
+  // Registered with this library's handle: glibc drops the handlers when it is unloaded.
+  static const int registered = pthread_atfork([] { g_forks.fetch_add(1, std::memory_order_relaxed); }, nullptr,
+                                               [] { g_generation.fetch_add(1, std::memory_order_relaxed); });
+  static_cast<void>(registered);
+}
+
+// Values of Linux 6.3 and later, absent from Debian 12's headers (include/uapi/linux/memfd.h).
+constexpr unsigned kMfdExec = 0x10;
+
+int make_code_file() {
+  // MFD_EXEC says that the file is to be executable where vm.memfd_noexec makes that other than the default; older
+  // kernels do not know it.
+  const int file = memfd_create("kiln-code", MFD_CLOEXEC | kMfdExec);
+  return file >= 0 || errno != EINVAL ? file : memfd_create("kiln-code", MFD_CLOEXEC);
+}
+
+std::uint64_t file_id(int file) {
+  struct stat status;
+  return fstat(file, &status) == 0 ? (static_cast<std::uint64_t>(status.st_dev) << 48) ^ status.st_ino : 0;
+}
+
+/// The system's refusal, as what the caller can do about it.
+Status refusal(const char* what) {
+  const int error = errno;
+  const Code code = error == ENOMEM || error == ENOSPC                                        ? Code::out_of_memory
+                    : error == EACCES || error == EPERM || error == ENOSYS || error == EINVAL ? Code::unsupported
+                                                                                              : Code::io;
+  return Status::error(code, fmt::format("executable memory: {}: {}", what, std::strerror(error)));
+}
+
+} // namespace
+
+int usable_cores() {
+  return std::min(affinity_cores(), cgroup_cores());
+}
+
+CacheSizes cache_sizes() {
+  CacheSizes sizes;
+  for (int index = 0; index < 8; ++index) {
+    const std::string directory = fmt::format("/sys/devices/system/cpu/cpu0/cache/index{}/", index);
+    const std::string level = first_line(directory + "level");
+    if (level.empty())
+      break;
+    if (first_line(directory + "type") == "Instruction")
+      continue;
+    std::int64_t size = 0;
+    char unit = 0;
+    std::sscanf(first_line(directory + "size").c_str(), "%ld%c", &size, &unit);
+    const std::int64_t bytes = unit == 'M' ? size << 20 : unit == 'K' ? size << 10 : size;
+    (level == "1" ? sizes.l1d : level == "2" ? sizes.l2 : sizes.l3) = bytes;
+  }
+  return sizes;
+}
+
+bool request_amx_tiles() {
+#ifdef __x86_64__
+  // arch/x86/include/uapi/asm/prctl.h, Documentation/arch/x86/xstate.rst; 18 is XFEATURE_XTILEDATA.
+  constexpr long kArchReqXcompPerm = 0x1023;
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, 18) == 0;
+#else
+  return false;
+#endif
+}
+
+bool runs_privileged() {
+  return getauxval(AT_SECURE) != 0;
+}
+
+unsigned process_generation() {
+  count_forks();
+  return g_generation.load(std::memory_order_relaxed);
+}
+
+unsigned fork_count() {
+  count_forks();
+  return g_forks.load(std::memory_order_relaxed);
+}
+
+Result<CodeMapping> map_code(std::size_t size) {
+  // Growing a file beyond this limit would raise SIGXFSZ in the host.
+  rlimit limit;
+  if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur < size)
+    return Status::error(
+        Code::unsupported,
+        fmt::format("executable memory: {} bytes are needed, the limit on file size is {}", size, limit.rlim_cur));
+  CodeMapping mapping;
+  mapping.size = size;
+  mapping.file = make_code_file();
+  if (mapping.file < 0)
+    return refusal("memfd_create");
+  void* address = MAP_FAILED;
+  const char* refused = "ftruncate";
+  if (ftruncate(mapping.file, static_cast<off_t>(size)) == 0) {
+    address = mmap(nullptr, size, PROT_READ | PROT_EXEC, MAP_SHARED, mapping.file, 0);
+    refused = "mmap of a memfd for execution";
+  }
+  if (address == MAP_FAILED) {
+    Status status = refusal(refused);
+    close(mapping.file);
+    return status;
+  }
+  mapping.address = static_cast<std::uint8_t*>(address);
+  mapping.file_id = file_id(mapping.file);
+  return mapping;
+}
+
+Status write_code(const CodeMapping& mapping, std::size_t offset, ByteSpan bytes) {
+  if (file_id(mapping.file) != mapping.file_id)
+    return Status::error(Code::io, "executable memory: its file descriptor was closed by someone else");
+  while (!bytes.empty()) {
+    const ssize_t written = pwrite(mapping.file, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+    if (written < 0 && errno == EINTR)
+      continue;
+    if (written <= 0)
+      return refusal("pwrite");
+    bytes = bytes.subspan(static_cast<std::size_t>(written));
+    offset += static_cast<std::size_t>(written);
+  }
+  return {};
+}
+
+void unmap_code(const CodeMapping& mapping) {
+  munmap(mapping.address, mapping.size);
+  if (file_id(mapping.file) == mapping.file_id)
+    close(mapping.file);
+}
+
+void synchronise_instruction_fetch() {
+  // A kernel without membarrier (before 4.16, or a sandbox) leaves what the processor does by itself, which is enough
+  // on every x86-64 known to run Linux, whose caches see writes through another mapping.
+  const auto barrier = [](int command) { return syscall(SYS_membarrier, command, 0, 0); };
+  if (barrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED_SYNC_CORE) != 0 && errno == EPERM &&
+      barrier(MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE) == 0)
+    barrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED_SYNC_CORE);
+}
+
+ArmProcessor arm_processor() {
+  ArmProcessor processor;
+#ifdef __aarch64__
+  // arch/arm64/include/uapi/asm/hwcap.h and include/uapi/linux/prctl.h; newer than some C libraries' headers.
+  struct Capability {
+    unsigned long kind;
+    int bit;
+    Feature feature;
+  };
+  constexpr Capability kCapabilities[] = {
+      {AT_HWCAP, 1, Feature::neon},   {AT_HWCAP, 20, Feature::dotprod}, {AT_HWCAP2, 13, Feature::i8mm},
+      {AT_HWCAP2, 14, Feature::bf16}, {AT_HWCAP, 10, Feature::fp16},    {AT_HWCAP, 22, Feature::sve},
+      {AT_HWCAP2, 1, Feature::sve2},  {AT_HWCAP2, 23, Feature::sme},    {AT_HWCAP2, 37, Feature::sme2},
+  };
+  constexpr int kPrSveGetVl = 51, kPrSmeGetVl = 64, kVlLengthMask = 0xffff;
+  const auto vector_bits = [&](int command) {
+    const int result = prctl(command);
+    return result < 0 ? 0 : 8 * (result & kVlLengthMask);
+  };
+
+  for (const Capability& capability : kCapabilities)
+    if ((getauxval(capability.kind) >> capability.bit & 1) != 0)
+      processor.features.add(capability.feature);
+  if (processor.features.has(Feature::sve))
+    processor.sve_bits = vector_bits(kPrSveGetVl);
+  if (processor.features.has(Feature::sme))
+    processor.sme_bits = vector_bits(kPrSmeGetVl);
+  if (processor.sve_bits == 0)
+    processor.features = processor.features.without({Feature::sve, Feature::sve2});
+  if (processor.sme_bits == 0)
+    processor.features = processor.features.without({Feature::sme, Feature::sme2});
+
+  const std::string midr = first_line("/sys/devices/system/cpu/cpu0/regs/identification/midr_el1");
+  processor.name = midr.empty() ? "aarch64" : "aarch64, MIDR " + midr;
+#endif
+  return processor;
+}
+
+} // namespace kiln::os
+#endif
