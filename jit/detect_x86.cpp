@@ -14,11 +14,17 @@ struct Leaf {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
-/// Zeros when the processor does not have the leaf.
-Leaf cpuid(unsigned leaf, unsigned subleaf = 0) {
+Leaf execute_cpuid(unsigned leaf, unsigned subleaf) {
   Leaf out;
-  __get_cpuid_count(leaf, subleaf, &out.eax, &out.ebx, &out.ecx, &out.edx);
+  __cpuid_count(leaf, subleaf, out.eax, out.ebx, out.ecx, out.edx);
   return out;
+}
+
+/// Zeros when the processor does not have the leaf. (Under a hypervisor each CPUID is a trap of some 4 µs: hence no
+/// __get_cpuid_count, which asks twice.)
+Leaf cpuid(unsigned leaf, unsigned subleaf = 0) {
+  static const unsigned last_basic = execute_cpuid(0, 0).eax, last_extended = execute_cpuid(0x80000000, 0).eax;
+  return leaf <= (leaf < 0x80000000 ? last_basic : last_extended) ? execute_cpuid(leaf, subleaf) : Leaf{};
 }
 
 constexpr bool bit(unsigned value, int index) {

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <climits>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fcntl.h>
 #include <linux/membarrier.h>
@@ -64,20 +65,20 @@ int quota_of_cgroup_v2(const std::string& directory) {
 }
 
 int quota_of_cgroup_v1(const std::string& directory) {
-  return quota_cores(std::atoll(first_line(directory + "/cpu.cfs_quota_us").c_str()),
-                     std::atoll(first_line(directory + "/cpu.cfs_period_us").c_str()));
+  const long long quota = std::atoll(first_line(directory + "/cpu.cfs_quota_us").c_str());
+  return quota > 0 ? quota_cores(quota, std::atoll(first_line(directory + "/cpu.cfs_period_us").c_str())) : INT_MAX;
 }
 
-/// The tightest quota from `group` up to the root of the hierarchy mounted at `mount`.
+/// The tightest quota from `group` (`/a/b`, or `/`) up to the root of the hierarchy mounted at `mount`.
 int tightest_quota(const std::string& mount, std::string group, int (*quota_of)(const std::string& directory)) {
-  int cores = INT_MAX;
-  for (;;) {
+  if (group == "/")
+    group.clear();
+  int cores = quota_of(mount + group);
+  while (!group.empty()) {
+    group.erase(std::min(group.rfind('/'), group.size() - 1));
     cores = std::min(cores, quota_of(mount + group));
-    const std::size_t slash = group.rfind('/');
-    if (group.empty() || slash == std::string::npos)
-      return cores;
-    group.erase(slash);
   }
+  return cores;
 }
 
 /// From /proc/self/cgroup (cgroups(7)): `0::/path` for version 2, `4:cpu,cpuacct:/path` for version 1.
