@@ -49,7 +49,7 @@ struct Config {
   static Result<Config> from_environment(const char* (*get)(const char* name));
 
   bool disables(const Implementation& implementation) const;
-  /// The path forced for this op, or nothing. `has_path` tells whether some implementation of the op has the path at all.
+  /// The path forced for this op: its own, else the one for every op that has it (the caller knows which have). False when there is none.
   bool forced_path(OpId op, IsaPath& path) const;
 };
 

@@ -1,15 +1,17 @@
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 
 namespace kiln {
 
 /// Runs `task(context, i)` for i in [0, count), possibly on several threads, and returns when all are done.
-/// A host's own; must not throw. `worker` < the number of threads given with it.
+/// A host's own; must not throw.
 using ParallelForFn = void (*)(void* host, std::size_t count, void (*task)(void* context, std::size_t index), void* context);
 
 /// The threads of one engine. Default: pthreadpool, made before the first parallel run and not earlier. A host may give its own.
-/// Thread-safe: concurrent calls take turns on the pool; a nested or contended call may run on the caller alone.
+/// Thread-safe: a call that finds the pool busy with another (or with the one it is nested in) runs on its caller's thread alone.
+/// After fork the child makes a pool of its own. The floating-point state of the pool's threads is the system's default.
 class Parallel {
 public:
   /// `threads` ≥ 1: upper bound; 1 never starts a thread.

@@ -1,0 +1,121 @@
+#include "jit/parallel.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdlib>
+
+#include <pthreadpool.h>
+
+#include "jit/per_process.h"
+
+namespace kiln {
+namespace {
+
+/// Made by the first parallel run of this process. One run at a time; whoever finds it busy runs alone.
+class Pool {
+public:
+  ~Pool() {
+    if (threads_)
+      pthreadpool_destroy(threads_);
+  }
+
+  /// False when the pool is busy (with another caller, or with the run that this call is nested in) or cannot be made.
+  bool try_run(int threads, std::size_t count, void (*task)(void*, std::size_t), void* context) {
+    if (busy_.test_and_set(std::memory_order_acquire))
+      return false;
+    if (!threads_)
+      threads_ = pthreadpool_create(static_cast<std::size_t>(threads));
+    const bool made = threads_ != nullptr;
+    if (made) {
+      constexpr std::uint32_t kKeepDenormals = 0;
+      pthreadpool_parallelize_1d(threads_, task, context, count, kKeepDenormals);
+    }
+    busy_.clear(std::memory_order_release);
+    return made;
+  }
+
+private:
+  std::atomic_flag busy_;
+  pthreadpool_t threads_ = nullptr;
+};
+
+/// Buffers of one thread, freed when it ends.
+class Scratch {
+public:
+  Scratch() = default;
+  ~Scratch() {
+    for (const Buffer& buffer : buffers_)
+      std::free(buffer.data);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  void* get(ScratchSlot slot, std::size_t bytes) {
+    Buffer& buffer = buffers_[static_cast<std::size_t>(slot)];
+    return bytes <= buffer.size && buffer.data ? buffer.data : grow(buffer, bytes);
+  }
+
+private:
+  struct Buffer {
+    void* data = nullptr;
+    std::size_t size = 0;
+  };
+
+  /// To twice its size at least, so that slowly growing requests allocate seldom; to what is asked for when that is too
+  /// much.
+  static void* grow(Buffer& buffer, std::size_t bytes) {
+    constexpr std::size_t kLine = 64, kLeast = 4096, kMost = SIZE_MAX / 4;
+    std::free(buffer.data);
+    const std::size_t doubled = std::max(2 * buffer.size, kLeast);
+    buffer = {};
+    if (bytes > kMost)
+      return nullptr;
+    for (const std::size_t wanted : {std::max(bytes, doubled), bytes}) {
+      const std::size_t size = std::max((wanted + kLine - 1) / kLine * kLine, kLine);
+      if (void* data = std::aligned_alloc(kLine, size)) {
+        buffer = {data, size};
+        break;
+      }
+    }
+    return buffer.data;
+  }
+
+  std::array<Buffer, static_cast<std::size_t>(ScratchSlot::count)> buffers_;
+};
+
+} // namespace
+
+struct Parallel::Impl {
+  ParallelForFn host_function = nullptr;
+  void* host = nullptr;
+  PerProcess<Pool> pool; ///< a child made by fork has none of its parent's threads
+};
+
+Parallel::Parallel(int threads) : Parallel(threads, nullptr, nullptr) {}
+
+Parallel::Parallel(int threads, ParallelForFn host_function, void* host)
+    : threads_(std::max(threads, 1)), impl_(std::make_unique<Impl>()) {
+  impl_->host_function = host_function;
+  impl_->host = host;
+}
+
+Parallel::~Parallel() = default;
+
+void Parallel::run(std::size_t count, void (*task)(void* context, std::size_t index), void* context) {
+  if (count > 1 && threads_ > 1) {
+    if (impl_->host_function)
+      return impl_->host_function(impl_->host, count, task, context);
+    if (impl_->pool.get().try_run(threads_, count, task, context))
+      return;
+  }
+  for (std::size_t i = 0; i < count; ++i)
+    task(context, i);
+}
+
+void* thread_scratch(ScratchSlot slot, std::size_t bytes) {
+  static thread_local Scratch scratch;
+  return scratch.get(slot, bytes);
+}
+
+} // namespace kiln
