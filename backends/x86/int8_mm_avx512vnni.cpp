@@ -1,0 +1,198 @@
+#include <fmt/format.h>
+
+#include "backends/x86/int8_mm_nest.h"
+#include "backends/x86/rows.h"
+
+/// int8_mm with 512-bit vpdpbusd (u8 × s8 → s32, four products a lane, no saturation).
+///
+/// A becomes u8 by a flipped sign bit, which adds 128: the accumulators begin at −128·Σ_k b. A's rows are flipped once per call into the
+/// workspace, at a stride that spreads them over the sets of L1 (rows 4096 bytes apart would share one set), so that the K loop holds
+/// nothing but loads and vpdpbusd, and so that a remainder of K needs no step of its own: the pack is zero beyond K.
+namespace kiln::x86 {
+namespace {
+
+using namespace asmjit::x86;
+using int8_mm::Call;
+using int8_mm::PackLayout;
+
+constexpr PackLayout kLayout{.n_block = 16, .k_block = 4};
+constexpr Features kFeatures{Feature::avx512f, Feature::avx512bw, Feature::avx512vnni, Feature::bmi2};
+
+/// A register tile of rows × panels vectors. What bounds it: two vpdpbusd a cycle of 4 to 5 cycles latency, so at least ten
+/// accumulators; two loads a cycle, of which a step of K takes rows + panels; 32 registers.
+struct Tile {
+  int rows;     ///< at most
+  int panels;   ///< of 16 columns, side by side
+  int sets;     ///< accumulators per element, for consecutive steps of K: hides latency where rows × panels is small
+  int unroll;   ///< steps of K in one turn of the loop, a multiple of sets
+  int prefetch; ///< bytes ahead in each panel, 0 for none
+};
+
+Tile tile_for(std::int64_t m_class) {
+  switch (m_class) {
+  case 1: return {.rows = 1, .panels = 4, .sets = 4, .unroll = 4, .prefetch = 0};
+  case 2: return {.rows = 2, .panels = 4, .sets = 2, .unroll = 2, .prefetch = 0};
+  case 4: return {.rows = 4, .panels = 4, .sets = 1, .unroll = 2, .prefetch = 0};
+  case 8: return {.rows = 8, .panels = 2, .sets = 1, .unroll = 1, .prefetch = 0};
+  default: return {.rows = 14, .panels = 2, .sets = 1, .unroll = 1, .prefetch = 0};
+  }
+}
+
+class Path {
+public:
+  Path(Assembler& assembler, const NestShape& shape, const Tile& tile) : a_(assembler), shape_(shape), tile_(tile) {}
+
+  void constants() {}
+
+  void convert_rows() {
+    const Gp call = rdi, row = rax, lda = rcx, rows_left = rdx, out = rsi, k = r8, mask = r9;
+    const std::int64_t whole = shape_.k / 64 * 64, rest = shape_.k % 64;
+    const Zmm flip = zmm0, bytes = zmm1;
+    const asmjit::Label next_row = a_.newLabel(), next_chunk = a_.newLabel();
+    if (shape_.k == 0)
+      return;
+    a_.mov(mask.r32(), 0x80808080);
+    a_.vpbroadcastd(flip, mask.r32());
+    if (rest > 0) {
+      a_.mov(mask, (std::uint64_t{1} << rest) - 1);
+      a_.kmovq(k1, mask);
+    }
+    a_.mov(row, ptr(call, offsetof(Call, a)));
+    a_.mov(lda, ptr(call, offsetof(Call, lda)));
+    a_.mov(rows_left, ptr(call, offsetof(Call, m)));
+    a_.mov(out, role::workspace);
+    a_.bind(next_row);
+    if (whole > 0) {
+      a_.xor_(k.r32(), k.r32());
+      a_.bind(next_chunk);
+      a_.vpxord(bytes, flip, ptr(row, k));
+      a_.vmovdqa64(ptr(out, k), bytes);
+      a_.add(k, 64);
+      a_.cmp(k, whole);
+      a_.jl(next_chunk);
+    }
+    if (rest > 0) {
+      a_.k(k1).z().vmovdqu8(bytes, ptr(row, whole));
+      a_.vpxord(bytes, bytes, flip);
+      a_.vmovdqa64(ptr(out, whole), bytes);
+    }
+    a_.add(row, lda);
+    a_.add(out, shape_.row_stride);
+    a_.dec(rows_left);
+    a_.jnz(next_row);
+  }
+
+  void begin_column_tile() {
+    const Gp columns = rax, limit = rbx;
+    a_.mov(limit.r32(), shape_.columns());
+    a_.cmp(role::n_left, limit);
+    a_.cmovl(limit, role::n_left);
+    a_.mov(columns, -1);
+    a_.bzhi(columns, columns, limit);
+    for (int p = 0; p < tile_.panels; ++p) {
+      a_.kmovw(mask(p), columns.r32());
+      if (p + 1 < tile_.panels)
+        a_.shr(columns, 16);
+    }
+  }
+
+  void begin_row_tile() {
+    a_.vpxor(Xmm(b(0).id()), Xmm(b(0).id()), Xmm(b(0).id()));
+    const int rows = shape_.heights.max;
+    for (int p = 0; p < tile_.panels; ++p) {
+      a_.k(mask(p)).z().vmovdqu32(acc(rows - 1, p), ptr(role::b_sums, 64 * p));
+      a_.vpslld(acc(rows - 1, p), acc(rows - 1, p), 7);
+      a_.vpsubd(acc(rows - 1, p), b(0), acc(rows - 1, p));
+      for (int row = 0; row + 1 < rows; ++row)
+        a_.vmovdqa64(acc(row, p), acc(rows - 1, p));
+      for (int set = 1; set < tile_.sets; ++set)
+        for (int row = 0; row < rows; ++row)
+          a_.vmovdqa64(acc(row, p, set), b(0));
+    }
+  }
+
+  void step(int height, int index) {
+    const int first = shape_.heights.max - height, set = index % tile_.sets;
+    for (int p = 0; p < tile_.panels; ++p) {
+      if (height > 1)
+        a_.vmovdqu64(b(p), panel_at(p, 64 * index));
+      if (tile_.prefetch > 0)
+        a_.prefetcht0(panel_at(p, 64 * index + tile_.prefetch));
+    }
+    for (int row = first; row < shape_.heights.max; ++row) {
+      a_.vpbroadcastd(bytes_of_a(), ptr(role::a_k, static_cast<int>((row - first) * shape_.row_stride) + 4 * index));
+      for (int p = 0; p < tile_.panels; ++p)
+        if (height > 1)
+          a_.vpdpbusd(acc(row, p, set), bytes_of_a(), b(p));
+        else
+          a_.vpdpbusd(acc(row, p, set), bytes_of_a(), panel_at(p, 64 * index));
+    }
+  }
+
+  void end_k(int height) {
+    for (int set = 1; set < tile_.sets; ++set)
+      for (int row = shape_.heights.max - height; row < shape_.heights.max; ++row)
+        for (int p = 0; p < tile_.panels; ++p)
+          a_.vpaddd(acc(row, p), acc(row, p), acc(row, p, set));
+  }
+
+  void store_row(int row) {
+    for (int p = 0; p < tile_.panels; ++p)
+      a_.k(mask(p)).vmovdqu32(ptr(role::c_row, 64 * p), acc(row, p));
+  }
+
+private:
+  Zmm acc(int row, int panel, int set = 0) const { return Zmm((set * shape_.heights.max + row) * tile_.panels + panel); }
+  Zmm b(int panel) const { return Zmm(31 - panel); }
+  Zmm bytes_of_a() const { return Zmm(31 - tile_.panels); }
+  static KReg mask(int panel) { return KReg(1 + panel); }
+
+  Assembler& a_;
+  const NestShape& shape_;
+  const Tile& tile_;
+};
+
+Status supports(const KernelDesc& desc, const Target&) {
+  if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
+    return Status::error(Code::unsupported, "a_dtype: allowed is s8");
+  // A tile's rows are addressed by 32-bit displacements.
+  constexpr std::int64_t max_k = 1 << 26;
+  if (desc.value[int8_mm::kK] > max_k)
+    return Status::error(Code::unsupported, fmt::format("k={}: allowed is at most {}", desc.value[int8_mm::kK], max_k));
+  return {};
+}
+
+Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
+  const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
+  const Tile tile = tile_for(m_class);
+  const NestShape shape{.heights = heights_for(m_class, tile.rows),
+                        .panels = tile.panels,
+                        .layout = kLayout,
+                        .k = k,
+                        .row_stride = ((k + 63) / 64 | 1) * 64, // an odd number of lines: rows fall into different sets
+                        .row_step = 4,
+                        .unroll = tile.unroll};
+  Assembler a;
+  Path path(a, shape, tile);
+  emit_nest(a, shape, path);
+  return a.finish(kFeatures, int8_mm::Plan{.layout = kLayout,
+                                           .m_step = tile.rows,
+                                           .n_step = shape.columns(),
+                                           .workspace_per_row = shape.row_stride}
+                                 .values());
+}
+
+} // namespace
+
+Implementation int8_mm_avx512vnni() {
+  return {.op = OpId::int8_mm,
+          .isa = IsaPath::avx512vnni,
+          .backend = BackendId::x86,
+          .generator = GeneratorId::asmjit,
+          .needs = kFeatures,
+          .supports = supports,
+          .pack_layout = [](const KernelDesc&, const Target&) { return kLayout.id(); },
+          .compile = compile};
+}
+
+} // namespace kiln::x86
