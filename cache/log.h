@@ -6,7 +6,7 @@
 
 namespace kiln {
 
-enum class LogLevel : std::uint8_t { trace, debug, info, warn, error, off };
+enum class LogLevel : int { trace, debug, info, warn, error, off };
 
 /// One engine's log. spdlog behind it; a host can give a sink of its own. Any thread may log.
 class Log {

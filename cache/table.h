@@ -110,7 +110,7 @@ public:
     return node;
   }
 
-  void add_reference(Node* node) { node->references_.fetch_add(1, std::memory_order_relaxed); }
+  static void add_reference(Node* node) { node->references_.fetch_add(1, std::memory_order_relaxed); }
 
   /// Gives up one reference. The last one destroys the value.
   static void release(Node* node) {

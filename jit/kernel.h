@@ -1,7 +1,9 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <string_view>
+#include <utility>
 
 #include "cache/digest.h"
 #include "cache/status.h"
@@ -52,6 +54,11 @@ public:
   ByteSpan text() const { return {text_, text_bytes_}; } ///< executable; empty for `reference`
   const void* entry() const { return entry_; }
   const void* plan() const { return plan_.get(); } ///< the op's own type
+  /// For the reader; they live as long as the kernel.
+  struct Texts {
+    std::string desc, features, key, pack_layout;
+  };
+  const Texts& texts() const { return texts_; }
   Runtime& runtime() const { return *runtime_; } ///< of its engine
 
   Source source = Source::compiled; ///< disk, compiled or builtin
@@ -60,6 +67,7 @@ public:
 
 private:
   Kernel() = default;
+  Status bind(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical, CodeObject code);
   Runtime* runtime_ = nullptr;
   const OpSpec* op_ = nullptr;
   const Implementation* implementation_ = nullptr;
@@ -71,6 +79,7 @@ private:
   std::size_t text_bytes_ = 0;
   const void* entry_ = nullptr;
   std::shared_ptr<const void> plan_;
+  Texts texts_;
 };
 
 using KernelTable = SharedTable<KernelDesc, Kernel>;

@@ -55,6 +55,8 @@ struct OpSpec {
   MRange (*m_range)(const KernelDesc&);
   /// A code object's launch plan in the op's own type (int8_mm::Plan); Code::integrity when it is not one.
   Result<std::shared_ptr<const void>> (*bind_plan)(std::span<const std::pair<std::string, std::int64_t>>);
+  /// Layout id of the packed weights that a kernel with this plan reads; null for an op without packs.
+  std::string (*pack_layout)(const void* plan);
   /// Multiply and add each count one.
   double (*operations)(const KernelDesc&);
   /// Compulsory traffic: each input and output once.

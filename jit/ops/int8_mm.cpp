@@ -104,6 +104,7 @@ const OpSpec& op() {
                               .canonical = canonical,
                               .m_range = m_range,
                               .bind_plan = bind_plan,
+                              .pack_layout = [](const void* plan) { return static_cast<const Plan*>(plan)->layout.id(); },
                               .operations = operations,
                               .bytes = bytes};
   return spec;

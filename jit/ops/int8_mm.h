@@ -51,6 +51,8 @@ struct PackLayout {
 void pack_panels(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n, std::int64_t k,
                  std::int64_t panel_begin, std::int64_t panel_end, std::int8_t* panels_out, std::int32_t* sums_out);
 
+struct Plan;
+
 /// One call of a kernel entry: m rows × n columns of C. Runs on one thread; kernels read nothing outside A's m rows of K elements,
 /// the pack's panels of that range and its sums, and write nothing outside C's m × n elements and the workspace.
 /// N and K are constants of the kernel; n is what the driver gives this call.
@@ -64,6 +66,9 @@ struct Call {
   std::int64_t m;   ///< in the kernel's range of m, > 0
   std::int64_t n;   ///< columns to compute, > 0; a multiple of plan.n_step unless the range ends at N
   void* workspace;  ///< 64-byte aligned, plan.workspace_bytes(m); private to the call
+  // What generated code has as constants, for `reference`:
+  std::int64_t k;
+  const Plan* plan;
 };
 using Entry = void (*)(const Call*);
 

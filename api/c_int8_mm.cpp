@@ -1,0 +1,126 @@
+#include "api/c_int8_mm.h"
+
+#include "api/c_structs.h"
+#include "jit/ops/int8_mm_driver.h"
+
+namespace kiln {
+namespace {
+
+using namespace kiln::int8_mm;
+
+Status bad(std::string_view field, std::int64_t value, std::string_view allowed) {
+  return Status::error(Code::invalid_argument, fmt::format("int8_mm: {} is {}: allowed is {}", field, value, allowed));
+}
+
+Status b_layout_of(std::int32_t value, BLayout& out) {
+  if (value != KILN_B_KN && value != KILN_B_NK)
+    return bad("b_layout", value, "KILN_B_KN (0) or KILN_B_NK (1)");
+  out = static_cast<BLayout>(value);
+  return {};
+}
+
+Status desc_from_c(const kiln_desc* given, KernelDesc& out) {
+  kiln_int8_mm_desc d;
+  if (Status s = read_sized("kiln_int8_mm_desc", given, given->size, offsetof(kiln_int8_mm_desc, b_layout), d); !s)
+    return s;
+  BLayout b_layout{};
+  if (Status s = b_layout_of(d.b_layout, b_layout); !s)
+    return s;
+  if (d.a_dtype != KILN_S8)
+    return bad("a_dtype", d.a_dtype, "KILN_S8 (0)");
+  if (d.c_dtype != KILN_S32)
+    return bad("c_dtype", d.c_dtype, "KILN_S32 (2)");
+  if (d.reserved != 0)
+    return bad("reserved", d.reserved, "0");
+  out = make_desc(d.m, d.n, d.k, b_layout);
+  return {};
+}
+
+class CPack final : public AnyPack {
+public:
+  explicit CPack(Pack pack) : pack_(std::move(pack)), layout_(pack_.layout().id()) {}
+  Status save(const std::string& path) const override { return pack_.save(path); }
+  Info info() const override { return {"int8_mm", layout_.c_str(), pack_.n(), pack_.k(), static_cast<std::uint64_t>(pack_.bytes())}; }
+  const Pack& pack() const { return pack_; }
+
+private:
+  Pack pack_;
+  std::string layout_;
+};
+
+Status args_from_c(const kiln_args* given, Args& out) {
+  kiln_int8_mm_args a;
+  if (Status s = read_sized("kiln_int8_mm_args", given, given->size, offsetof(kiln_int8_mm_args, workspace), a); !s)
+    return s;
+  if (Status s = b_layout_of(a.b_layout, out.b_layout); !s)
+    return s;
+  if (a.reserved != 0)
+    return bad("reserved", a.reserved, "0");
+  out.m = a.m;
+  out.a = a.a;
+  out.lda = a.lda;
+  if (a.b_pack != nullptr) {
+    // The only op with packs: a pack of any other kind cannot exist yet.
+    out.pack = &static_cast<const CPack&>(*a.b_pack->pack).pack();
+  }
+  out.b = a.b;
+  out.ldb = a.ldb;
+  out.c = a.c;
+  out.ldc = a.ldc;
+  out.threads = a.base.threads;
+  out.workspace = a.workspace;
+  out.workspace_bytes = a.workspace_bytes;
+  return {};
+}
+
+Status run_from_c(const Kernel& kernel, const kiln_args* given) {
+  Args args;
+  if (Status s = args_from_c(given, args); !s)
+    return s;
+  return int8_mm::run(kernel, args);
+}
+
+Result<std::uint64_t> workspace_from_c(const Kernel& kernel, const kiln_args* given) {
+  Args args;
+  if (Status s = args_from_c(given, args); !s)
+    return s;
+  return int8_mm::workspace_bytes(kernel, args);
+}
+
+/// A pack serves every m, so its layout is that of the unbounded class.
+Result<PackLayout> layout_for(Engine& engine, KernelDesc desc) {
+  desc.value[kM] = kAny;
+  const Result<std::string> id = engine.pack_layout(desc);
+  return id ? PackLayout::parse(*id) : Result<PackLayout>(id.status());
+}
+
+Result<std::unique_ptr<AnyPack>> pack_from_c(Engine& engine, const KernelDesc& desc, const void* b, std::int64_t ldb) {
+  const Result<PackLayout> layout = layout_for(engine, desc);
+  if (!layout)
+    return layout.status();
+  Result<Pack> pack = Pack::make(*layout, static_cast<const std::int8_t*>(b), ldb, static_cast<BLayout>(desc.value[kBLayout]), desc.value[kN],
+                                 desc.value[kK], engine.runtime().parallel);
+  if (!pack)
+    return pack.status();
+  return std::unique_ptr<AnyPack>(std::make_unique<CPack>(std::move(*pack)));
+}
+
+Result<std::unique_ptr<AnyPack>> load_pack_from_c(Engine& engine, const KernelDesc& desc, const std::string& path) {
+  const Result<PackLayout> layout = layout_for(engine, desc);
+  if (!layout)
+    return layout.status();
+  Result<Pack> pack = Pack::load(path);
+  if (!pack)
+    return pack.status();
+  if (!(pack->layout() == *layout) || pack->n() != desc.value[kN] || pack->k() != desc.value[kK])
+    return Status::error(Code::invalid_argument,
+                         fmt::format("{}: a pack of layout {} n={} k={}: allowed here is layout {} n={} k={}", path, pack->layout().id(), pack->n(),
+                                     pack->k(), layout->id(), desc.value[kN], desc.value[kK]));
+  return std::unique_ptr<AnyPack>(std::make_unique<CPack>(std::move(*pack)));
+}
+
+} // namespace
+
+COp c_int8_mm() { return {OpId::int8_mm, desc_from_c, run_from_c, workspace_from_c, pack_from_c, load_pack_from_c}; }
+
+} // namespace kiln

@@ -1,0 +1,439 @@
+#include "jit/engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+#include <fmt/format.h>
+
+#include "jit/background.h"
+#include "jit/dump.h"
+#include "jit/perf.h"
+
+namespace kiln {
+namespace {
+
+/// How long a thread waits for another's compile before it compiles for itself.
+constexpr std::chrono::milliseconds kCompilePatience{2000};
+
+std::int64_t microseconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start).count();
+}
+
+} // namespace
+
+// ---------------------------------------------------------------- candidates and keys
+
+namespace {
+
+/// One implementation's kernel for one canonical desc on one target: everything its key is made of.
+struct Choice {
+  const Implementation* implementation = nullptr;
+  std::string key_text;
+  Digest key;
+};
+
+/// Why this row does not serve the desc on the target under these toggles; empty when it does.
+std::string refusal(const Implementation& row, const KernelDesc& desc, const Target& target, const Config& config) {
+  if (row.device != desc.device.kind)
+    return "for another device";
+  if (!row.any_arch && row.arch != target.arch)
+    return fmt::format("made for {}", name_of(row.arch));
+  IsaPath forced{};
+  const bool is_forced = config.forced_path(desc.op, forced);
+  if (is_forced && row.isa != forced)
+    return fmt::format("KILN_FORCE takes {} only", name_of(forced));
+  if (config.disables(row))
+    return "left out by KILN_DISABLE";
+  if (const Features missing = row.features_for(desc, target).without(target.features); !missing.empty())
+    return fmt::format("the machine lacks {}", missing.text());
+  if (row.supports != nullptr)
+    if (const Status status = row.supports(desc, target); !status)
+      return status.message();
+  if (!is_forced && row.declines != nullptr)
+    return row.declines(desc, target);
+  return {};
+}
+
+Choice choice_of(const Implementation& row, const KernelDesc& canonical, const Target& target) {
+  Choice choice;
+  choice.implementation = &row;
+  if (row.compile == nullptr)
+    return choice; // nothing to store
+  KernelDesc portable = canonical;
+  portable.device.index = 0; // which of several equal devices changes no code
+  choice.key_text = fmt::format("format=1\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\n", row.generator_digest,
+                                portable.text(), name_of(row.isa), name_of(target.arch), row.features_for(canonical, target).text(),
+                                row.vector_bits ? row.vector_bits(target) : 0);
+  choice.key = digest_of({reinterpret_cast<const std::uint8_t*>(choice.key_text.data()), choice.key_text.size()});
+  return choice;
+}
+
+} // namespace
+
+// ---------------------------------------------------------------- the engine
+
+struct Engine::State {
+  explicit State(EngineOptions o)
+      : options(std::move(o)), log(options.config.log, options.log_sink, options.log_context),
+        runtime(options.machine, options.config.threads > 0 ? options.config.threads : options.machine.cores, options.parallel_for, options.parallel_context),
+        perf(options.config.perf, log), table(options.max_code_bytes, [this] { delete this; }) {}
+
+  EngineOptions options;
+  Log log;
+  Runtime runtime;
+  PerfReporter perf;
+  std::unique_ptr<Store> store;
+  std::atomic<std::uint64_t> disk_hits{0}, compiled{0}, failed{0}, fallbacks{0}, compile_us{0};
+  std::atomic<bool> warned_no_executable_memory{false};
+  KernelTable table;
+  std::unique_ptr<Background> background; ///< ends before anything it uses
+
+  const Config& config() const { return options.config; }
+  const Target& target() const { return runtime.machine.target; }
+
+  Result<Choice> choose(const KernelDesc& canonical, const Target& for_target) const;
+  Result<KernelRef> lookup(const KernelDesc& canonical, MissPolicy on_miss);
+  Result<KernelTable::Made> make(const KernelDesc& canonical, MissPolicy on_miss);
+  Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical);
+  Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target, std::int64_t& us);
+  Result<KernelTable::Made> stand_in(const Choice& choice, const KernelDesc& canonical);
+  const Implementation* builtin_for(const KernelDesc& canonical) const;
+};
+
+Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
+  auto state = std::make_unique<State>(std::move(options));
+  for (const std::string& warning : state->config().warnings)
+    state->log.warn(warning);
+  if (state->config().cache != CacheMode::off && !state->config().disk_disabled) {
+    StoreOptions store;
+    store.directory = state->config().cache_dir;
+    store.key_directory = state->config().key_dir;
+    store.mode = state->config().cache;
+    store.max_bytes = state->config().cache_max_mb << 20;
+    Result<std::unique_ptr<Store>> opened = Store::open(std::move(store), state->log);
+    if (opened)
+      state->store = std::move(*opened);
+    else
+      state->log.warn(fmt::format("no cache on disk: {}", opened.status().message()));
+  }
+  State* const s = state.release();
+  s->background = std::make_unique<Background>([s](const KernelDesc& canonical) {
+    if (const Result<KernelRef> kernel = s->lookup(canonical, MissPolicy::compile); !kernel)
+      s->log.warn(fmt::format("prefetch of {}: {}", canonical.text(), kernel.status().message()));
+  });
+  return std::unique_ptr<Engine>(new Engine(s));
+}
+
+Engine::~Engine() {
+  state_->background.reset();
+  state_->store.reset();
+  state_->table.close(); // deletes the state now, or with the last kernel
+}
+
+Result<KernelRef> Engine::get(const KernelDesc& desc) {
+  if (Status status = check_desc(desc); !status)
+    return status;
+  const KernelDesc canonical = find_op(desc.op)->canonical(desc);
+  if (KernelNode* hit = state_->table.find(canonical))
+    return KernelRef(hit);
+  return state_->lookup(canonical, state_->config().miss);
+}
+
+/// L1 again, under its lock; then one thread makes the kernel and the others wait for it.
+Result<KernelRef> Engine::State::lookup(const KernelDesc& canonical, MissPolicy on_miss) {
+  Status failure;
+  const auto make_or_remember = [&]() -> std::optional<KernelTable::Made> {
+    try {
+      Result<KernelTable::Made> made = make(canonical, on_miss);
+      if (made)
+        return std::move(*made);
+      failure = made.status();
+    } catch (const std::exception& e) { // libraries throw; waiters must be told all the same
+      failure = Status::error(Code::out_of_memory, fmt::format("{}: {}", canonical.text(), e.what()));
+    }
+    return std::nullopt;
+  };
+  KernelNode* const node = table.get_or_make(canonical, make_or_remember, kCompilePatience);
+  if (node != nullptr)
+    return KernelRef(node);
+  ++failed;
+  return failure;
+}
+
+/// Disk, then the compiler. What is compiled is stored; a store that fails has said so in the log.
+Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissPolicy on_miss) {
+  const Result<Choice> choice = choose(canonical, target());
+  if (!choice)
+    return choice.status();
+  const auto resident = [&](Kernel kernel) {
+    perf.loaded(kernel.text().data(), kernel.text().size(), fmt::format("kiln {} {}", canonical.text(), name_of(kernel.implementation().isa)));
+    const std::size_t weight = kernel.text().size() + sizeof(Kernel);
+    return KernelTable::Made{std::move(kernel), weight};
+  };
+  if (choice->implementation->builtin != nullptr) {
+    Result<Kernel> kernel = Kernel::builtin(runtime, *choice->implementation, canonical, "");
+    return kernel ? Result<KernelTable::Made>(resident(std::move(*kernel))) : kernel.status();
+  }
+  if (Result<Kernel> stored = from_disk(*choice, canonical)) {
+    ++disk_hits;
+    return resident(std::move(*stored));
+  }
+  if (on_miss == MissPolicy::error)
+    return Status::error(Code::miss, fmt::format("{} ({}) is not cached and KILN_MISS=error forbids compiling it", canonical.text(), name_of(choice->implementation->isa)));
+  if (on_miss == MissPolicy::fallback && canonical.device.kind == DeviceKind::cpu) {
+    background->add(canonical);
+    return stand_in(*choice, canonical);
+  }
+  std::int64_t us = 0;
+  Result<CodeObject> code = compile(*choice, canonical, target(), us);
+  if (!code)
+    return code.status();
+  Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
+  if (!kernel && kernel.status().code() == Code::unsupported && builtin_for(canonical) != nullptr) {
+    if (!warned_no_executable_memory.exchange(true))
+      log.warn(fmt::format("{}; the reference kernels serve instead, slowly", kernel.status().message()));
+    return stand_in(*choice, canonical);
+  }
+  if (!kernel)
+    return kernel.status();
+  kernel->compile_us = us;
+  return resident(std::move(*kernel));
+}
+
+Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& canonical) {
+  const auto start = std::chrono::steady_clock::now();
+  std::optional<StoreRow> row;
+  if (store)
+    row = store->get(choice.key);
+  if (!row)
+    return Status::error(Code::not_found, "not on disk");
+  Result<CodeObject> code = CodeObject::parse(row->code);
+  Result<Kernel> kernel = code ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code)) : Result<Kernel>(code.status());
+  if (!kernel) {
+    log.warn(fmt::format("stored kernel {} is passed over: {}", choice.key.hex().substr(0, 16), kernel.status().message()));
+    return kernel;
+  }
+  kernel->source = Source::disk;
+  kernel->compile_us = row->compile_us;
+  kernel->load_us = microseconds_since(start);
+  return kernel;
+}
+
+Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target, std::int64_t& us) {
+  const Implementation& row = *choice.implementation;
+  const auto start = std::chrono::steady_clock::now();
+  Result<CodeObject> code = row.compile(canonical, for_target);
+  us = microseconds_since(start);
+  if (!code)
+    return code;
+  ++compiled;
+  compile_us += static_cast<std::uint64_t>(us);
+  if (log.enabled(LogLevel::debug))
+    log.debug(fmt::format("compiled {} ({}) in {} us, {} bytes", canonical.text(), name_of(row.isa), us, code->image.size()));
+  if (!config().dump_dir.empty())
+    dump_code(config().dump_dir, choice.key, row.isa, canonical, *code, options.disassemble, log);
+  if (store) {
+    StoreRow stored;
+    stored.key = choice.key;
+    stored.op = find_op(canonical.op)->name;
+    stored.desc = canonical.text();
+    stored.isa = name_of(row.isa);
+    stored.target = fmt::format("{}:{}", name_of(code->arch), code->features.text());
+    stored.generator = row.generator_digest;
+    stored.code = code->serialise();
+    stored.compile_us = us;
+    if (const Status status = store->put(stored); !status)
+      log.debug(fmt::format("{} was not stored: {}", stored.desc, status.message()));
+  }
+  return code;
+}
+
+/// A builtin kernel that reads the same packs as the chosen one; for this caller only.
+Result<KernelTable::Made> Engine::State::stand_in(const Choice& choice, const KernelDesc& canonical) {
+  const Implementation* const row = builtin_for(canonical);
+  if (row == nullptr)
+    return Status::error(Code::unsupported, fmt::format("{}: nothing can run it without compiling", canonical.text()));
+  const Implementation& chosen = *choice.implementation;
+  Result<Kernel> kernel = Kernel::builtin(runtime, *row, canonical, chosen.pack_layout ? chosen.pack_layout(canonical, target()) : "");
+  if (!kernel)
+    return kernel.status();
+  ++fallbacks;
+  return KernelTable::Made{std::move(*kernel), 0, false};
+}
+
+const Implementation* Engine::State::builtin_for(const KernelDesc& canonical) const {
+  for (const Implementation& row : options.implementations)
+    if (row.op == canonical.op && row.builtin != nullptr)
+      return &row;
+  return nullptr;
+}
+
+Result<Choice> Engine::State::choose(const KernelDesc& canonical, const Target& for_target) const {
+  std::string reasons;
+  for (const Implementation& row : options.implementations) {
+    if (row.op != canonical.op)
+      continue;
+    const std::string reason = refusal(row, canonical, for_target, config());
+    if (reason.empty())
+      return choice_of(row, canonical, for_target);
+    reasons += fmt::format("; {}: {}", name_of(row.isa), reason);
+  }
+  return Status::error(Code::unsupported, fmt::format("nothing computes {} here{}", canonical.text(), reasons));
+}
+
+// ---------------------------------------------------------------- beside the path of a call
+
+Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* target) {
+  if (Status status = check_desc(desc); !status)
+    return status;
+  if (!state_->store || state_->config().cache != CacheMode::read_write)
+    return Status::error(Code::unsupported, "warmup needs a cache on disk that may be written: see KILN_CACHE, KILN_CACHE_DIR and KILN_DISABLE");
+  const KernelDesc canonical = find_op(desc.op)->canonical(desc);
+  const Target& for_target = target != nullptr ? *target : state_->target();
+  const Result<Choice> choice = state_->choose(canonical, for_target);
+  if (!choice)
+    return choice.status();
+  if (choice->implementation->compile == nullptr)
+    return Warmed::hit; // part of the library
+  if (state_->store->get(choice->key))
+    return Warmed::hit;
+  std::int64_t us = 0;
+  if (const Result<CodeObject> code = state_->compile(*choice, canonical, for_target, us); !code) {
+    ++state_->failed;
+    return code.status();
+  }
+  if (!state_->store->get(choice->key))
+    return Status::error(Code::io, fmt::format("{} was compiled but could not be stored in {}", canonical.text(), state_->store->path()));
+  return Warmed::compiled;
+}
+
+Status Engine::prefetch(std::span<const KernelDesc> descs) {
+  for (const KernelDesc& desc : descs)
+    if (Status status = check_desc(desc); !status)
+      return status;
+  for (const KernelDesc& desc : descs)
+    state_->background->add(find_op(desc.op)->canonical(desc));
+  return {};
+}
+
+bool Engine::wait_prefetched(std::chrono::milliseconds timeout) { return state_->background->wait_empty(timeout); }
+
+Result<std::string> Engine::pack_layout(const KernelDesc& desc) {
+  if (Status status = check_desc(desc); !status)
+    return status;
+  const Result<Choice> choice = state_->choose(find_op(desc.op)->canonical(desc), state_->target());
+  if (!choice)
+    return choice.status();
+  if (choice->implementation->pack_layout == nullptr)
+    return Status::error(Code::unsupported, fmt::format("{} takes no packed weights", find_op(desc.op)->name));
+  return choice->implementation->pack_layout(desc, state_->target());
+}
+
+namespace {
+
+/// The fields in which two key texts (lines of name=value, the desc's fields counting each) differ.
+std::vector<std::string> differing_fields(std::string_view stored_desc, const StoreRow& row, const KernelDesc& canonical, const Implementation& implementation) {
+  std::vector<std::string> fields;
+  if (row.generator != implementation.generator_digest)
+    fields.push_back("generator");
+  if (row.isa != name_of(implementation.isa))
+    fields.push_back("isa");
+  const Result<KernelDesc> other = parse_desc(stored_desc);
+  const OpSpec& op = *find_op(canonical.op);
+  for (std::size_t i = 0; i < op.fields.size(); ++i)
+    if (!other || other->value[i] != canonical.value[i])
+      fields.emplace_back(op.fields[i].name);
+  return fields;
+}
+
+std::string join(const std::vector<std::string>& words) {
+  std::string out;
+  for (const std::string& word : words)
+    out += (out.empty() ? "" : ", ") + word;
+  return out;
+}
+
+} // namespace
+
+Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
+  Explanation e;
+  const OpSpec& op = *find_op(desc.op);
+  e.canonical = op.canonical(desc);
+  e.m_range = op.m_range(e.canonical);
+  const Target& for_target = target != nullptr ? *target : state_->target();
+  for (const Implementation& row : state_->options.implementations) {
+    if (row.op != e.canonical.op)
+      continue;
+    Explanation::Candidate candidate{&row, false, refusal(row, e.canonical, for_target, state_->config())};
+    if (candidate.reason.empty() && e.taken != nullptr)
+      candidate.reason = fmt::format("{} is preferred", name_of(e.taken->isa));
+    candidate.taken = candidate.reason.empty();
+    if (candidate.taken)
+      e.taken = &row;
+    e.candidates.push_back(std::move(candidate));
+  }
+  e.tier = "none";
+  if (e.taken == nullptr)
+    return e;
+  Choice choice = choice_of(*e.taken, e.canonical, for_target);
+  e.key = choice.key;
+  e.key_text = std::move(choice.key_text);
+  if (e.taken->pack_layout != nullptr)
+    e.pack_layout = e.taken->pack_layout(e.canonical, for_target);
+  if (target == nullptr)
+    if (KernelNode* hit = state_->table.find(e.canonical)) {
+      KernelTable::release(hit);
+      e.tier = "memory";
+      return e;
+    }
+  if (!state_->store || e.taken->compile == nullptr)
+    return e;
+  if (state_->store->get(e.key)) {
+    e.tier = "disk";
+    return e;
+  }
+  const Result<std::vector<Store::Listed>> rows = state_->store->list();
+  std::size_t fewest = SIZE_MAX;
+  for (const Store::Listed& listed : rows ? *rows : std::vector<Store::Listed>()) {
+    if (listed.row.op != op.name)
+      continue;
+    std::vector<std::string> fields = differing_fields(listed.row.desc, listed.row, e.canonical, *e.taken);
+    if (fields.empty())
+      fields.push_back("features"); // all that the readable columns do not tell apart
+    if (fields.size() < fewest) {
+      fewest = fields.size();
+      e.nearest = fmt::format("{} {} ({}) differs in {}", listed.row.key.hex().substr(0, 16), listed.row.desc, listed.row.isa, join(fields));
+    }
+  }
+  return e;
+}
+
+EngineStats Engine::stats() {
+  EngineStats stats;
+  const auto table = state_->table.stats();
+  stats.memory_hits = table.hits;
+  stats.kernels = table.resident;
+  stats.evictions = table.evictions;
+  stats.code_bytes = table.weight;
+  stats.disk_hits = state_->disk_hits;
+  stats.compiled = state_->compiled;
+  stats.failed = state_->failed;
+  stats.fallbacks = state_->fallbacks;
+  stats.compile_us = state_->compile_us;
+  if (state_->store)
+    if (const Result<StoreStats> store = state_->store->stats()) {
+      stats.has_store = true;
+      stats.store = *store;
+    }
+  return stats;
+}
+
+const Config& Engine::config() const { return state_->config(); }
+const Machine& Engine::machine() const { return state_->runtime.machine; }
+const Log& Engine::log() const { return state_->log; }
+Runtime& Engine::runtime() { return state_->runtime; }
+Store* Engine::store() { return state_->store.get(); }
+std::span<const Implementation> Engine::implementations() const { return state_->options.implementations; }
+
+} // namespace kiln

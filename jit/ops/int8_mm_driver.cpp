@@ -1,0 +1,329 @@
+#include "jit/ops/int8_mm_driver.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+
+#include <fmt/format.h>
+
+#include "cache/file.h"
+#include "jit/pages.h"
+
+namespace kiln::int8_mm {
+namespace {
+
+// ---------------------------------------------------------------- checks
+
+Status bad(std::string_view argument, std::string_view given, std::string_view allowed) {
+  return Status::error(Code::invalid_argument, fmt::format("int8_mm: {} is {}: allowed is {}", argument, given, allowed));
+}
+
+/// A matrix argument of `rows` rows: present, and with a stride of at least its row length.
+Status check_matrix(std::string_view name, std::string_view stride_name, const void* data, std::int64_t rows, std::int64_t columns,
+                    std::int64_t stride) {
+  if (stride < columns)
+    return bad(stride_name, std::to_string(stride), fmt::format("{} or more", columns));
+  if (rows > 1 && stride > (std::int64_t{1} << 60) / rows)
+    return bad(stride_name, std::to_string(stride), fmt::format("a matrix of at most 2^60 elements in {} rows", rows));
+  if (data == nullptr && rows > 0 && columns > 0)
+    return bad(name, "null", fmt::format("a {} x {} matrix", rows, columns));
+  return {};
+}
+
+Status check_pack(const Plan& plan, const Pack& pack, std::int64_t n, std::int64_t k) {
+  if (pack.n() != n || pack.k() != k)
+    return bad("b_pack", fmt::format("a pack of n={} k={}", pack.n(), pack.k()), fmt::format("one of n={} k={}", n, k));
+  if (!(pack.layout() == plan.layout))
+    return bad("b_pack", fmt::format("a pack of layout {}", pack.layout().id()),
+               fmt::format("layout {}, which this kernel reads: make the pack under the same toggles", plan.layout.id()));
+  return {};
+}
+
+Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std::int64_t n, std::int64_t k) {
+  const MRange range = kernel.m_range();
+  if (args.m != 0 && (args.m < range.min || args.m > range.max))
+    return bad("m", std::to_string(args.m), fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, range.max));
+  if (Status s = check_matrix("a", "lda", args.a, args.m, k, args.lda); !s)
+    return s;
+  if (Status s = check_matrix("c", "ldc", args.c, args.m, n, args.ldc); !s)
+    return s;
+  if (args.threads < 0)
+    return bad("threads", std::to_string(args.threads), "0 or more");
+  if (args.pack != nullptr)
+    return args.b == nullptr ? check_pack(plan, *args.pack, n, k) : bad("b", "given beside b_pack", "one of the two");
+  const bool nk = args.b_layout == BLayout::nk;
+  return check_matrix("b", "ldb", args.b, nk ? n : k, nk ? k : n, args.ldb);
+}
+
+// ---------------------------------------------------------------- cutting a call into ranges
+
+constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) { return (v + step - 1) / step * step; }
+
+/// Part i of `parts` nearly equal parts of [0, size), cut at multiples of `step`.
+struct Range {
+  std::int64_t begin, end;
+  std::int64_t size() const { return end - begin; }
+};
+Range part(std::int64_t size, std::int64_t step, std::int64_t parts, std::int64_t i) {
+  const std::int64_t units = (size + step - 1) / step;
+  return {std::min(size, units * i / parts * step), std::min(size, units * (i + 1) / parts * step)};
+}
+
+/// How a call is cut: tasks for threads, row blocks that keep A in the L2 cache, and for a raw B the columns packed at a time.
+/// Every cut of rows leaves pieces that the kernel's class of m serves.
+struct Cut {
+  std::int64_t n_parts = 1, m_parts = 1;
+  std::int64_t m_blocks = 1;      ///< of each part
+  std::int64_t chunk_columns = 0; ///< of a raw B, 0 for a pack
+  std::int64_t kernel_workspace = 0, chunk_bytes = 0; ///< of one task, multiples of 64
+  std::int64_t tasks() const { return n_parts * m_parts; }
+  std::int64_t task_bytes() const { return kernel_workspace + chunk_bytes; }
+};
+
+/// A second thread pays when the call takes longer than a few times the pool's hand-over; rates are those of one recent core.
+constexpr double kOperationsPerMicrosecond = 1e6, kBytesPerMicrosecond = 1e5, kFewestMicroseconds = 8;
+
+bool worth_threads(double m, double n, double k) {
+  return std::max(2 * m * n * k / kOperationsPerMicrosecond, n * k / kBytesPerMicrosecond) > kFewestMicroseconds;
+}
+
+/// The most parts of m rows that all stay within the kernel's class.
+std::int64_t most_row_parts(const Kernel& kernel, const Plan& plan, std::int64_t m) {
+  return std::max<std::int64_t>(1, m / (std::max<std::int64_t>(kernel.m_range().min, 1) + plan.m_step));
+}
+
+Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int64_t n, std::int64_t k) {
+  const Runtime& runtime = kernel.runtime();
+  Cut cut;
+  const int threads = args.threads > 0 ? std::min(args.threads, runtime.parallel.threads()) : runtime.parallel.threads();
+  if (threads > 1 && worth_threads(static_cast<double>(args.m), static_cast<double>(n), static_cast<double>(k))) {
+    cut.n_parts = std::min<std::int64_t>(threads, (n + plan.n_step - 1) / plan.n_step);
+    cut.m_parts = std::min(threads / cut.n_parts, most_row_parts(kernel, plan, args.m));
+  }
+  const std::int64_t rows = (args.m + cut.m_parts - 1) / cut.m_parts;
+  // Half of L2 for A's rows, the rest for the panels that stream through.
+  const std::int64_t l2 = runtime.machine.l2_bytes;
+  const std::int64_t rows_in_cache = std::max<std::int64_t>(plan.m_step, l2 / 2 / std::max<std::int64_t>(k, 1));
+  cut.m_blocks = std::clamp<std::int64_t>((rows + rows_in_cache - 1) / rows_in_cache, 1, most_row_parts(kernel, plan, rows));
+  const std::int64_t block_rows = round_up((rows + cut.m_blocks - 1) / cut.m_blocks, plan.m_step);
+  cut.kernel_workspace = round_up(plan.workspace_bytes(block_rows), 64);
+  if (args.pack == nullptr) {
+    const std::int64_t step_bytes = plan.n_step / plan.layout.n_block * plan.layout.panel_bytes(k);
+    const std::int64_t columns_in_cache = std::max<std::int64_t>(1, l2 / 2 / std::max<std::int64_t>(step_bytes, 1)) * plan.n_step;
+    cut.chunk_columns = std::min(columns_in_cache, round_up((n + cut.n_parts - 1) / cut.n_parts, plan.n_step));
+    cut.chunk_bytes = plan.layout.bytes(cut.chunk_columns, k);
+  }
+  return cut;
+}
+
+// ---------------------------------------------------------------- running
+
+struct Run {
+  const Plan& plan;
+  const Args& args;
+  Entry entry;
+  std::int64_t n, k;
+  Cut cut;
+  std::atomic<bool> out_of_memory{false};
+
+  /// Columns [columns.begin, columns.end) with their panels at b, for every row block of `rows`.
+  void columns_of(Range rows, Range columns, const std::int8_t* b, const std::int32_t* sums, void* workspace) const {
+    for (std::int64_t i = 0; i < cut.m_blocks; ++i) {
+      const Range block = part(rows.size(), plan.m_step, cut.m_blocks, i);
+      const std::int64_t row = rows.begin + block.begin;
+      const Call call = {.a = args.a + row * args.lda,
+                         .lda = args.lda,
+                         .b = b,
+                         .b_sums = sums,
+                         .c = args.c + row * args.ldc + columns.begin,
+                         .ldc = args.ldc,
+                         .m = block.size(),
+                         .n = columns.size(),
+                         .workspace = workspace,
+                         .k = k,
+                         .plan = &plan};
+      entry(&call);
+    }
+  }
+
+  void task(std::size_t index) {
+    const std::int64_t i = static_cast<std::int64_t>(index);
+    const Range rows = part(args.m, plan.m_step, cut.m_parts, i / cut.n_parts);
+    const Range columns = part(n, plan.n_step, cut.n_parts, i % cut.n_parts);
+    if (rows.size() == 0 || columns.size() == 0)
+      return;
+    std::uint8_t* workspace = args.workspace != nullptr
+                                  ? static_cast<std::uint8_t*>(args.workspace) + i * cut.task_bytes()
+                                  : static_cast<std::uint8_t*>(thread_scratch(ScratchSlot::workspace, static_cast<std::size_t>(cut.task_bytes())));
+    if (workspace == nullptr && cut.task_bytes() > 0) {
+      out_of_memory = true;
+      return;
+    }
+    const std::int64_t first_panel = columns.begin / plan.layout.n_block;
+    if (args.pack != nullptr) {
+      columns_of(rows, columns, args.pack->panels() + first_panel * plan.layout.panel_bytes(k), args.pack->sums() + columns.begin, workspace);
+      return;
+    }
+    auto* const panels = reinterpret_cast<std::int8_t*>(workspace + cut.kernel_workspace);
+    auto* const sums = reinterpret_cast<std::int32_t*>(panels + plan.layout.sums_offset(cut.chunk_columns, k));
+    for (std::int64_t begin = columns.begin; begin < columns.end; begin += cut.chunk_columns) {
+      const Range chunk = {begin, std::min(columns.end, begin + cut.chunk_columns)};
+      pack_panels(plan.layout, args.b, args.ldb, args.b_layout, n, k, chunk.begin / plan.layout.n_block, plan.layout.panels(chunk.end), panels, sums);
+      columns_of(rows, chunk, panels, sums, workspace);
+    }
+  }
+};
+
+} // namespace
+
+Status run(const Kernel& kernel, const Args& args) {
+  const Plan& plan = *static_cast<const Plan*>(kernel.plan());
+  const std::int64_t n = kernel.desc().value[kN], k = kernel.desc().value[kK];
+  if (Status status = check_args(kernel, plan, args, n, k); !status)
+    return status;
+  if (args.m == 0 || n == 0)
+    return {};
+  Run run = {plan, args, reinterpret_cast<Entry>(reinterpret_cast<std::uintptr_t>(kernel.entry())), n, k, cut_call(kernel, plan, args, n, k)};
+  if (args.workspace != nullptr) {
+    if (reinterpret_cast<std::uintptr_t>(args.workspace) % 64 != 0)
+      return bad("workspace", fmt::format("{}", args.workspace), "64-byte aligned memory");
+    const std::uint64_t needed = static_cast<std::uint64_t>(run.cut.tasks() * run.cut.task_bytes());
+    if (args.workspace_bytes < needed)
+      return bad("workspace_bytes", std::to_string(args.workspace_bytes), fmt::format("{} or more", needed));
+  }
+  if (run.cut.tasks() == 1)
+    run.task(0);
+  else
+    kernel.runtime().parallel.run(static_cast<std::size_t>(run.cut.tasks()),
+                                  [](void* context, std::size_t index) { static_cast<Run*>(context)->task(index); }, &run);
+  if (run.out_of_memory)
+    return Status::error(Code::out_of_memory, fmt::format("int8_mm: no memory for {} bytes of workspace; the output is incomplete", run.cut.task_bytes()));
+  return {};
+}
+
+Result<std::uint64_t> workspace_bytes(const Kernel& kernel, const Args& args) {
+  const Plan& plan = *static_cast<const Plan*>(kernel.plan());
+  const MRange range = kernel.m_range();
+  if (args.m != 0 && (args.m < range.min || args.m > range.max))
+    return bad("m", std::to_string(args.m), fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, range.max));
+  const Cut cut = cut_call(kernel, plan, args, kernel.desc().value[kN], kernel.desc().value[kK]);
+  return static_cast<std::uint64_t>(cut.tasks() * cut.task_bytes());
+}
+
+// ---------------------------------------------------------------- packs
+
+namespace {
+constexpr std::array<char, 8> kPackMagic = {'K', 'I', 'L', 'N', 'P', 'A', 'C', 'K'};
+constexpr std::uint32_t kPackVersion = 1;
+/// Panels packed by one task: enough to hide its hand-over, few enough to balance.
+constexpr std::int64_t kPanelsPerTask = 16;
+
+Bytes pack_header(const PackLayout& layout, std::int64_t n, std::int64_t k, const Digest& digest) {
+  Writer w;
+  for (const char c : kPackMagic)
+    w.u8(static_cast<std::uint8_t>(c));
+  w.u32(kPackVersion);
+  w.string("int8_mm");
+  w.string(layout.id());
+  w.i64(n);
+  w.i64(k);
+  w.blob(digest.bytes);
+  return w.take();
+}
+
+/// Over the header with a zero digest and the data, so that neither can be exchanged alone.
+Digest pack_digest(const PackLayout& layout, std::int64_t n, std::int64_t k, ByteSpan data) {
+  Writer w;
+  w.blob(pack_header(layout, n, k, {}));
+  w.blob(digest_of(data).bytes);
+  return digest_of(w.bytes());
+}
+} // namespace
+
+void Pack::Free::operator()(std::int8_t* p) const { free_pages(p); }
+
+Result<Pack> Pack::allocate(PackLayout layout, std::int64_t n, std::int64_t k) {
+  Pack pack;
+  pack.layout_ = layout;
+  pack.n_ = n;
+  pack.k_ = k;
+  const std::int64_t bytes = std::max<std::int64_t>(pack.bytes(), 64);
+  pack.data_.reset(static_cast<std::int8_t*>(allocate_pages(static_cast<std::size_t>(bytes))));
+  if (!pack.data_)
+    return Status::error(Code::out_of_memory, fmt::format("int8_mm: no memory for a pack of {} bytes (n={} k={})", bytes, n, k));
+  return pack;
+}
+
+Result<Pack> Pack::make(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n, std::int64_t k,
+                        Parallel& parallel) {
+  const bool nk = b_layout == BLayout::nk;
+  if (Status s = check_matrix("b", "ldb", b, nk ? n : k, nk ? k : n, ldb); !s)
+    return s;
+  Result<Pack> pack = allocate(layout, n, k);
+  if (!pack)
+    return pack;
+  struct Job {
+    const Pack& pack;
+    const std::int8_t* b;
+    std::int64_t ldb;
+    BLayout b_layout;
+    std::int64_t panels;
+  } job = {*pack, b, ldb, b_layout, layout.panels(n)};
+  const std::int64_t tasks = (job.panels + kPanelsPerTask - 1) / kPanelsPerTask;
+  parallel.run(
+      static_cast<std::size_t>(tasks),
+      [](void* context, std::size_t i) {
+        const Job& j = *static_cast<const Job*>(context);
+        const PackLayout& l = j.pack.layout_;
+        const std::int64_t begin = static_cast<std::int64_t>(i) * kPanelsPerTask, end = std::min(j.panels, begin + kPanelsPerTask);
+        pack_panels(l, j.b, j.ldb, j.b_layout, j.pack.n_, j.pack.k_, begin, end, j.pack.data_.get() + begin * l.panel_bytes(j.pack.k_),
+                    const_cast<std::int32_t*>(j.pack.sums()) + begin * l.n_block);
+      },
+      &job);
+  // The alignment gap after the sums is part of the file and its digest.
+  const std::int64_t used = layout.sums_offset(n, k) + job.panels * layout.n_block * 4;
+  std::memset(pack->data_.get() + used, 0, static_cast<std::size_t>(pack->bytes() - used));
+  return pack;
+}
+
+Status Pack::save(const std::string& path) const {
+  const ByteSpan data = {reinterpret_cast<const std::uint8_t*>(data_.get()), static_cast<std::size_t>(bytes())};
+  const Bytes header = pack_header(layout_, n_, k_, pack_digest(layout_, n_, k_, data));
+  return write_file_atomically(path, {header, data});
+}
+
+Result<Pack> Pack::load(const std::string& path) {
+  Result<Bytes> file = read_file(path);
+  if (!file)
+    return file.status();
+  const auto damaged = [&](std::string_view why) { return Status::error(Code::integrity, fmt::format("{}: not a pack of Kiln, or damaged: {}", path, why)); };
+  Reader r(*file);
+  for (const char c : kPackMagic)
+    if (r.u8() != static_cast<std::uint8_t>(c))
+      return damaged("it does not begin with KILNPACK");
+  if (const std::uint32_t version = r.u32(); version != kPackVersion)
+    return damaged(fmt::format("format version {}, known is {}", version, kPackVersion));
+  const std::string op = r.string(), layout_id = r.string();
+  const std::int64_t n = r.i64(), k = r.i64();
+  const ByteSpan digest = r.blob();
+  const Result<PackLayout> layout = PackLayout::parse(layout_id);
+  constexpr std::int64_t kMax = (std::int64_t{1} << 31) - 1;
+  if (!r.ok() || op != "int8_mm" || !layout || n < 0 || k < 0 || n > kMax || k > kMax || digest.size() != sizeof(Digest::bytes))
+    return damaged("its header");
+  const std::size_t header_bytes = pack_header(*layout, n, k, {}).size();
+  const ByteSpan data = ByteSpan(*file).subspan(header_bytes);
+  if (static_cast<std::int64_t>(data.size()) != layout->bytes(n, k))
+    return damaged(fmt::format("{} bytes of data, expected {}", data.size(), layout->bytes(n, k)));
+  Digest stored;
+  std::copy(digest.begin(), digest.end(), stored.bytes.begin());
+  if (!(stored == pack_digest(*layout, n, k, data)))
+    return damaged("its checksum");
+  Result<Pack> pack = allocate(*layout, n, k);
+  if (pack)
+    std::memcpy(pack->data_.get(), data.data(), data.size());
+  return pack;
+}
+
+} // namespace kiln::int8_mm
