@@ -1,0 +1,62 @@
+#include "backends/llvm/rows.h"
+
+#include <fmt/format.h>
+
+#include "backends/llvm/int8_mm_layout.h"
+#include "backends/llvm/shared_object.h"
+
+namespace kiln::portable {
+namespace {
+
+/// The widest vectors that the target has, in three steps: no more features in the key than change the code. x86_64 alone means
+/// SSE2. LLVM's avx512f implies fma and f16c, which integer code has no use for, so that the key need not name them.
+Features vector_features(const KernelDesc&, const Target& target) {
+  if (target.arch == Arch::aarch64)
+    return {Feature::neon};
+  constexpr Features avx2{Feature::avx2};
+  constexpr Features avx512{Feature::avx2, Feature::avx512f, Feature::avx512bw};
+  for (const Features level : {avx512, avx2})
+    if (target.features.contains(level))
+      return level;
+  return {};
+}
+
+Status supports(const KernelDesc& desc, const Target& target) {
+  if (target.arch != Arch::x86_64 && target.arch != Arch::aarch64)
+    return Status::error(Code::unsupported,
+                         fmt::format("portable generates x86_64 and aarch64 code, not {}", name_of(target.arch)));
+  if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
+    return Status::error(Code::unsupported, "portable multiplies a_dtype=s8 only");
+  return {};
+}
+
+std::string pack_layout(const KernelDesc&, const Target& target) { return int8_mm_layout(target.arch).id(); }
+
+Result<CodeObject> compile(const KernelDesc& desc, const Target& target) {
+  if (Status status = supports(desc, target); !status)
+    return status;
+  const Target used{.arch = target.arch, .features = vector_features(desc, target)};
+  Writer request = begin_request(llvm_abi::RequestKind::compile);
+  request.string(desc.text());
+  request.string(used.text());
+  const Result<Bytes> code = ask_llvm(request);
+  if (!code)
+    return code.status();
+  return CodeObject::parse(*code);
+}
+
+} // namespace
+
+Implementation int8_mm() {
+  return {.op = OpId::int8_mm,
+          .isa = IsaPath::portable,
+          .backend = BackendId::portable,
+          .generator = GeneratorId::llvm,
+          .any_arch = true,
+          .uses = vector_features,
+          .supports = supports,
+          .pack_layout = pack_layout,
+          .compile = compile};
+}
+
+} // namespace kiln::portable

@@ -1,0 +1,353 @@
+#define DOCTEST_CONFIG_IMPLEMENT
+#include <doctest/doctest.h>
+
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <random>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+#include <thread>
+
+#include "backends/llvm/disassemble.h"
+#include "backends/llvm/rows.h"
+#include "cache/digest.h"
+#include "jit/executable_memory.h"
+#include "jit/ops/int8_mm.h"
+
+using namespace kiln;
+
+namespace {
+
+bool llvm_is_mapped() {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);)
+    if (line.find("libkiln-llvm") != std::string::npos)
+      return true;
+  return false;
+}
+
+/// The value, or a failed test; used where no test runs, too.
+template <class T> T must(Result<T> result) {
+  if (!result)
+    throw std::runtime_error(result.status().message());
+  return std::move(*result);
+}
+
+Target target_of(std::string_view text) { return must(Target::parse(text)); }
+
+/// The targets of which this generator makes different x86 code.
+constexpr std::array kX86Targets = {"x86_64:", "x86_64:avx2", "x86_64:avx2,avx512f,avx512bw"};
+
+KernelDesc canonical_desc(std::int64_t m, std::int64_t n, std::int64_t k) {
+  return int8_mm::op().canonical(int8_mm::make_desc(m, n, k));
+}
+
+CodeObject compile(const KernelDesc& desc, const Target& target) {
+  return must(portable::int8_mm().compile(desc, target));
+}
+
+/// The test program itself, run again in another process or from another place.
+std::string run(const std::string& command) {
+  std::string out;
+  FILE* pipe = popen(command.c_str(), "r");
+  REQUIRE(pipe != nullptr);
+  for (std::array<char, 4096> buffer; std::size_t size = fread(buffer.data(), 1, buffer.size(), pipe);)
+    out.append(buffer.data(), size);
+  REQUIRE(pclose(pipe) == 0);
+  return out;
+}
+
+/// `bytes` that end where an inaccessible page begins, or begin where one ends.
+class GuardedBuffer {
+public:
+  GuardedBuffer(std::size_t bytes, bool at_end) : size_((bytes + kPage - 1) / kPage * kPage + 2 * kPage) {
+    map_ = static_cast<std::uint8_t*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    REQUIRE(map_ != MAP_FAILED);
+    mprotect(map_, kPage, PROT_NONE);
+    mprotect(map_ + size_ - kPage, kPage, PROT_NONE);
+    data_ = at_end ? map_ + size_ - kPage - bytes : map_ + kPage;
+  }
+  ~GuardedBuffer() { munmap(map_, size_); }
+  GuardedBuffer(const GuardedBuffer&) = delete;
+  template <class T> T* as() const { return reinterpret_cast<T*>(data_); }
+
+private:
+  static constexpr std::size_t kPage = 4096;
+  std::size_t size_;
+  std::uint8_t *map_ = nullptr, *data_ = nullptr;
+};
+
+enum class Values { random, lowest, highest, alternating };
+
+void fill(std::int8_t* data, std::int64_t count, Values values, std::mt19937& random) {
+  for (std::int64_t i = 0; i < count; ++i)
+    data[i] = values == Values::random    ? static_cast<std::int8_t>(random())
+              : values == Values::lowest  ? -128
+              : values == Values::highest ? 127
+                                          : static_cast<std::int8_t>(i % 2 ? 127 : -128);
+}
+
+/// One stored kernel against the reference: every buffer guarded, C in strips of `n_cut` columns, nothing written between rows.
+void check_kernel(const CodeObject& code, std::int64_t m, std::int64_t n, std::int64_t k, Values values, bool at_end,
+                  std::int64_t n_cut, std::mt19937& random) {
+  const int8_mm::Plan plan = must(int8_mm::Plan::from(code.plan));
+  const int8_mm::PackLayout layout = plan.layout;
+  const std::int64_t lda = k + 3, ldc = n + 5;
+  const auto extent = [](std::int64_t rows, std::int64_t stride, std::int64_t columns) {
+    return static_cast<std::size_t>((rows - 1) * stride + columns);
+  };
+  const GuardedBuffer a(k == 0 ? 0 : extent(m, lda, k), at_end), c(4 * extent(m, ldc, n), at_end);
+  std::vector<std::int8_t> b(static_cast<std::size_t>(n * k));
+  fill(a.as<std::int8_t>(), k == 0 ? 0 : static_cast<std::int64_t>(extent(m, lda, k)), values, random);
+  fill(b.data(), n * k, values, random);
+  const std::int64_t panel_bytes = layout.panel_bytes(k);
+  const GuardedBuffer pack(static_cast<std::size_t>(layout.sums_offset(n, k)), at_end);
+  const std::size_t workspace_bytes = static_cast<std::size_t>(plan.workspace_bytes(m));
+  const GuardedBuffer workspace(workspace_bytes, at_end);
+  REQUIRE(reinterpret_cast<std::uintptr_t>(workspace.as<char>()) % 64 == 0);
+  std::memset(workspace.as<void>(), 0x5a, workspace_bytes);
+  std::vector<std::int32_t> sums(static_cast<std::size_t>(layout.panels(n) * layout.n_block));
+  int8_mm::pack_panels(layout, b.data(), k, int8_mm::BLayout::nk, n, k, 0, layout.panels(n), pack.as<std::int8_t>(),
+                       sums.data());
+
+  constexpr std::int32_t kUntouched = 0x7eadbeef;
+  std::vector<std::int32_t> expected(extent(m, ldc, n), kUntouched);
+  std::fill_n(c.as<std::int32_t>(), expected.size(), kUntouched);
+  int8_mm::reference(m, n, k, a.as<std::int8_t>(), lda, b.data(), k, int8_mm::BLayout::nk, expected.data(), ldc);
+
+  ExecutableMemory memory;
+  const std::uint8_t* loaded = must(memory.load(code.image, code.alignment));
+  const auto entry = reinterpret_cast<int8_mm::Entry>(loaded + code.entries.front().offset);
+  for (std::int64_t column = 0; column < n; column += n_cut) {
+    const int8_mm::Call call{.a = a.as<std::int8_t>(),
+                             .lda = lda,
+                             .b = pack.as<std::int8_t>() + column / layout.n_block * panel_bytes,
+                             .b_sums = sums.data() + column,
+                             .c = c.as<std::int32_t>() + column,
+                             .ldc = ldc,
+                             .m = m,
+                             .n = std::min(n_cut, n - column),
+                             .workspace = workspace.as<void>()};
+    entry(&call);
+  }
+  const bool equal = std::memcmp(expected.data(), c.as<void>(), 4 * expected.size()) == 0;
+  CHECK(equal);
+  memory.release(loaded);
+}
+
+/// Instructions of every innermost stretch between a label and a jump back to it.
+std::vector<std::vector<std::string>> loops_of(const std::string& listing) {
+  std::vector<std::string> lines;
+  std::vector<std::pair<std::string, std::size_t>> labels;
+  std::vector<std::vector<std::string>> loops;
+  std::istringstream stream(listing);
+  for (std::string line; std::getline(stream, line);) {
+    if (line.ends_with(':')) {
+      labels.emplace_back(line.substr(0, line.size() - 1), lines.size());
+      continue;
+    }
+    const std::string instruction = line.substr(std::min<std::size_t>(line.size(), 42));
+    lines.push_back(instruction);
+    for (const auto& [label, begin] : labels)
+      if (instruction.ends_with(" " + label))
+        loops.emplace_back(lines.begin() + static_cast<std::ptrdiff_t>(begin), lines.end());
+  }
+  return loops;
+}
+
+int count_of(const std::vector<std::string>& instructions, std::string_view begin, std::string_view part = "") {
+  int count = 0;
+  for (const std::string& instruction : instructions)
+    count += instruction.starts_with(begin) && instruction.find(part) != std::string::npos;
+  return count;
+}
+
+std::string digests_of_all_targets() {
+  std::string out;
+  for (const char* target : {"x86_64:", "x86_64:avx2", "x86_64:avx2,avx512f,avx512bw", "aarch64:neon"})
+    for (const std::int64_t m : {1, 100}) {
+      const Bytes bytes = compile(canonical_desc(m, 100, 77), target_of(target)).serialise();
+      out += digest_of(bytes).hex() + "\n";
+    }
+  return out;
+}
+
+} // namespace
+
+TEST_CASE("nothing but a compile opens the shared object of LLVM") {
+  const Implementation row = portable::int8_mm();
+  const Target target = target_of("x86_64:avx2");
+  const KernelDesc desc = canonical_desc(64, 64, 64);
+  CHECK(row.supports(desc, target).is_ok());
+  CHECK(row.pack_layout(desc, target) == "n16k2");
+  CHECK(row.pack_layout(desc, target_of("aarch64:neon")) == "n16k1");
+  CHECK_FALSE(row.supports(desc, target_of("nvptx:sm_90a")).is_ok());
+  CHECK_FALSE(llvm_is_mapped());
+  compile(desc, target);
+  CHECK(llvm_is_mapped());
+}
+
+TEST_CASE("the key names only features that change the code") {
+  const Implementation row = portable::int8_mm();
+  const KernelDesc desc = canonical_desc(64, 64, 64);
+  CHECK(row.features_for(desc, target_of("x86_64:")).text() == "");
+  CHECK(row.features_for(desc, target_of("x86_64:avx2,fma,avxvnni,bmi2")).text() == "avx2");
+  CHECK(row.features_for(desc, target_of("x86_64:avx2,avx512f")).text() == "avx2");
+  CHECK(row.features_for(desc, target_of("x86_64:avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")).text() ==
+        "avx2,avx512f,avx512bw");
+  CHECK(row.features_for(desc, target_of("aarch64:neon,dotprod,i8mm")).text() == "neon");
+  CHECK(compile(desc, target_of("x86_64:avx2,fma,avxvnni")) == compile(desc, target_of("x86_64:avx2")));
+}
+
+TEST_CASE("int8_mm equals the reference and stays inside its buffers") {
+  const unsigned seed = std::random_device()();
+  std::mt19937 random(seed);
+  CAPTURE(seed);
+  const Target host = detect_machine().target;
+  const std::int64_t sizes[] = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 255, 257};
+  const auto size = [&](std::int64_t least) { return std::max(least, sizes[random() % std::size(sizes)]); };
+  for (const char* target_text : kX86Targets) {
+    const Target target = target_of(target_text);
+    if (host.arch != target.arch || !host.features.contains(target.features)) {
+      MESSAGE("not executed on this machine: ", target_text);
+      continue;
+    }
+    for (const std::int64_t m_class : int8_mm::kMClasses)
+      for (int sample = 0; sample < 6; ++sample) {
+        const std::int64_t n = size(1), k = sample == 0 ? 0 : size(0);
+        const KernelDesc desc = canonical_desc(m_class == kAny ? 100 : m_class, n, k);
+        const CodeObject code = compile(desc, target);
+        const MRange range = int8_mm::op().m_range(desc);
+        std::set<std::int64_t> rows{std::max<std::int64_t>(range.min, 1), std::min<std::int64_t>(range.max, 101)};
+        rows.insert(m_class == kAny ? 33 + static_cast<std::int64_t>(random() % 32) : m_class - (m_class > 4 ? 1 : 0));
+        for (const std::int64_t m : rows)
+          for (const Values values : {Values::random, Values::lowest, Values::highest, Values::alternating})
+            for (const bool at_end : {true, false}) {
+              const std::int64_t n_cut = random() % 2 ? n : 16 * (1 + static_cast<std::int64_t>(random() % 6));
+              CAPTURE(target_text);
+              CAPTURE(m);
+              CAPTURE(n);
+              CAPTURE(k);
+              CAPTURE(n_cut);
+              CAPTURE(static_cast<int>(values));
+              CAPTURE(at_end);
+              check_kernel(code, m, n, k, values, at_end, n_cut, random);
+            }
+      }
+  }
+}
+
+TEST_CASE("sums of a long K do not saturate") {
+  std::mt19937 random(1);
+  for (const char* target_text : kX86Targets) {
+    const Target target = target_of(target_text);
+    if (!detect_machine().target.features.contains(target.features))
+      continue;
+    const std::int64_t k = 140000; // 140000 · 2^14 > 2^31: the sum wraps
+    check_kernel(compile(canonical_desc(3, 17, k), target), 3, 17, k, Values::lowest, true, 17, random);
+  }
+}
+
+TEST_CASE("same bytes every time, in every process, on every thread") {
+  const std::string here = digests_of_all_targets();
+  CHECK(digests_of_all_targets() == here);
+  const std::string self = std::filesystem::read_symlink("/proc/self/exe");
+  CHECK(run(self + " --digests") == here);
+  std::array<std::string, 4> elsewhere;
+  {
+    std::vector<std::jthread> threads;
+    for (std::string& result : elsewhere)
+      threads.emplace_back([&result] { result = digests_of_all_targets(); });
+  }
+  for (const std::string& result : elsewhere)
+    CHECK(result == here);
+}
+
+TEST_CASE("the hot loop multiplies pairs in vectors and nothing one by one") {
+  const CodeObject code = compile(canonical_desc(1024, 1024, 1024), target_of("x86_64:avx2"));
+  const std::string listing = must(disassemble(code.arch, code.image, code.entries));
+  INFO(listing);
+  int multiplying = 0;
+  for (const std::vector<std::string>& loop : loops_of(listing)) {
+    CHECK(count_of(loop, "imul") == 0);
+    CHECK(count_of(loop, "mul") == 0);
+    CHECK(count_of(loop, "vpmulld") == 0);
+    multiplying += count_of(loop, "vpmaddwd ymm") > 0;
+  }
+  CHECK(multiplying > 0);
+  CHECK(listing.find("zmm") == std::string::npos);
+  CHECK(code.vector_registers == 16);
+  CHECK(code.general_registers <= 16);
+}
+
+TEST_CASE("aarch64: a flat image that multiplies in vectors") {
+  for (const std::int64_t m : {1, 2, 3, 100}) {
+    const CodeObject code = compile(canonical_desc(m, 100, 77), target_of("aarch64:neon,dotprod"));
+    CHECK(code.arch == Arch::aarch64);
+    CHECK(code.features.text() == "neon");
+    CHECK(code.alignment == 64);
+    const std::string listing = must(disassemble(code.arch, code.image, code.entries));
+    INFO(listing);
+    int multiplying = 0;
+    for (const std::vector<std::string>& loop : loops_of(listing)) {
+      multiplying += count_of(loop, "smlal v") > 0 && count_of(loop, "smlal2 v") > 0;
+      CHECK(count_of(loop, "mul x") == 0);
+      CHECK(count_of(loop, "mul w") == 0);
+      CHECK(count_of(loop, "madd") == 0);
+    }
+    CHECK(multiplying > 0);
+    CHECK(listing.find("adrp") == std::string::npos);
+    CHECK(listing.find(" x18") == std::string::npos);
+  }
+}
+
+TEST_CASE("a listing has labels, bytes, and data where nothing runs") {
+  // jmp +2; two bytes of data; ret
+  const Bytes image{0xeb, 0x02, 0xff, 0xff, 0xc3};
+  const std::vector<CodeObject::Entry> entries{{"main", 0}};
+  CHECK(must(disassemble(Arch::x86_64, image, entries)) == "main:\n"
+                    "     0: eb 02                             jmp L0\n"
+                    "     2: ff ff                             .byte\n"
+                    "L0:\n"
+                    "     4: c3                                ret\n");
+  const std::vector<CodeObject::Entry> outside{{"main", 5}};
+  CHECK(disassemble(Arch::x86_64, image, outside).status().code() == Code::invalid_argument);
+  CHECK(disassemble(Arch::nvptx, image, entries).status().code() == Code::unsupported);
+}
+
+TEST_CASE("without its shared object the path says what was looked for, and where") {
+  char directory[] = "/tmp/kiln-llvm-test-XXXXXX";
+  REQUIRE(mkdtemp(directory) != nullptr);
+  const std::string copy = std::string(directory) + "/lonely";
+  std::filesystem::copy_file("/proc/self/exe", copy);
+  const std::string message = run(copy + " --status");
+  CHECK(message.starts_with("unsupported: libkiln-llvm.so.0"));
+  CHECK(message.find(std::string(directory) + "/libkiln-llvm.so.0") != std::string::npos);
+  // A file of that name which is not the generator.
+  std::ofstream(std::string(directory) + "/libkiln-llvm.so.0") << "nonsense";
+  CHECK(run(copy + " --status").starts_with("unsupported: libkiln-llvm.so.0"));
+  std::filesystem::remove_all(directory);
+}
+
+int main(int argc, char** argv) {
+  const std::string_view mode = argc > 1 ? argv[1] : "";
+  if (mode == "--digests") {
+    std::fputs(digests_of_all_targets().c_str(), stdout);
+    return 0;
+  }
+  if (mode == "--status") {
+    const Result<CodeObject> code = portable::int8_mm().compile(canonical_desc(1, 1, 1), target_of("x86_64:"));
+    std::fputs(code ? "ok" : (std::string(name_of(code.status().code())) + ": " + code.status().message()).c_str(), stdout);
+    return 0;
+  }
+  return doctest::Context(argc, argv).run();
+}
