@@ -1,0 +1,208 @@
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include "jit/config.h"
+
+#include <algorithm>
+#include <map>
+#include <unistd.h>
+
+#include <doctest/doctest.h>
+
+#include "jit/op.h"
+
+using namespace kiln;
+
+namespace {
+
+std::map<std::string, std::string> g_environment;
+
+const char* get_variable(const char* name) {
+  const auto found = g_environment.find(name);
+  return found == g_environment.end() ? nullptr : found->second.c_str();
+}
+
+/// With HOME=/home/u unless the environment says otherwise.
+Result<Config> config_of(std::map<std::string, std::string> environment) {
+  environment.emplace("HOME", "/home/u");
+  g_environment = std::move(environment);
+  return Config::from_environment(get_variable);
+}
+
+Config::Origin origin_of(const Config& config, std::string_view name) {
+  for (const Config::Origin& origin : config.origins)
+    if (origin.name == name)
+      return origin;
+  return {};
+}
+
+bool contains(const std::string& text, std::string_view part) {
+  return text.find(part) != std::string::npos;
+}
+
+} // namespace
+
+TEST_CASE("defaults") {
+  const auto config = config_of({});
+  REQUIRE(config.is_ok());
+  CHECK(config->cache == CacheMode::read_write);
+  CHECK(config->cache_dir == "/home/u/.cache/kiln");
+  CHECK(config->key_dir == "/home/u/.local/share/kiln");
+  CHECK(config->cache_max_mb == 512);
+  CHECK(config->miss == MissPolicy::compile);
+  CHECK(config->threads == 0);
+  CHECK(config->log == LogLevel::warn);
+  CHECK(config->perf == PerfMode::off);
+  CHECK(config->forced.empty());
+  CHECK(config->warnings.empty());
+}
+
+TEST_CASE("every variable of the design has a row that tells value and origin") {
+  const std::vector<std::pair<std::string, std::string>> table = {{"KILN_DISABLE", "amx,llvm,disk"},
+                                                                  {"KILN_FORCE", "avx2"},
+                                                                  {"KILN_CACHE", "ro"},
+                                                                  {"KILN_CACHE_DIR", "/c"},
+                                                                  {"KILN_CACHE_MAX_MB", "64"},
+                                                                  {"KILN_CACHE_SYSTEM_DIR", "/s"},
+                                                                  {"KILN_REMOTE", "redis://h:1/2"},
+                                                                  {"KILN_MISS", "error"},
+                                                                  {"KILN_THREADS", "3"},
+                                                                  {"KILN_LOG", "debug"},
+                                                                  {"KILN_DUMP_DIR", "/d"},
+                                                                  {"KILN_PERF", "map"}};
+  const auto unset = config_of({}), set = config_of({table.begin(), table.end()});
+  REQUIRE(unset.is_ok());
+  REQUIRE(set.is_ok());
+  CHECK(unset->origins.size() == table.size());
+  for (std::size_t i = 0; i < table.size(); ++i) {
+    CHECK(set->origins[i].name == table[i].first);
+    CHECK(set->origins[i].value == table[i].second);
+    CHECK(set->origins[i].origin == "environment");
+    CHECK(unset->origins[i].origin == "default");
+    CHECK(unset->origins[i].value != table[i].second);
+  }
+  CHECK(set->disabled_paths == std::vector{IsaPath::amx});
+  CHECK(set->disabled_generators == std::vector{GeneratorId::llvm});
+  CHECK(set->disk_disabled);
+  CHECK(set->cache == CacheMode::read_only);
+  CHECK(set->miss == MissPolicy::error);
+  CHECK(set->log == LogLevel::debug);
+  CHECK(set->perf == PerfMode::map);
+}
+
+TEST_CASE("an empty value counts as unset") {
+  const auto config = config_of({{"KILN_CACHE", ""}, {"KILN_THREADS", ""}, {"KILN_FORCE", ""}, {"XDG_CACHE_HOME", ""}});
+  REQUIRE(config.is_ok());
+  CHECK(config->cache == CacheMode::read_write);
+  CHECK(config->cache_dir == "/home/u/.cache/kiln");
+  CHECK(origin_of(*config, "KILN_CACHE").origin == "default");
+}
+
+TEST_CASE("directories follow the XDG base directory specification") {
+  const auto absolute = config_of({{"XDG_CACHE_HOME", "/xc"}, {"XDG_DATA_HOME", "/xd"}});
+  REQUIRE(absolute.is_ok());
+  CHECK(absolute->cache_dir == "/xc/kiln");
+  CHECK(absolute->key_dir == "/xd/kiln");
+  const auto relative = config_of({{"XDG_CACHE_HOME", "xc"}, {"XDG_DATA_HOME", "../xd"}});
+  REQUIRE(relative.is_ok());
+  CHECK(relative->cache_dir == "/home/u/.cache/kiln");
+  CHECK(relative->key_dir == "/home/u/.local/share/kiln");
+}
+
+TEST_CASE("without a home there is no cache, and a warning says so") {
+  const auto homeless = config_of({{"HOME", ""}});
+  REQUIRE(homeless.is_ok());
+  CHECK(homeless->cache == CacheMode::off);
+  REQUIRE(homeless->warnings.size() == 1);
+  CHECK(contains(homeless->warnings[0], "HOME"));
+  CHECK(origin_of(*homeless, "KILN_CACHE").value == "off");
+
+  const auto no_key = config_of({{"HOME", ""}, {"KILN_CACHE_DIR", "/c"}});
+  REQUIRE(no_key.is_ok());
+  CHECK(no_key->cache == CacheMode::off);
+  CHECK(contains(no_key->warnings.at(0), "XDG_DATA_HOME"));
+
+  const auto asked_off = config_of({{"HOME", ""}, {"KILN_CACHE", "off"}});
+  REQUIRE(asked_off.is_ok());
+  CHECK(asked_off->warnings.empty());
+
+  const auto by_xdg = config_of({{"HOME", ""}, {"XDG_CACHE_HOME", "/x"}, {"XDG_DATA_HOME", "/y"}});
+  REQUIRE(by_xdg.is_ok());
+  CHECK(by_xdg->cache == CacheMode::read_write);
+}
+
+TEST_CASE("a relative directory is taken from the current one, once") {
+  const auto config = config_of({{"KILN_CACHE_DIR", "x/../kernels"}});
+  REQUIRE(config.is_ok());
+  char here[4096];
+  REQUIRE(getcwd(here, sizeof here));
+  CHECK(config->cache_dir == std::string(here) + "/kernels");
+}
+
+TEST_CASE("an unknown name in KILN_DISABLE is a warning that lists the valid ones") {
+  const auto config = config_of({{"KILN_DISABLE", "avx1024, amx,,none,avx2"}});
+  REQUIRE(config.is_ok());
+  CHECK(config->disabled_paths == std::vector{IsaPath::amx, IsaPath::avx2});
+  REQUIRE(config->warnings.size() == 1);
+  for (std::string_view name : {"avx1024", "none", "avx512vnni", "reference", "nvidia", "asmjit", "llvm", "disk"})
+    CHECK(contains(config->warnings[0], name));
+}
+
+TEST_CASE("KILN_DISABLE leaves out rows by path, backend and generator") {
+  Implementation row{
+      .op = OpId::int8_mm, .isa = IsaPath::avx2, .backend = BackendId::x86, .generator = GeneratorId::asmjit};
+  for (const char* name : {"avx2", "x86", "asmjit", "amx,x86"})
+    CHECK(config_of({{"KILN_DISABLE", name}})->disables(row));
+  for (const char* name : {"amx", "arm", "llvm", "disk", "portable"})
+    CHECK(!config_of({{"KILN_DISABLE", name}})->disables(row));
+  row = {.op = OpId::int8_mm, .isa = IsaPath::portable, .backend = BackendId::portable, .generator = GeneratorId::llvm};
+  CHECK(config_of({{"KILN_DISABLE", "portable"}})->disables(row));
+}
+
+TEST_CASE("KILN_FORCE takes a path for all ops and pairs for single ones") {
+  const auto config = config_of({{"KILN_FORCE", "int8_mm:avx2, amx"}});
+  REQUIRE(config.is_ok());
+  IsaPath path = IsaPath::reference;
+  CHECK(config->forced_path(OpId::int8_mm, path));
+  CHECK(path == IsaPath::avx2);
+  CHECK(config->forced_path(OpId::attention, path));
+  CHECK(path == IsaPath::amx);
+  CHECK(origin_of(*config, "KILN_FORCE").value == "int8_mm:avx2,amx");
+
+  const auto one = config_of({{"KILN_FORCE", "int8_mm:avx2"}});
+  REQUIRE(one.is_ok());
+  CHECK(!one->forced_path(OpId::attention, path));
+}
+
+TEST_CASE("errors name the variable, the value and what is allowed") {
+  struct Row {
+    const char *variable, *value, *allowed;
+  };
+  for (const Row& row : {Row{"KILN_FORCE", "avx1024", "avx512vnni"}, Row{"KILN_FORCE", "nothing_mm:avx2", "int8_mm"},
+                         Row{"KILN_FORCE", "avx2,", "avx512vnni"}, Row{"KILN_FORCE", "avx2,amx", "one path"},
+                         Row{"KILN_FORCE", "int8_mm:", "wgmma"}, Row{"KILN_CACHE", "RW", "rw, ro, off"},
+                         Row{"KILN_CACHE_MAX_MB", "0", "1 to 1048576"}, Row{"KILN_CACHE_MAX_MB", "1.5", "1 to 1048576"},
+                         Row{"KILN_CACHE_MAX_MB", "99999999999999999999", "1 to 1048576"},
+                         Row{"KILN_MISS", "fail", "compile, error, fallback"}, Row{"KILN_THREADS", "0", "1 to 1024"},
+                         Row{"KILN_THREADS", "-1", "1 to 1024"}, Row{"KILN_THREADS", "2x", "1 to 1024"},
+                         Row{"KILN_LOG", "loud", "trace, debug, info, warn, error, off"},
+                         Row{"KILN_PERF", "yes", "off, map, jitdump"}}) {
+    const auto config = config_of({{row.variable, row.value}});
+    CAPTURE(row.variable);
+    CAPTURE(row.value);
+    REQUIRE(!config.is_ok());
+    CHECK(config.status().code() == Code::invalid_argument);
+    const std::string& message = config.status().message();
+    CAPTURE(message);
+    CHECK(contains(message, row.variable));
+    CHECK(contains(message, row.value));
+    CHECK(contains(message, row.allowed));
+  }
+}
+
+TEST_CASE("variables of later versions are shown and warned about") {
+  const auto config = config_of({{"KILN_REMOTE", "redis://h:6379/0"}, {"KILN_CACHE_SYSTEM_DIR", "/usr/share/kiln"}});
+  REQUIRE(config.is_ok());
+  CHECK(config->remote == "redis://h:6379/0");
+  CHECK(config->cache_system_dir == "/usr/share/kiln");
+  CHECK(config->warnings.size() == 2);
+  CHECK(contains(config->warnings[0] + config->warnings[1], "KILN_REMOTE"));
+}
