@@ -23,21 +23,6 @@ Status bad_field(const OpSpec& op, const FieldSpec& field, std::string_view valu
                        fmt::format("{}: {}={}: allowed is {}", op.name, field.name, value, allowed_values(field)));
 }
 
-Result<std::int64_t> parse_value(const OpSpec& op, const FieldSpec& field, std::string_view text) {
-  for (std::size_t i = 0; i < field.choices.size(); ++i)
-    if (field.choices[i] == text)
-      return static_cast<std::int64_t>(i);
-  if (!field.choices.empty())
-    return bad_field(op, field, text);
-  if (field.any_allowed && text == kAnyText)
-    return kAny;
-  std::int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < field.min || value > field.max)
-    return bad_field(op, field, text);
-  return value;
-}
-
 Result<Device> parse_device(std::string_view text) {
   if (text == "cpu")
     return Device{};
@@ -106,6 +91,21 @@ int find_field(const OpSpec& op, std::string_view name) {
   return -1;
 }
 
+Result<std::int64_t> parse_field(const OpSpec& op, const FieldSpec& field, std::string_view text) {
+  for (std::size_t i = 0; i < field.choices.size(); ++i)
+    if (field.choices[i] == text)
+      return static_cast<std::int64_t>(i);
+  if (!field.choices.empty())
+    return bad_field(op, field, text);
+  if (field.any_allowed && text == kAnyText)
+    return kAny;
+  std::int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < field.min || value > field.max)
+    return bad_field(op, field, text);
+  return value;
+}
+
 Result<KernelDesc> desc_from_fields(std::string_view op_name,
                                     std::span<const std::pair<std::string, std::string>> fields) {
   const OpSpec* op = find_op(op_name);
@@ -135,7 +135,7 @@ Result<KernelDesc> desc_from_fields(std::string_view op_name,
       return Status::error(Code::invalid_argument,
                            fmt::format("{}: unknown field '{}': known are {}device", op->name, name, names));
     }
-    const Result<std::int64_t> parsed = parse_value(*op, op->fields[static_cast<std::size_t>(i)], value);
+    const Result<std::int64_t> parsed = parse_field(*op, op->fields[static_cast<std::size_t>(i)], value);
     if (!parsed)
       return parsed.status();
     desc.value[static_cast<std::size_t>(i)] = *parsed;

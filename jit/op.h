@@ -69,6 +69,8 @@ const OpSpec* find_op(std::string_view name);
 /// Field index in the op's table, or -1.
 int find_field(const OpSpec& op, std::string_view name);
 
+/// The value of one field from its text; Code::invalid_argument lists what is allowed.
+Result<std::int64_t> parse_field(const OpSpec& op, const FieldSpec& field, std::string_view text);
 /// Builds a desc from `key=value` pairs: unknown field, bad value, missing or repeated field are errors that list what is allowed;
 /// `device` is accepted for every op. The result is checked but not canonical.
 Result<KernelDesc> desc_from_fields(std::string_view op, std::span<const std::pair<std::string, std::string>> fields);
