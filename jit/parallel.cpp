@@ -6,11 +6,39 @@
 #include <cstdlib>
 
 #include <pthreadpool.h>
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
 
 #include "jit/per_process.h"
 
 namespace kiln {
 namespace {
+
+using Task = void (*)(void* context, std::size_t index);
+
+void run_on(pthreadpool_t threads, std::size_t count, Task task, void* context) {
+  constexpr std::uint32_t kKeepDenormals = 0;
+#ifdef __SANITIZE_THREAD__
+  // The library is not built with ThreadSanitizer, which has to be told what its barriers order: all before the run
+  // comes before every task, and every task before what follows the run.
+  struct Job {
+    Task task;
+    void* context;
+  } job{task, context};
+  __tsan_release(&job);
+  const Task ordered_task = [](void* opaque, std::size_t index) {
+    const Job* j = static_cast<Job*>(opaque);
+    __tsan_acquire(opaque);
+    j->task(j->context, index);
+    __tsan_release(opaque);
+  };
+  pthreadpool_parallelize_1d(threads, ordered_task, &job, count, kKeepDenormals);
+  __tsan_acquire(&job);
+#else
+  pthreadpool_parallelize_1d(threads, task, context, count, kKeepDenormals);
+#endif
+}
 
 /// Made by the first parallel run of this process. One run at a time; whoever finds it busy runs alone.
 class Pool {
@@ -21,16 +49,14 @@ public:
   }
 
   /// False when the pool is busy (with another caller, or with the run that this call is nested in) or cannot be made.
-  bool try_run(int threads, std::size_t count, void (*task)(void*, std::size_t), void* context) {
+  bool try_run(int threads, std::size_t count, Task task, void* context) {
     if (busy_.test_and_set(std::memory_order_acquire))
       return false;
     if (!threads_)
       threads_ = pthreadpool_create(static_cast<std::size_t>(threads));
     const bool made = threads_ != nullptr;
-    if (made) {
-      constexpr std::uint32_t kKeepDenormals = 0;
-      pthreadpool_parallelize_1d(threads_, task, context, count, kKeepDenormals);
-    }
+    if (made)
+      run_on(threads_, count, task, context);
     busy_.clear(std::memory_order_release);
     return made;
   }

@@ -152,7 +152,7 @@ TEST_CASE("a child made by fork has threads of its own, also when the pool was b
     while (!done)
       runs_each_once(parallel, 50);
   });
-  for (int round = 0; round < 10; ++round)
+  for (int round = 0; round < 4; ++round)
     CHECK(exit_status_in_child([&] {
             for (int i = 0; i < 20; ++i)
               if (!runs_each_once(parallel, 40))
