@@ -27,11 +27,13 @@ constexpr std::array<LevelName, 6> level_names = {{
 }};
 
 const LevelName& row_of(LogLevel level) {
-  return *std::find_if(level_names.begin(), level_names.end(), [&](const LevelName& row) { return row.level == level; });
+  return *std::find_if(level_names.begin(), level_names.end(),
+                       [&](const LevelName& row) { return row.level == level; });
 }
 
 const LevelName& row_of(spdlog::level::level_enum level) {
-  return *std::find_if(level_names.begin(), level_names.end(), [&](const LevelName& row) { return row.spdlog_level == level; });
+  return *std::find_if(level_names.begin(), level_names.end(),
+                       [&](const LevelName& row) { return row.spdlog_level == level; });
 }
 
 /// Gives each message to a function, as one line.
@@ -43,7 +45,8 @@ private:
   void sink_it_(const spdlog::details::log_msg& message) override {
     std::string line(message.payload.begin(), message.payload.end());
     // Text from outside (a path, a database's error) must not be able to forge a second line or move the cursor.
-    std::replace_if(line.begin(), line.end(), [](unsigned char c) { return c < ' ' || c == 0x7f; }, ' ');
+    std::replace_if(
+        line.begin(), line.end(), [](unsigned char c) { return c < ' ' || c == 0x7f; }, ' ');
     sink_(context_, row_of(message.level).level, line.c_str());
   }
   void flush_() override {}
@@ -71,13 +74,11 @@ struct Log::Impl {
 };
 
 Log::Log(LogLevel level)
-    : level_(level),
-      impl_(std::make_unique<Impl>(
-          level, std::make_shared<FunctionSink<spdlog::details::null_mutex>>(&write_to_stderr, nullptr))) {}
+    : level_(level), impl_(std::make_unique<Impl>(level, std::make_shared<FunctionSink<spdlog::details::null_mutex>>(
+                                                             &write_to_stderr, nullptr))) {}
 
 Log::Log(LogLevel level, Sink sink, void* context)
-    : level_(level),
-      impl_(std::make_unique<Impl>(level, std::make_shared<FunctionSink<std::mutex>>(sink, context))) {}
+    : level_(level), impl_(std::make_unique<Impl>(level, std::make_shared<FunctionSink<std::mutex>>(sink, context))) {}
 
 Log::~Log() = default;
 
@@ -95,7 +96,8 @@ void Log::error(std::string_view message) const {
 }
 
 bool parse_log_level(std::string_view text, LogLevel& level) {
-  const auto row = std::find_if(level_names.begin(), level_names.end(), [&](const LevelName& r) { return text == r.name; });
+  const auto row =
+      std::find_if(level_names.begin(), level_names.end(), [&](const LevelName& r) { return text == r.name; });
   if (row == level_names.end())
     return false;
   level = row->level;

@@ -34,12 +34,14 @@ struct StoreOptions {
   std::string directory;               ///< made with mode 0700 when it does not exist
   std::string key_directory;           ///< where the MAC key file lives: outside `directory`; made 0700, the key file 0600
   CacheMode mode = CacheMode::read_write;
-  std::int64_t max_bytes = 512ll << 20; ///< bound on the sum of code sizes and their row overhead
+  std::int64_t max_bytes = 512ll << 20; ///< bound on the database's pages in use: codes, their columns, indexes; holds after each put
   int busy_timeout_ms = 20;            ///< a longer wait for SQLite's lock is a miss
 };
 
 struct StoreStats {
-  std::int64_t rows = 0, bytes = 0, file_bytes = 0;
+  std::int64_t rows = 0;
+  std::int64_t bytes = 0;      ///< sum of code sizes
+  std::int64_t file_bytes = 0; ///< of the database, free pages included
   // of this process:
   std::int64_t hits = 0, misses = 0, puts = 0, evictions = 0, refused = 0, errors = 0;
 };
@@ -51,16 +53,21 @@ struct StoreStats {
 /// never uses the parent's connection: it opens its own.
 class Store {
 public:
-  /// Opens lazily: nothing is created on disk before the first get or put. Fails only on unusable options.
+  /// Opens lazily: nothing is created on disk before the first put. Fails (Code::invalid_argument) only on unusable options; among them
+  /// a key directory inside the cache directory. `log` must outlive the store.
   static Result<std::unique_ptr<Store>> open(StoreOptions options, const Log& log);
   virtual ~Store() = default;
 
   /// The row with this key, authenticated, or nothing. A row that fails authentication is deleted, counted and treated as a miss.
   virtual std::optional<StoreRow> get(const Digest& key) = 0;
-  /// Stores or replaces; evicts least recently used rows until the bound holds. Errors are logged and returned, never fatal.
+  /// Stores or replaces (hits from 0, last hit now, `created_at` now when it is 0); evicts least recently used rows until the bound
+  /// holds. Errors are logged and returned, never fatal. Ok without doing anything when the mode is not read_write.
   virtual Status put(const StoreRow& row) = 0;
   /// Writes pending hit counts and times (batched; also done every 64 hits and at destruction).
   virtual void flush() = 0;
+
+  // The calls below return the error that disabled the store, if one did; without a database, or with the mode off, they find nothing.
+  // Those that change rows are Code::unsupported when the mode is read_only.
 
   /// Every row without its code (`code` empty; `size` in the pair), most recently used first. Not authenticated.
   struct Listed { StoreRow row; std::int64_t code_bytes = 0; };
@@ -72,8 +79,10 @@ public:
   struct Verified { std::int64_t ok = 0, bad = 0; std::vector<std::string> bad_keys; };
   /// Authenticates every row; removes the bad ones when `repair`.
   virtual Result<Verified> verify(bool repair) = 0;
+  /// Rows removed and the sum of their code sizes.
   struct Pruned { std::int64_t rows = 0, bytes = 0; };
-  /// Evicts least recently used rows until at most `max_bytes` are left; `dry_run` only counts.
+  /// Evicts least recently used rows until at most `max_bytes` of pages are in use (see StoreOptions), and shrinks the file; `dry_run`
+  /// only counts.
   virtual Result<Pruned> prune(std::int64_t max_bytes, bool dry_run) = 0;
   /// Removes every row; `dry_run` only counts.
   virtual Result<Pruned> clear(bool dry_run) = 0;

@@ -1,0 +1,109 @@
+#pragma once
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "cache/bytes.h"
+#include "cache/status.h"
+
+struct sqlite3;
+struct sqlite3_stmt;
+
+namespace kiln {
+
+/// One use of a prepared statement: bind in order, step, read columns. Ends the statement (and so its read lock) when
+/// it goes.
+class Query {
+public:
+  Query(const std::string& path, sqlite3_stmt* statement, int code) : path_(path), statement_(statement), code_(code) {}
+  ~Query();
+  Query(const Query&) = delete;
+  Query& operator=(const Query&) = delete;
+
+  /// The next parameter. Bytes and text are not copied: they must live as long as the query.
+  Query& bind(ByteSpan bytes);
+  Query& bind(std::string_view text);
+  Query& bind(std::int64_t integer);
+  Query& bind(double real);
+
+  /// True when there is a (further) row; false at the end and on any error, which status() tells apart.
+  bool step();
+  /// Runs to the end.
+  Status run();
+  Status status() const;
+
+  /// Columns of the present row, counted from 0; views are valid until the next step. NULL reads as empty or 0.
+  ByteSpan blob(int column) const;
+  std::string text(int column) const;
+  std::int64_t integer(int column) const;
+  double real(int column) const;
+
+private:
+  const std::string& path_;
+  sqlite3_stmt* statement_;
+  int code_;
+  int bound_ = 0;
+};
+
+/// A connection to a cache database. Not thread-safe, and not to be touched by a child that inherited it through fork.
+class Database {
+public:
+  /// Changed whenever a table or the serialised form of a row changes.
+  static constexpr int schema_version = 1;
+  /// Fixed for ever in the files: "kiln" in ASCII.
+  static constexpr int application_id = 0x6b696c6e;
+
+  enum class Access { read, write };
+
+  /// The content of a cache without rows. A new file begins with all of it, so that no process ever sees half a schema.
+  static Result<Bytes> empty_file();
+
+  /// Opens an existing file whose path has no link in it. Of all calls here: Code::integrity when the file is damaged
+  /// or no cache of this schema version, Code::busy when a lock was not free within `busy_timeout_ms`, Code::not_found
+  /// when the file was deleted since it was opened, Code::io for other trouble.
+  static Result<std::unique_ptr<Database>> open(const std::string& path, Access access, int busy_timeout_ms);
+  ~Database();
+  Database(const Database&) = delete;
+  Database& operator=(const Database&) = delete;
+
+  /// `sql` is kept prepared under its address: give string constants only.
+  Query query(const char* sql);
+  /// query(sql).run()
+  Status run(const char* sql);
+  /// Rows changed by the last statement.
+  std::int64_t changes() const;
+  bool in_transaction() const;
+
+private:
+  Database(const std::string& path, sqlite3* handle, int busy_timeout_ms);
+  Status configure();
+  Status check_header();
+  Status execute(const char* script);
+  static int wait_for_lock(void* context, int tries);
+
+  std::string path_;
+  sqlite3* handle_;
+  int busy_timeout_ms_;
+  std::int64_t busy_deadline_ns_ = 0;
+  std::map<const char*, sqlite3_stmt*> prepared_;
+};
+
+/// A write transaction, rolled back unless committed.
+class Transaction {
+public:
+  explicit Transaction(Database& database) : database_(database), begun_(database.run("BEGIN IMMEDIATE")) {}
+  ~Transaction();
+  Transaction(const Transaction&) = delete;
+  Transaction& operator=(const Transaction&) = delete;
+
+  /// Whether the transaction could begin.
+  const Status& begun() const { return begun_; }
+  Status commit() { return database_.run("COMMIT"); }
+
+private:
+  Database& database_;
+  Status begun_;
+};
+
+} // namespace kiln

@@ -1,0 +1,725 @@
+#include "cache/store.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <filesystem>
+#include <fmt/format.h>
+#include <map>
+#include <mutex>
+#include <set>
+
+#include "cache/database.h"
+#include "cache/key_file.h"
+#include "cache/private_path.h"
+
+namespace kiln {
+namespace {
+
+constexpr std::size_t hits_per_flush = 64;
+
+double unix_seconds_now() {
+  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
+/// A row with the columns that only the store sees.
+struct StoredRow {
+  StoreRow row;
+  std::int64_t code_bytes = 0;
+  Bytes mac;
+  Bytes signature; ///< empty: NULL
+};
+
+Digest mac_of(const Digest& secret, const StoreRow& row, ByteSpan signature) {
+  Writer writer;
+  writer.u32(Database::schema_version);
+  writer.blob(row.key.bytes);
+  writer.string(row.op);
+  writer.string(row.desc);
+  writer.string(row.isa);
+  writer.string(row.target);
+  writer.string(row.generator);
+  writer.i64(row.compile_us);
+  writer.i64(row.created_at);
+  writer.blob(signature);
+  writer.blob(row.code);
+  return keyed_digest_of(secret, writer.bytes());
+}
+
+std::optional<Digest> to_digest(ByteSpan bytes) {
+  Digest out;
+  if (bytes.size() != out.bytes.size())
+    return std::nullopt;
+  std::copy(bytes.begin(), bytes.end(), out.bytes.begin());
+  return out;
+}
+
+bool is_authentic(const Digest& secret, const StoredRow& stored) {
+  const std::optional<Digest> mac = to_digest(stored.mac);
+  return mac && stored.code_bytes == static_cast<std::int64_t>(stored.row.code.size()) &&
+         equal_in_constant_time(*mac, mac_of(secret, stored.row, stored.signature));
+}
+
+#define KILN_READABLE_COLUMNS "op, desc, isa, target, generator, code_bytes, compile_us, created_at, last_hit_at, hits"
+
+/// Reads KILN_READABLE_COLUMNS; returns code_bytes.
+std::int64_t read_readable_columns(const Query& query, int first, StoreRow& row) {
+  row.op = query.text(first);
+  row.desc = query.text(first + 1);
+  row.isa = query.text(first + 2);
+  row.target = query.text(first + 3);
+  row.generator = query.text(first + 4);
+  row.compile_us = query.integer(first + 6);
+  row.created_at = query.integer(first + 7);
+  row.last_hit_at = query.integer(first + 8);
+  row.hits = query.integer(first + 9);
+  return query.integer(first + 5);
+}
+
+constexpr const char* select_by_key =
+    "SELECT " KILN_READABLE_COLUMNS ", mac, signature, code FROM kernels WHERE key = ?";
+constexpr const char* select_by_id =
+    "SELECT " KILN_READABLE_COLUMNS ", mac, signature, code, key FROM kernels WHERE id = ?";
+constexpr const char* select_all = "SELECT " KILN_READABLE_COLUMNS ", key FROM kernels ORDER BY last_hit_at DESC";
+constexpr const char* select_ids = "SELECT id FROM kernels";
+constexpr const char* select_keys = "SELECT key FROM kernels WHERE key BETWEEN ? AND ? ORDER BY key";
+constexpr const char* select_totals = "SELECT count(*), coalesce(sum(code_bytes), 0) FROM kernels";
+constexpr const char* insert_row =
+    "INSERT OR REPLACE INTO kernels (op, desc, isa, target, generator, code_bytes, compile_us, created_at,"
+    " last_hit_at, hits, mac, code, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?)";
+constexpr const char* update_use =
+    "UPDATE kernels SET hits = hits + ?, last_hit_at = max(last_hit_at, ?) WHERE key = ?";
+constexpr const char* delete_by_key = "DELETE FROM kernels WHERE key = ?";
+constexpr const char* delete_by_id = "DELETE FROM kernels WHERE id = ?";
+constexpr const char* delete_least_recently_used = "DELETE FROM kernels WHERE id = (SELECT id FROM kernels WHERE key "
+                                                   "!= ? ORDER BY last_hit_at LIMIT 1) RETURNING code_bytes";
+constexpr const char* delete_all = "DELETE FROM kernels";
+constexpr const char* pragma_page_count = "PRAGMA page_count";
+constexpr const char* pragma_free_pages = "PRAGMA freelist_count";
+constexpr const char* pragma_page_size = "PRAGMA page_size";
+constexpr const char* pragma_shrink = "PRAGMA incremental_vacuum";
+
+void read_whole_row(const Query& query, StoredRow& stored) {
+  stored.code_bytes = read_readable_columns(query, 0, stored.row);
+  const auto copy = [&](int column) {
+    const ByteSpan bytes = query.blob(column);
+    return Bytes(bytes.begin(), bytes.end());
+  };
+  stored.mac = copy(10);
+  stored.signature = copy(11);
+  stored.row.code = copy(12);
+}
+
+Result<std::int64_t> integer_of(Database& database, const char* sql) {
+  Query query = database.query(sql);
+  if (!query.step())
+    return query.status() ? Status::error(Code::internal, fmt::format("{} gives no row", sql)) : query.status();
+  return query.integer(0);
+}
+
+struct DatabaseSize {
+  std::int64_t file_bytes = 0;
+  std::int64_t used_bytes = 0; ///< without free pages, which the next rows will take
+};
+
+Result<DatabaseSize> size_of(Database& database) {
+  const Result<std::int64_t> pages = integer_of(database, pragma_page_count);
+  const Result<std::int64_t> free_pages = integer_of(database, pragma_free_pages);
+  const Result<std::int64_t> page_size = integer_of(database, pragma_page_size);
+  for (const Result<std::int64_t>* result : {&pages, &free_pages, &page_size})
+    if (!*result)
+      return result->status();
+  return DatabaseSize{*pages * *page_size, (*pages - *free_pages) * *page_size};
+}
+
+struct Use {
+  std::int64_t hits = 0;
+  double last_at = 0; ///< Unix seconds
+};
+
+/// All that belongs to one process. A child made by fork leaves its parent's alone and makes its own.
+struct Session {
+  const pid_t process = ::getpid();
+  std::mutex mutex;
+  /// While a thread is inside SQLite, whose global state a child made just then inherits half changed.
+  std::atomic<bool> in_use = false;
+  // Below: guarded by the mutex.
+  Status disabled; ///< why the store does nothing more in this process; ok while it works
+  std::unique_ptr<Database> database;
+  std::optional<Digest> secret;
+  std::map<Digest, Use> unwritten_uses;
+  std::size_t hits_since_flush = 0;
+  StoreStats counts;
+  std::set<std::string, std::less<>> warned_causes;
+};
+
+class SessionLock {
+public:
+  explicit SessionLock(Session& session) : session_(session), lock_(session.mutex) { session_.in_use = true; }
+  ~SessionLock() { session_.in_use = false; }
+
+private:
+  Session& session_;
+  std::lock_guard<std::mutex> lock_;
+};
+
+class SqliteStore final : public Store {
+public:
+  SqliteStore(StoreOptions options, const Log& log) : options_(std::move(options)), log_(log), session_(new Session) {}
+
+  ~SqliteStore() override {
+    Session* session = session_;
+    if (session->process != ::getpid()) // the parent's: closing it would write, and drop locks
+      return;
+    flush();
+    delete session;
+  }
+
+  std::optional<StoreRow> get(const Digest& key) override;
+  Status put(const StoreRow& row) override;
+  void flush() override;
+  Result<std::vector<Listed>> list() override;
+  Result<std::vector<Digest>> find(std::string_view hex_prefix) override;
+  Result<StoreStats> stats() override;
+  Status remove(const Digest& key) override;
+  Result<Verified> verify(bool repair) override;
+  Result<Pruned> prune(std::int64_t max_bytes, bool dry_run) override;
+  Result<Pruned> clear(bool dry_run) override;
+  std::string path() const override { return options_.directory + "/kernels.db"; }
+
+private:
+  enum class Missing { create, leave };
+
+  Session& current_session();
+  Status open_database(Session& session, Missing missing);
+  Status open_for_reading(Session& session) { return open_database(session, Missing::leave); }
+  Status open_for_change(Session& session);
+  Status load_secret(Session& session, Missing missing);
+  Status read_row(Session& session, const Digest& key, StoredRow& stored);
+  void refuse(Session& session, const Digest& key);
+  void count_hit(Session& session, const Digest& key);
+  Status insert(Session& session, const StoreRow& row);
+  Status flush_uses(Session& session);
+  Status write_uses(Session& session);
+  Result<Pruned> evict(Database& database, std::int64_t max_bytes, ByteSpan kept_key);
+  Status report(Session& session, Status status);
+  void warn_once(Session& session, std::string_view cause, std::string_view message);
+
+  const StoreOptions options_;
+  const Log& log_;
+  std::atomic<Session*> session_;
+};
+
+Session& SqliteStore::current_session() {
+  Session* session = session_.load();
+  while (session->process != ::getpid()) {
+    auto fresh = std::make_unique<Session>();
+    if (session->in_use)
+      fresh->disabled = Status::error(
+          Code::io, fmt::format("{}: this process was forked while another thread used the cache; it goes on "
+                                "without it",
+                                path()));
+    if (session_.compare_exchange_strong(session, fresh.get()))
+      session = fresh.release();
+  }
+  return *session;
+}
+
+/// Ok when the database is open. Code::not_found: there is none, and `missing` or the mode says to leave it so.
+Status SqliteStore::open_database(Session& session, Missing missing) {
+  if (options_.mode == CacheMode::off)
+    return Status::error(Code::not_found, "the cache is off");
+  if (!session.disabled || session.database)
+    return session.disabled;
+  const bool create = missing == Missing::create;
+  const bool writes = options_.mode == CacheMode::read_write;
+  const auto open = [&]() -> Result<std::unique_ptr<Database>> {
+    const Result<std::string> directory = private_directory(options_.directory, create);
+    if (!directory)
+      return directory.status();
+    const std::string file = *directory + "/kernels.db";
+    Status status = check_private_file(file, false);
+    if (status.code() == Code::not_found && create) {
+      const Result<Bytes> empty = Database::empty_file();
+      if (!empty)
+        return empty.status();
+      if (status = create_private_file(file, *empty); !status)
+        return status;
+      status = check_private_file(file, false);
+    }
+    if (!status)
+      return status;
+    return Database::open(file, writes ? Database::Access::write : Database::Access::read, options_.busy_timeout_ms);
+  };
+  Result<std::unique_ptr<Database>> opened = open();
+  if (opened) {
+    session.database = std::move(*opened);
+    return {};
+  }
+  const Code code = opened.status().code();
+  if (code != Code::busy && code != Code::not_found)
+    session.disabled = opened.status();
+  return opened.status();
+}
+
+Status SqliteStore::open_for_change(Session& session) {
+  if (options_.mode == CacheMode::read_only)
+    return Status::error(Code::unsupported,
+                         fmt::format("{} was opened read-only; to change it, the mode must be read-write", path()));
+  return open_for_reading(session);
+}
+
+Status SqliteStore::load_secret(Session& session, Missing missing) {
+  if (!session.disabled || session.secret)
+    return session.disabled;
+  const Result<Digest> secret = read_key_file(options_.key_directory, missing == Missing::create);
+  if (secret)
+    session.secret = *secret;
+  else if (secret.status().code() != Code::not_found)
+    session.disabled = secret.status();
+  return secret ? Status() : secret.status();
+}
+
+/// Counts and logs what is neither ok nor a plain miss; gives the status back.
+Status SqliteStore::report(Session& session, Status status) {
+  if (status || status.code() == Code::busy || status.code() == Code::not_found) {
+    if (!status)
+      log_.debug(status.message());
+    return status;
+  }
+  ++session.counts.errors;
+  warn_once(session, status.message(), fmt::format("{}; going on without it", status.message()));
+  return status;
+}
+
+void SqliteStore::warn_once(Session& session, std::string_view cause, std::string_view message) {
+  if (session.warned_causes.emplace(cause).second)
+    log_.warn(message);
+}
+
+std::optional<StoreRow> SqliteStore::get(const Digest& key) {
+  if (options_.mode == CacheMode::off)
+    return std::nullopt;
+  Session& session = current_session();
+  StoredRow stored;
+  Digest secret;
+  {
+    const SessionLock lock(session);
+    if (!report(session, read_row(session, key, stored))) {
+      ++session.counts.misses;
+      return std::nullopt;
+    }
+    secret = *session.secret;
+  }
+  // The longest part of a hit needs no lock.
+  const bool authentic = is_authentic(secret, stored);
+
+  const SessionLock lock(session);
+  if (!authentic) {
+    refuse(session, key);
+    return std::nullopt;
+  }
+  count_hit(session, key);
+  return std::move(stored.row);
+}
+
+Status SqliteStore::read_row(Session& session, const Digest& key, StoredRow& stored) {
+  if (Status status = open_for_reading(session); !status)
+    return status;
+  if (Status status = load_secret(session, Missing::leave); !status) {
+    if (status.code() == Code::not_found)
+      warn_once(session, status.message(),
+                fmt::format("{}: there is no key to authenticate {} with; kernels are compiled again", status.message(),
+                            path()));
+    return status;
+  }
+  Query query = session.database->query(select_by_key);
+  query.bind(ByteSpan(key.bytes));
+  if (!query.step())
+    return query.status() ? Status::error(Code::not_found, fmt::format("{} is not in {}", key.hex(), path()))
+                          : query.status();
+  // The key asked for, not the one in the row: a row moved to another key fails.
+  stored.row.key = key;
+  read_whole_row(query, stored);
+  return {};
+}
+
+void SqliteStore::refuse(Session& session, const Digest& key) {
+  ++session.counts.refused;
+  ++session.counts.misses;
+  const bool writes = options_.mode == CacheMode::read_write;
+  warn_once(session, "refused",
+            fmt::format("{}: the row of kernel {} fails authentication and is {}; the kernel is compiled again "
+                        "(further such rows are "
+                        "counted, not logged)",
+                        path(), key.hex(), writes ? "removed" : "not used"));
+  if (writes && session.database)
+    (void)report(session, session.database->query(delete_by_key).bind(ByteSpan(key.bytes)).run());
+}
+
+void SqliteStore::count_hit(Session& session, const Digest& key) {
+  ++session.counts.hits;
+  if (options_.mode != CacheMode::read_write)
+    return;
+  Use& use = session.unwritten_uses[key];
+  ++use.hits;
+  use.last_at = unix_seconds_now();
+  if (++session.hits_since_flush >= hits_per_flush)
+    (void)report(session, flush_uses(session));
+}
+
+Status SqliteStore::put(const StoreRow& row) {
+  if (options_.mode != CacheMode::read_write)
+    return {};
+  Session& session = current_session();
+  const SessionLock lock(session);
+  // The secret first: whoever then finds the database finds it too.
+  Status status = load_secret(session, Missing::create);
+  if (status)
+    status = open_database(session, Missing::create);
+  if (status)
+    status = insert(session, row);
+  if (status.code() == Code::not_found) // deleted while it was open: the next call makes a new one
+    session.database.reset();
+  if (status)
+    ++session.counts.puts;
+  return report(session, std::move(status));
+}
+
+Status SqliteStore::insert(Session& session, const StoreRow& given) {
+  Database& database = *session.database;
+  const double now = unix_seconds_now();
+  StoreRow row = given;
+  if (row.created_at == 0)
+    row.created_at = static_cast<std::int64_t>(now);
+  const Digest mac = mac_of(*session.secret, row, {});
+
+  Transaction transaction(database);
+  if (!transaction.begun())
+    return transaction.begun();
+  Status status = database.query(insert_row)
+                      .bind(row.op)
+                      .bind(row.desc)
+                      .bind(row.isa)
+                      .bind(row.target)
+                      .bind(row.generator)
+                      .bind(static_cast<std::int64_t>(row.code.size()))
+                      .bind(row.compile_us)
+                      .bind(row.created_at)
+                      .bind(now)
+                      .bind(ByteSpan(mac.bytes))
+                      .bind(ByteSpan(row.code))
+                      .bind(ByteSpan(row.key.bytes))
+                      .run();
+  if (status)
+    status = write_uses(session);
+  if (!status)
+    return status;
+  const Result<Pruned> evicted = evict(database, options_.max_bytes, row.key.bytes);
+  if (!evicted)
+    return evicted.status();
+  const Result<DatabaseSize> size = size_of(database);
+  if (!size)
+    return size.status();
+  if (size->used_bytes > options_.max_bytes)
+    return Status::error(Code::unsupported,
+                         fmt::format("{}: a kernel of {} bytes does not fit into the size bound of {} bytes", path(),
+                                     row.code.size(), options_.max_bytes));
+  if (status = transaction.commit(); !status)
+    return status;
+  session.unwritten_uses.clear();
+  session.hits_since_flush = 0;
+  session.counts.evictions += evicted->rows;
+  return {};
+}
+
+/// Within a transaction: deletes least recently used rows, but not `kept_key`, until the pages in use fit or no row is
+/// left.
+Result<Store::Pruned> SqliteStore::evict(Database& database, std::int64_t max_bytes, ByteSpan kept_key) {
+  Pruned out;
+  while (true) {
+    const Result<DatabaseSize> size = size_of(database);
+    if (!size)
+      return size.status();
+    if (size->used_bytes <= max_bytes)
+      return out;
+    Query query = database.query(delete_least_recently_used);
+    query.bind(kept_key);
+    if (!query.step()) {
+      if (Status status = query.status(); !status)
+        return status;
+      return out;
+    }
+    ++out.rows;
+    out.bytes += query.integer(0);
+    if (Status status = query.run(); !status)
+      return status;
+  }
+}
+
+void SqliteStore::flush() {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  if (session.database)
+    (void)report(session, flush_uses(session));
+}
+
+/// In a transaction of its own. What could not be written stays for the next time.
+Status SqliteStore::flush_uses(Session& session) {
+  session.hits_since_flush = 0;
+  if (session.unwritten_uses.empty())
+    return {};
+  Transaction transaction(*session.database);
+  if (!transaction.begun())
+    return transaction.begun();
+  Status status = write_uses(session);
+  if (status)
+    status = transaction.commit();
+  if (status)
+    session.unwritten_uses.clear();
+  return status;
+}
+
+/// Within a transaction; the caller clears the uses once it has committed.
+Status SqliteStore::write_uses(Session& session) {
+  for (const auto& [key, use] : session.unwritten_uses)
+    if (Status status =
+            session.database->query(update_use).bind(use.hits).bind(use.last_at).bind(ByteSpan(key.bytes)).run();
+        !status)
+      return status;
+  return {};
+}
+
+Result<std::vector<Store::Listed>> SqliteStore::list() {
+  std::vector<Listed> out;
+  Session& session = current_session();
+  const SessionLock lock(session);
+  if (Status status = report(session, open_for_reading(session)); !status)
+    return status.code() == Code::not_found ? Result(std::move(out)) : status;
+  (void)report(session, flush_uses(session));
+  Query query = session.database->query(select_all);
+  while (query.step()) {
+    Listed& listed = out.emplace_back();
+    listed.code_bytes = read_readable_columns(query, 0, listed.row);
+    listed.row.key = to_digest(query.blob(10)).value_or(Digest());
+  }
+  if (Status status = report(session, query.status()); !status)
+    return status;
+  return out;
+}
+
+Result<std::vector<Digest>> SqliteStore::find(std::string_view hex_prefix) {
+  const std::size_t digits = 2 * sizeof(Digest);
+  const std::string prefix(hex_prefix);
+  if (prefix.size() > digits)
+    return Status::error(Code::invalid_argument, fmt::format("key prefix '{}' has {} digits; allowed are up to {}",
+                                                             prefix, prefix.size(), digits));
+  const std::optional<Digest> first = Digest::from_hex(prefix + std::string(digits - prefix.size(), '0'));
+  const std::optional<Digest> last = Digest::from_hex(prefix + std::string(digits - prefix.size(), 'f'));
+  if (!first || !last)
+    return Status::error(Code::invalid_argument,
+                         fmt::format("key prefix '{}' is not hexadecimal; allowed are 0-9 and a-f", prefix));
+  std::vector<Digest> out;
+  Session& session = current_session();
+  const SessionLock lock(session);
+  if (Status status = report(session, open_for_reading(session)); !status)
+    return status.code() == Code::not_found ? Result(std::move(out)) : status;
+  Query query = session.database->query(select_keys);
+  query.bind(ByteSpan(first->bytes)).bind(ByteSpan(last->bytes));
+  while (query.step())
+    out.push_back(to_digest(query.blob(0)).value_or(Digest()));
+  if (Status status = report(session, query.status()); !status)
+    return status;
+  return out;
+}
+
+Result<StoreStats> SqliteStore::stats() {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  if (Status status = report(session, open_for_reading(session)); !status)
+    return status.code() == Code::not_found ? Result(session.counts) : status;
+  StoreStats out = session.counts;
+  Query query = session.database->query(select_totals);
+  if (query.step()) {
+    out.rows = query.integer(0);
+    out.bytes = query.integer(1);
+  }
+  if (Status status = report(session, query.status()); !status)
+    return status;
+  const Result<DatabaseSize> size = size_of(*session.database);
+  if (!size)
+    return report(session, size.status());
+  out.file_bytes = size->file_bytes;
+  return out;
+}
+
+Status SqliteStore::remove(const Digest& key) {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  if (Status status = report(session, open_for_change(session)); !status)
+    return status;
+  session.unwritten_uses.erase(key);
+  if (Status status = report(session, session.database->query(delete_by_key).bind(ByteSpan(key.bytes)).run()); !status)
+    return status;
+  if (session.database->changes() == 0)
+    return Status::error(Code::not_found, fmt::format("{} is not in {}", key.hex(), path()));
+  return {};
+}
+
+Result<Store::Verified> SqliteStore::verify(bool repair) {
+  Verified out;
+  Session& session = current_session();
+  const SessionLock lock(session);
+  if (Status status = report(session, repair ? open_for_change(session) : open_for_reading(session)); !status)
+    return status.code() == Code::not_found ? Result(std::move(out)) : status;
+  if (Status status = report(session, load_secret(session, Missing::leave)); !status)
+    return status;
+  // One row at a time, so that other processes can write in between.
+  std::vector<std::int64_t> ids;
+  {
+    Query query = session.database->query(select_ids);
+    while (query.step())
+      ids.push_back(query.integer(0));
+    if (Status status = report(session, query.status()); !status)
+      return status;
+  }
+  for (const std::int64_t id : ids) {
+    StoredRow stored;
+    std::string name = fmt::format("row {}", id);
+    bool authentic = false;
+    {
+      Query query = session.database->query(select_by_id);
+      query.bind(id);
+      if (query.step()) {
+        read_whole_row(query, stored);
+        if (const std::optional<Digest> key = to_digest(query.blob(13))) {
+          stored.row.key = *key;
+          name = key->hex();
+          authentic = is_authentic(*session.secret, stored);
+        }
+      } else if (query.status()) {
+        continue; // evicted meanwhile
+      } else if (query.status().code() != Code::integrity) {
+        return report(session, query.status());
+      }
+    }
+    if (authentic) {
+      ++out.ok;
+      continue;
+    }
+    ++out.bad;
+    out.bad_keys.push_back(std::move(name));
+    if (!repair)
+      continue;
+    if (Status status = report(session, session.database->query(delete_by_id).bind(id).run()); !status)
+      return status;
+  }
+  return out;
+}
+
+Result<Store::Pruned> SqliteStore::prune(std::int64_t max_bytes, bool dry_run) {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  if (Status status = report(session, open_for_change(session)); !status)
+    return status.code() == Code::not_found ? Result(Pruned()) : status;
+  // A dry run does the same and rolls it back: nothing else counts exactly.
+  Transaction transaction(*session.database);
+  Status status = transaction.begun();
+  if (status)
+    status = write_uses(session);
+  if (!status)
+    return report(session, std::move(status));
+  const Result<Pruned> out = evict(*session.database, max_bytes, {});
+  if (!out)
+    return report(session, out.status());
+  if (dry_run)
+    return out;
+  status = session.database->run(pragma_shrink);
+  if (status)
+    status = transaction.commit();
+  if (!status)
+    return report(session, std::move(status));
+  session.unwritten_uses.clear();
+  session.counts.evictions += out->rows;
+  return out;
+}
+
+Result<Store::Pruned> SqliteStore::clear(bool dry_run) {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  if (Status status = report(session, open_for_change(session)); !status)
+    return status.code() == Code::not_found ? Result(Pruned()) : status;
+  Transaction transaction(*session.database);
+  if (!transaction.begun())
+    return report(session, transaction.begun());
+  Pruned out;
+  {
+    Query totals = session.database->query(select_totals);
+    if (!totals.step())
+      return report(session, totals.status());
+    out = {totals.integer(0), totals.integer(1)};
+  }
+  if (dry_run)
+    return out;
+  Status status = session.database->run(delete_all);
+  if (status)
+    status = session.database->run(pragma_shrink);
+  if (status)
+    status = transaction.commit();
+  if (!status)
+    return report(session, std::move(status));
+  session.unwritten_uses.clear();
+  return out;
+}
+
+/// Without a slash at the end.
+std::filesystem::path absolute_path(const std::string& path) {
+  std::error_code error;
+  const std::filesystem::path absolute = std::filesystem::absolute(path, error);
+  return absolute.has_filename() ? absolute : absolute.parent_path();
+}
+
+/// Compares the paths with every link resolved as far as they exist.
+bool is_inside(const std::string& path, const std::string& directory) {
+  std::error_code error;
+  const std::filesystem::path inner = std::filesystem::weakly_canonical(absolute_path(path), error);
+  const std::filesystem::path outer = std::filesystem::weakly_canonical(absolute_path(directory), error);
+  return std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end()).first == outer.end();
+}
+
+Status check_options(const StoreOptions& options) {
+  for (const auto& [name, path] :
+       {std::pair("cache directory", &options.directory), std::pair("key directory", &options.key_directory)})
+    if (path->empty() || path->find('\0') != std::string::npos)
+      return Status::error(Code::invalid_argument, fmt::format("the {} '{}' is not a path", name, path->c_str()));
+  if (options.max_bytes <= 0)
+    return Status::error(Code::invalid_argument,
+                         fmt::format("the cache's size bound is {} bytes; allowed is more than 0", options.max_bytes));
+  if (options.busy_timeout_ms < 0)
+    return Status::error(Code::invalid_argument, fmt::format("the cache's busy timeout is {} ms; allowed is 0 or more",
+                                                             options.busy_timeout_ms));
+  if (is_inside(options.key_directory, options.directory))
+    return Status::error(
+        Code::invalid_argument,
+        fmt::format("the key directory {} lies inside the cache directory {}: whoever copies the cache would have the "
+                    "key; it must lie outside",
+                    options.key_directory, options.directory));
+  return {};
+}
+
+} // namespace
+
+Result<std::unique_ptr<Store>> Store::open(StoreOptions options, const Log& log) {
+  if (options.mode != CacheMode::off) {
+    if (Status status = check_options(options); !status)
+      return status;
+    // Once, here: the host may change its working directory.
+    options.directory = absolute_path(options.directory).string();
+    options.key_directory = absolute_path(options.key_directory).string();
+  }
+  return std::unique_ptr<Store>(std::make_unique<SqliteStore>(std::move(options), log));
+}
+
+} // namespace kiln
