@@ -35,6 +35,14 @@ ArmProcessor arm_processor();
 /// be trusted.
 bool runs_privileged();
 
+/// What holds a path, for `kiln doctor`.
+struct FileSystem {
+  std::string name;           ///< `nfs`, `tmpfs`, …; `local` for those that call for no remark
+  bool over_network = false;  ///< locks between machines may not hold
+  bool in_memory = false;     ///< empty after a restart
+};
+FileSystem file_system_of(const std::string& path);
+
 /// How many forks lie between the process that loaded Kiln and this one: grows in the child only.
 unsigned process_generation();
 /// Forks that this process, or one it descends from, has begun: grows in parent and child, before the child exists.

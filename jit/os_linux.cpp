@@ -21,6 +21,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <fmt/format.h>
@@ -172,6 +173,26 @@ bool request_amx_tiles() {
 
 bool runs_privileged() {
   return getauxval(AT_SECURE) != 0;
+}
+
+FileSystem file_system_of(const std::string& path) {
+  struct Row {
+    std::uint32_t magic; // statfs(2)
+    const char* name;
+    bool over_network, in_memory;
+  };
+  constexpr Row rows[] = {
+      {0x6969, "nfs", true, false},          {0xFF534D42, "cifs", true, false},     {0xFE534D42, "smb2", true, false},
+      {0x517B, "smb", true, false},          {0x01021997, "9p", true, false},       {0x00C36400, "ceph", true, false},
+      {0x0BD00BD0, "lustre", true, false},   {0x65735546, "fuse", true, false},     {0x5346414F, "afs", true, false},
+      {0x01021994, "tmpfs", false, true},    {0x858458F6, "ramfs", false, true},
+  };
+  struct statfs info;
+  if (::statfs(path.c_str(), &info) == 0)
+    for (const Row& row : rows)
+      if (row.magic == static_cast<std::uint32_t>(info.f_type))
+        return {row.name, row.over_network, row.in_memory};
+  return {"local"};
 }
 
 unsigned process_generation() {
