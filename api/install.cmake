@@ -1,0 +1,33 @@
+# What an installation holds: the command, libkiln, the LLVM generator beside it, the header, a CMake package and a pkg-config file.
+include(GNUInstallDirs)
+include(CMakePackageConfigHelpers)
+
+# Where the parts of an installation find each other, wherever it is moved to.
+file(RELATIVE_PATH bin_to_lib /${CMAKE_INSTALL_BINDIR} /${CMAKE_INSTALL_LIBDIR})
+set_target_properties(kiln_cli PROPERTIES INSTALL_RPATH $ORIGIN/${bin_to_lib})
+set_target_properties(kiln PROPERTIES INSTALL_RPATH $ORIGIN)
+
+# A host has a C++ runtime of its own or none: Kiln neither picks nor needs one.
+if(NOT KILN_SANITIZE)
+  target_link_options(kiln PRIVATE -static-libstdc++ -static-libgcc)
+  target_link_options(kiln_cli PRIVATE -static-libstdc++ -static-libgcc)
+endif()
+
+target_include_directories(kiln INTERFACE $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+install(TARGETS kiln EXPORT kiln RUNTIME LIBRARY ARCHIVE)
+install(TARGETS kiln_cli RUNTIME)
+if(TARGET kiln_llvm)
+  install(TARGETS kiln_llvm LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+endif()
+install(FILES kiln.h TYPE INCLUDE)
+install(FILES ${PROJECT_SOURCE_DIR}/README.md TYPE DOC)
+install(DIRECTORY doc/ TYPE DOC FILES_MATCHING PATTERN *.md)
+
+set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/kiln)
+install(EXPORT kiln NAMESPACE kiln:: FILE kilnConfig.cmake DESTINATION ${package_dir})
+write_basic_package_version_file(kilnConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/kilnConfigVersion.cmake DESTINATION ${package_dir})
+
+file(RELATIVE_PATH pkgconfig_to_prefix /${CMAKE_INSTALL_LIBDIR}/pkgconfig /)
+configure_file(kiln.pc.in kiln.pc @ONLY)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/kiln.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)

@@ -1,0 +1,1 @@
+#include "tests/header_test.c"
