@@ -42,7 +42,9 @@ template <class T> T must(Result<T> result) {
   return std::move(*result);
 }
 
-Target target_of(std::string_view text) { return must(Target::parse(text)); }
+Target target_of(std::string_view text) {
+  return must(Target::parse(text));
+}
 
 /// The targets of which this generator makes different x86 code.
 constexpr std::array kX86Targets = {"x86_64:", "x86_64:avx2", "x86_64:avx2,avx512f,avx512bw"};
@@ -96,7 +98,8 @@ void fill(std::int8_t* data, std::int64_t count, Values values, std::mt19937& ra
                                           : static_cast<std::int8_t>(i % 2 ? 127 : -128);
 }
 
-/// One stored kernel against the reference: every buffer guarded, C in strips of `n_cut` columns, nothing written between rows.
+/// One stored kernel against the reference: every buffer guarded, C in strips of `n_cut` columns, nothing written
+/// between rows.
 void check_kernel(const CodeObject& code, std::int64_t m, std::int64_t n, std::int64_t k, Values values, bool at_end,
                   std::int64_t n_cut, std::mt19937& random) {
   const int8_mm::Plan plan = must(int8_mm::Plan::from(code.plan));
@@ -315,10 +318,10 @@ TEST_CASE("a listing has labels, bytes, and data where nothing runs") {
   const Bytes image{0xeb, 0x02, 0xff, 0xff, 0xc3};
   const std::vector<CodeObject::Entry> entries{{"main", 0}};
   CHECK(must(disassemble(Arch::x86_64, image, entries)) == "main:\n"
-                    "     0: eb 02                             jmp L0\n"
-                    "     2: ff ff                             .byte\n"
-                    "L0:\n"
-                    "     4: c3                                ret\n");
+                                                           "     0: eb 02                             jmp L0\n"
+                                                           "     2: ff ff                             .byte\n"
+                                                           "L0:\n"
+                                                           "     4: c3                                ret\n");
   const std::vector<CodeObject::Entry> outside{{"main", 5}};
   CHECK(disassemble(Arch::x86_64, image, outside).status().code() == Code::invalid_argument);
   CHECK(disassemble(Arch::nvptx, image, entries).status().code() == Code::unsupported);
@@ -346,7 +349,8 @@ int main(int argc, char** argv) {
   }
   if (mode == "--status") {
     const Result<CodeObject> code = portable::int8_mm().compile(canonical_desc(1, 1, 1), target_of("x86_64:"));
-    std::fputs(code ? "ok" : (std::string(name_of(code.status().code())) + ": " + code.status().message()).c_str(), stdout);
+    std::fputs(code ? "ok" : (std::string(name_of(code.status().code())) + ": " + code.status().message()).c_str(),
+               stdout);
     return 0;
   }
   return doctest::Context(argc, argv).run();

@@ -4,12 +4,14 @@
 
 #include "backends/llvm/int8_mm_layout.h"
 #include "backends/llvm/shared_object.h"
+#include "llvm_generator_id.h"
 
 namespace kiln::portable {
 namespace {
 
-/// The widest vectors that the target has, in three steps: no more features in the key than change the code. x86_64 alone means
-/// SSE2. LLVM's avx512f implies fma and f16c, which integer code has no use for, so that the key need not name them.
+/// The widest vectors that the target has, in three steps: no more features in the key than change the code. x86_64
+/// alone means SSE2. LLVM's avx512f implies fma and f16c, which integer code has no use for, so that the key need not
+/// name them.
 Features vector_features(const KernelDesc&, const Target& target) {
   if (target.arch == Arch::aarch64)
     return {Feature::neon};
@@ -30,7 +32,9 @@ Status supports(const KernelDesc& desc, const Target& target) {
   return {};
 }
 
-std::string pack_layout(const KernelDesc&, const Target& target) { return int8_mm_layout(target.arch).id(); }
+std::string pack_layout(const KernelDesc&, const Target& target) {
+  return int8_mm_layout(target.arch).id();
+}
 
 Result<CodeObject> compile(const KernelDesc& desc, const Target& target) {
   if (Status status = supports(desc, target); !status)
@@ -52,6 +56,7 @@ Implementation int8_mm() {
           .isa = IsaPath::portable,
           .backend = BackendId::portable,
           .generator = GeneratorId::llvm,
+          .generator_digest = k_llvm_generator_digest,
           .any_arch = true,
           .uses = vector_features,
           .supports = supports,

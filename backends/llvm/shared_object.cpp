@@ -6,7 +6,7 @@
 
 #include <fmt/format.h>
 
-#include "backends/llvm/rows.h"
+#include "llvm_generator_id.h"
 
 namespace kiln::portable {
 namespace {
@@ -21,8 +21,8 @@ std::string own_directory() {
   return slash == std::string::npos ? std::string() : path.substr(0, slash);
 }
 
-/// Beside libkiln, in an installation's or build tree's lib, then wherever the dynamic loader looks. dlopen counts references and
-/// finds an open object again, so that nothing needs to be remembered between calls.
+/// Beside libkiln, in an installation's or build tree's lib, then wherever the dynamic loader looks. dlopen counts
+/// references and finds an open object again, so that nothing needs to be remembered between calls.
 Result<llvm_abi::EntryPoint> open_generator() {
   const std::string name = KILN_LLVM_FILE;
   std::vector<std::string> candidates;
@@ -42,8 +42,9 @@ Result<llvm_abi::EntryPoint> open_generator() {
       return reinterpret_cast<llvm_abi::EntryPoint>(entry);
     failures += fmt::format("\n  {}: has no function {}", candidate, llvm_abi::kEntryPoint);
   }
-  return Status::error(Code::unsupported,
-                       fmt::format("{}, which compiles with LLVM, cannot be opened; looked for it here:{}", name, failures));
+  return Status::error(
+      Code::unsupported,
+      fmt::format("{}, which compiles with LLVM, cannot be opened; looked for it here:{}", name, failures));
 }
 
 struct Received {
@@ -59,12 +60,10 @@ void receive(void* context, std::uint32_t code, const std::uint8_t* data, std::s
 
 } // namespace
 
-std::string_view generator_id() { return KILN_LLVM_GENERATOR_ID; }
-
 Writer begin_request(llvm_abi::RequestKind kind) {
   Writer request;
   request.u32(llvm_abi::kVersion);
-  request.string(generator_id());
+  request.string(k_llvm_generator_digest);
   request.u8(static_cast<std::uint8_t>(kind));
   return request;
 }

@@ -1,9 +1,12 @@
 #include "backends/llvm/generator/codegen.h"
 
+#include <mutex>
+
 #include <llvm/IR/LegacyPassManager.h>
 #include <llvm/IR/Verifier.h>
 #include <llvm/MC/TargetRegistry.h>
 #include <llvm/Support/SmallVectorMemoryBuffer.h>
+#include <llvm/Support/TargetSelect.h>
 #include <llvm/Transforms/InstCombine/InstCombine.h>
 #include <llvm/Transforms/Scalar.h>
 
@@ -41,6 +44,22 @@ void add_optimisations(llvm::legacy::PassManager& passes) {
 
 } // namespace
 
+void initialise_llvm() {
+  static std::once_flag done;
+  std::call_once(done, [] {
+    LLVMInitializeX86TargetInfo();
+    LLVMInitializeX86Target();
+    LLVMInitializeX86TargetMC();
+    LLVMInitializeX86AsmPrinter();
+    LLVMInitializeX86Disassembler();
+    LLVMInitializeAArch64TargetInfo();
+    LLVMInitializeAArch64Target();
+    LLVMInitializeAArch64TargetMC();
+    LLVMInitializeAArch64AsmPrinter();
+    LLVMInitializeAArch64Disassembler();
+  });
+}
+
 const char* triple_of(Arch arch) {
   switch (arch) {
   case Arch::x86_64:
@@ -57,15 +76,15 @@ Result<std::unique_ptr<llvm::TargetMachine>> make_target_machine(const Target& t
   std::string error;
   const llvm::Target* found = llvm::TargetRegistry::lookupTarget(triple, error);
   if (found == nullptr)
-    return Status::error(Code::unsupported, fmt::format("LLVM generates no code for {}: {}", name_of(target.arch), error));
+    return Status::error(Code::unsupported,
+                         fmt::format("LLVM generates no code for {}: {}", name_of(target.arch), error));
   // On aarch64 the tiny model addresses constants by ADR alone, which needs no 4 KiB-aligned image.
-  const llvm::CodeModel::Model model =
-      target.arch == Arch::aarch64 ? llvm::CodeModel::Tiny : llvm::CodeModel::Small;
+  const llvm::CodeModel::Model model = target.arch == Arch::aarch64 ? llvm::CodeModel::Tiny : llvm::CodeModel::Small;
   llvm::TargetOptions options;
   options.TrapUnreachable = true;
   std::unique_ptr<llvm::TargetMachine> machine(
-      found->createTargetMachine(triple, target.arch == Arch::x86_64 ? "x86-64" : "generic", feature_text(target), options,
-                                 llvm::Reloc::PIC_, model, llvm::CodeGenOptLevel::Default));
+      found->createTargetMachine(triple, target.arch == Arch::x86_64 ? "x86-64" : "generic", feature_text(target),
+                                 options, llvm::Reloc::PIC_, model, llvm::CodeGenOptLevel::Default));
   if (machine == nullptr)
     return Status::error(Code::internal, fmt::format("LLVM has no code generator for {}", triple));
   return machine;

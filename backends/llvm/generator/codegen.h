@@ -10,8 +10,11 @@
 
 namespace kiln::generator {
 
-/// LLVM's name of the architecture, Linux for every host: it decides the calling convention and the object format. Empty when
-/// this generator does not serve the architecture.
+/// Makes the architectures known to LLVM; before anything else here, as often as one likes.
+void initialise_llvm();
+
+/// LLVM's name of the architecture, Linux for every host: it decides the calling convention and the object format.
+/// Empty when this generator does not serve the architecture.
 const char* triple_of(Arch arch);
 
 /// For the target and its features, nothing of the host: what LLVM makes is the same everywhere.

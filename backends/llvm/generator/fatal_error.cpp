@@ -26,7 +26,10 @@ void recover(void*, const char* reason, bool) {
 bool survives(llvm::function_ref<void()> work, std::string& message) {
   // The handler is of this copy of LLVM only: a host that has one of its own is not touched.
   static std::once_flag installed;
-  std::call_once(installed, [] { llvm::install_fatal_error_handler(recover); });
+  std::call_once(installed, [] {
+    llvm::install_fatal_error_handler(recover);
+    llvm::install_bad_alloc_error_handler(recover);
+  });
   Recovery here{.message = &message};
   recovery = &here;
   const bool survived = setjmp(here.resume) == 0;

@@ -1,7 +1,4 @@
-#include <mutex>
-
 #include <llvm/IR/LLVMContext.h>
-#include <llvm/Support/TargetSelect.h>
 
 #include <fmt/format.h>
 
@@ -13,25 +10,10 @@
 #include "backends/llvm/generator/machine_code.h"
 #include "jit/code_object.h"
 #include "jit/op.h"
+#include "llvm_generator_id.h"
 
 namespace kiln::generator {
 namespace {
-
-void initialise_llvm() {
-  static std::once_flag done;
-  std::call_once(done, [] {
-    LLVMInitializeX86TargetInfo();
-    LLVMInitializeX86Target();
-    LLVMInitializeX86TargetMC();
-    LLVMInitializeX86AsmPrinter();
-    LLVMInitializeX86Disassembler();
-    LLVMInitializeAArch64TargetInfo();
-    LLVMInitializeAArch64Target();
-    LLVMInitializeAArch64TargetMC();
-    LLVMInitializeAArch64AsmPrinter();
-    LLVMInitializeAArch64Disassembler();
-  });
-}
 
 /// One op that this generator makes kernels for.
 struct OpGenerator {
@@ -114,11 +96,14 @@ Result<Bytes> disassemble(Reader& request) {
 
 Result<Bytes> answer(Reader request) {
   if (const std::uint32_t version = request.u32(); version != llvm_abi::kVersion)
-    return Status::error(Code::unsupported, fmt::format("{} speaks version {} of the interface, libkiln version {}",
-                                                        KILN_LLVM_FILE, llvm_abi::kVersion, version));
-  if (const std::string id = request.string(); id != KILN_LLVM_GENERATOR_ID)
-    return Status::error(Code::unsupported, fmt::format("{} is of generator {}, libkiln expects {}: they are of different builds",
-                                                        KILN_LLVM_FILE, KILN_LLVM_GENERATOR_ID, id));
+    return Status::error(Code::unsupported,
+                         fmt::format("libkiln-llvm speaks version {} of the interface, libkiln version {}",
+                                     llvm_abi::kVersion, version));
+  if (const std::string id = request.string(); id != k_llvm_generator_digest)
+    return Status::error(
+        Code::unsupported,
+        fmt::format("libkiln-llvm holds generator {}, libkiln expects {}: they are of different builds",
+                    k_llvm_generator_digest, id));
   initialise_llvm();
   switch (const auto kind = static_cast<llvm_abi::RequestKind>(request.u8()); kind) {
   case llvm_abi::RequestKind::compile:
@@ -134,22 +119,28 @@ Result<Bytes> answer(Reader request) {
 } // namespace kiln::generator
 
 extern "C" __attribute__((visibility("default"))) void kiln_llvm_answer(const std::uint8_t* request, std::size_t size,
-                                                                         kiln::llvm_abi::Answer give, void* context) {
+                                                                        kiln::llvm_abi::Answer give, void* context) {
   using namespace kiln;
   Result<Bytes> result = Status::error(Code::internal, "no answer");
   std::string fatal;
-  try {
-    if (!generator::survives([&] { result = generator::answer(Reader({request, size})); }, fatal))
-      result = Status::error(Code::compile_failed, "LLVM gave up: " + fatal);
-  } catch (const std::bad_alloc&) {
-    result = Status::error(Code::out_of_memory, "no memory for LLVM");
-  }
+  const auto work = [&] {
+    try {
+      result = generator::answer(Reader({request, size}));
+    } catch (const std::bad_alloc&) {
+      result = Status::error(Code::out_of_memory, "no memory for LLVM");
+    }
+  };
+  if (!generator::survives(work, fatal))
+    result = Status::error(Code::compile_failed, "LLVM gave up: " + fatal);
   if (result)
     return give(context, static_cast<std::uint32_t>(Code::ok), result->data(), result->size());
   const std::string& message = result.status().message();
-  give(context, static_cast<std::uint32_t>(result.status().code()), reinterpret_cast<const std::uint8_t*>(message.data()),
-       message.size());
+  give(context, static_cast<std::uint32_t>(result.status().code()),
+       reinterpret_cast<const std::uint8_t*>(message.data()), message.size());
 }
 
-/// The destructors of LLVM's statics never run: the process may exit while another thread compiles. Local to this shared object.
-extern "C" int __cxa_atexit(void (*)(void*), void*, void*) { return 0; }
+/// The destructors of LLVM's statics never run: the process may exit while another thread compiles. Local to this
+/// shared object.
+extern "C" int __cxa_atexit(void (*)(void*), void*, void*) {
+  return 0;
+}

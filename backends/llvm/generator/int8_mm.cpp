@@ -115,21 +115,23 @@ private:
     llvm::Type* type = std::is_pointer_v<T> ? static_cast<llvm::Type*>(ir_.getPtrTy()) : ir_.getInt64Ty();
     return ir_.CreateLoad(type, advance(ir_, call_, static_cast<std::int64_t>(offset)));
   }
-  llvm::FixedVectorType* vector_of(int bits, int count) { return llvm::FixedVectorType::get(ir_.getIntNTy(bits), count); }
+  llvm::FixedVectorType* vector_of(int bits, int count) {
+    return llvm::FixedVectorType::get(ir_.getIntNTy(bits), count);
+  }
   Value* load(llvm::Type* type, Value* base, std::int64_t offset, int alignment) {
     return ir_.CreateAlignedLoad(type, advance(ir_, base, offset), llvm::Align(alignment));
   }
 
-  /// Rows of A as s16 in the workspace. What lies beyond K there stays as it was: it meets the pack's zeros, or is not read.
+  /// Rows of A as s16 in the workspace. What lies beyond K there stays as it was: it meets the pack's zeros, or is not
+  /// read.
   void widen_rows(Value* a, Value* rows) {
     Values cursors{a, workspace_};
     loop(ir_, ir_.getInt64(0), rows, 1, cursors, [&](Value*, Values& at) {
       constexpr int kChunk = 32;
       const std::int64_t whole = k_ / kChunk * kChunk;
       Values none;
-      loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), kChunk, none, [&](Value* k, Values&) {
-        widen(advance(ir_, at[0], k), advance(ir_, at[1], ir_.CreateShl(k, 1)), kChunk);
-      });
+      loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), kChunk, none,
+           [&](Value* k, Values&) { widen(advance(ir_, at[0], k), advance(ir_, at[1], ir_.CreateShl(k, 1)), kChunk); });
       std::int64_t k = whole;
       for (int piece = kChunk / 2; piece > 0; piece /= 2)
         if ((k_ - whole) & piece) {
@@ -216,7 +218,8 @@ private:
     const int k_block = block_.layout.k_block, width = block_.lanes * k_block;
     if (k_block == 2) {
       for (int i = 0; i < block_.vectors; ++i)
-        columns.push_back(ir_.CreateSExt(load(vector_of(8, width), b, offset + i * width, width), vector_of(16, width)));
+        columns.push_back(
+            ir_.CreateSExt(load(vector_of(8, width), b, offset + i * width, width), vector_of(16, width)));
       return;
     }
     // Four bytes are no register: load the panel's 16, and let smlal and smlal2 take the halves.
@@ -239,7 +242,8 @@ private:
                              vector_of(16, 2 * block_.lanes));
   }
 
-  /// a[k] of one row in every lane, from the eight that are loaded for one k_step: smlal takes its multiplier from a lane.
+  /// a[k] of one row in every lane, from the eight that are loaded for one k_step: smlal takes its multiplier from a
+  /// lane.
   Value* broadcast_lane(Value* a, std::int64_t offset, int k) {
     Value* eight = load(vector_of(16, 8), a, offset, 16);
     return ir_.CreateShuffleVector(eight, llvm::SmallVector<int, 16>(static_cast<std::size_t>(block_.lanes), k));

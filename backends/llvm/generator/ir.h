@@ -6,8 +6,9 @@ namespace kiln::generator {
 
 using Values = llvm::SmallVector<llvm::Value*, 32>;
 
-/// `for (index = begin; index < end; index += step)`, s64, with `carried` values: the body gets those of the iteration and leaves
-/// those of the next; after the loop, `carried` holds the last ones. The builder stands behind the loop then.
+/// `for (index = begin; index < end; index += step)`, s64, with `carried` values: the body gets those of the iteration
+/// and leaves those of the next; after the loop, `carried` holds the last ones. The builder stands behind the loop
+/// then.
 void loop(llvm::IRBuilder<>& ir, llvm::Value* begin, llvm::Value* end, std::int64_t step, Values& carried,
           llvm::function_ref<void(llvm::Value* index, Values& carried)> body);
 

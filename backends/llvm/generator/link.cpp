@@ -30,19 +30,14 @@ constexpr std::uint64_t kBase = 1u << 20;
 bool is_position_independent(Arch arch, jitlink::Edge::Kind kind) {
   if (arch == Arch::x86_64) {
     using namespace jitlink::x86_64;
-    constexpr std::array<jitlink::Edge::Kind, 6> kinds{Delta64, Delta32, NegDelta64, NegDelta32, BranchPCRel32, PCRel32};
+    constexpr std::array<jitlink::Edge::Kind, 6> kinds{Delta64,    Delta32,       NegDelta64,
+                                                       NegDelta32, BranchPCRel32, PCRel32};
     return std::ranges::find(kinds, kind) != kinds.end();
   }
   using namespace jitlink::aarch64;
-  constexpr std::array<jitlink::Edge::Kind, 9> kinds{Delta64,
-                                                     Delta32,
-                                                     NegDelta64,
-                                                     NegDelta32,
-                                                     Branch26PCRel,
-                                                     TestAndBranch14PCRel,
-                                                     CondBranch19PCRel,
-                                                     LDRLiteral19,
-                                                     ADRLiteral21};
+  constexpr std::array<jitlink::Edge::Kind, 9> kinds{Delta64,           Delta32,       NegDelta64,
+                                                     NegDelta32,        Branch26PCRel, TestAndBranch14PCRel,
+                                                     CondBranch19PCRel, LDRLiteral19,  ADRLiteral21};
   return std::ranges::find(kinds, kind) != kinds.end();
 }
 
@@ -54,13 +49,14 @@ llvm::Error check_flat(Arch arch, jitlink::LinkGraph& graph) {
   for (const jitlink::Section& section : graph.sections())
     if (!section.empty() && (section.getMemProt() & orc::MemProt::Write) != orc::MemProt::None)
       return refuse(fmt::format("section {} is writable", section.getName().str()));
+  if (const auto externals = graph.external_symbols(); !externals.empty())
+    return refuse(fmt::format("it needs {}, which is outside", (*externals.begin())->getName().str()));
   for (const jitlink::Block* block : graph.blocks())
     for (const jitlink::Edge& edge : block->edges()) {
       if (!edge.isRelocation())
         continue;
       if (!edge.getTarget().isDefined())
-        return refuse(fmt::format("it refers to {}, which is outside",
-                                  edge.getTarget().hasName() ? edge.getTarget().getName().str() : "an address"));
+        return refuse("it refers to an absolute address");
       if (!is_position_independent(arch, edge.getKind()))
         return refuse(fmt::format("relocation {} is not relative", graph.getEdgeKindName(edge.getKind())));
     }
@@ -83,7 +79,8 @@ private:
   Arch arch_;
 };
 
-/// "Allocates" one graph in a buffer: segments follow each other as closely as their alignment allows, read-only before executable.
+/// "Allocates" one graph in a buffer: segments follow each other as closely as their alignment allows, read-only before
+/// executable.
 class FlatMemory : public jitlink::JITLinkMemoryManager {
 public:
   Bytes bytes;
@@ -121,12 +118,14 @@ private:
 } // namespace
 
 Result<FlatImage> link_flat(Arch arch, std::unique_ptr<llvm::MemoryBuffer> object, const std::string& entry) {
-  // A session without an executor: nothing runs here, so that one route links for every architecture, the host's own included.
+  // A session without an executor: nothing runs here, so that one route links for every architecture, the host's own
+  // included.
   auto executor = std::make_unique<orc::UnsupportedExecutorProcessControl>(
       nullptr, std::make_unique<orc::InPlaceTaskDispatcher>(), triple_of(arch), 4096);
   orc::ExecutionSession session(std::move(executor));
   std::string reported;
-  session.setErrorReporter([&](llvm::Error error) { reported += llvm::toString(std::move(error)) + "; "; });
+  session.setErrorReporter(
+      [&](llvm::Error error) { reported += (reported.empty() ? "" : "; ") + llvm::toString(std::move(error)); });
   FlatMemory memory;
   FlatImage image;
   std::string failure;
@@ -147,7 +146,7 @@ Result<FlatImage> link_flat(Arch arch, std::unique_ptr<llvm::MemoryBuffer> objec
       failure += llvm::toString(std::move(error));
   }
   if (!failure.empty())
-    return Status::error(Code::compile_failed, reported + failure);
+    return Status::error(Code::compile_failed, reported.empty() ? failure : reported);
   image.bytes = std::move(memory.bytes);
   image.alignment = memory.alignment;
   return image;

@@ -17,8 +17,8 @@ struct FlatImage {
   std::uint64_t entry = 0; ///< offset of the entry symbol
 };
 
-/// Links one object by itself. Code::compile_failed for what a flat image cannot hold: external symbols, absolute addresses,
-/// writable data.
+/// Links one object by itself. Code::compile_failed for what a flat image cannot hold: external symbols, absolute
+/// addresses, writable data.
 Result<FlatImage> link_flat(Arch arch, std::unique_ptr<llvm::MemoryBuffer> object, const std::string& entry);
 
 } // namespace kiln::generator

@@ -100,7 +100,8 @@ void MachineCode::follow_control_flow() {
         break;
       const llvm::MCInstrAnalysis& analysis = *tools_->analysis;
       if (std::uint64_t target = 0; (analysis.isBranch(next.inst) || analysis.isCall(next.inst)) &&
-                                    analysis.evaluateBranch(next.inst, at, next.size, target) && target < image_.size()) {
+                                    analysis.evaluateBranch(next.inst, at, next.size, target) &&
+                                    target < image_.size()) {
         targets.insert(target);
         to_visit.push_back(target);
       }
