@@ -2,15 +2,19 @@
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 
-# Where the parts of an installation find each other, wherever it is moved to.
+# The parts of an installation find each other wherever it is moved to; those of the build tree lie the same way.
 file(RELATIVE_PATH bin_to_lib /${CMAKE_INSTALL_BINDIR} /${CMAKE_INSTALL_LIBDIR})
-set_target_properties(kiln_cli PROPERTIES INSTALL_RPATH $ORIGIN/${bin_to_lib})
-set_target_properties(kiln PROPERTIES INSTALL_RPATH $ORIGIN)
+set_target_properties(kiln_cli PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH $ORIGIN/${bin_to_lib})
+set_target_properties(kiln PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH $ORIGIN)
+if(TARGET kiln_llvm)
+  set_target_properties(kiln_llvm PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH $ORIGIN)
+endif()
 
 # A host has a C++ runtime of its own or none: Kiln neither picks nor needs one.
 if(NOT KILN_SANITIZE)
-  target_link_options(kiln PRIVATE -static-libstdc++ -static-libgcc)
-  target_link_options(kiln_cli PRIVATE -static-libstdc++ -static-libgcc)
+  foreach(target kiln kiln_cli)
+    target_link_options(${target} PRIVATE -static-libstdc++ -static-libgcc -Wl,--as-needed)
+  endforeach()
 endif()
 
 target_include_directories(kiln INTERFACE $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
