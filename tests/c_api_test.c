@@ -1,0 +1,420 @@
+/* The whole C API from C: every call, the growth rule of its structs, and what bad arguments are told. */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "api/kiln.h"
+
+static int failures = 0, checks = 0;
+#define CHECK(condition) (++checks, (condition) ? (void)0 : (void)(++failures, printf("%s:%d: %s (last error: %s)\n", __FILE__, __LINE__, #condition, kiln_last_error())))
+#define CHECK_ERROR(call, status, part) \
+  do { \
+    const kiln_status got = (call); \
+    CHECK(got == (status)); \
+    CHECK(strstr(kiln_last_error(), (part)) != NULL); \
+  } while (0)
+
+enum { M = 5, N = 37, K = 50 };
+static int8_t a[M * K], b[N * K];
+static int32_t c[M * N], expected[M * N];
+
+static void make_inputs(void) {
+  srand(1);
+  for (int i = 0; i < M * K; ++i)
+    a[i] = (int8_t)(rand() % 256 - 128);
+  for (int i = 0; i < N * K; ++i)
+    b[i] = (int8_t)(rand() % 256 - 128);
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) {
+      int32_t sum = 0;
+      for (int k = 0; k < K; ++k)
+        sum += a[i * K + k] * b[j * K + k];
+      expected[i * N + j] = sum;
+    }
+}
+
+static kiln_int8_mm_desc the_desc(void) {
+  kiln_int8_mm_desc desc = KILN_INT8_MM_DESC_INIT;
+  desc.m = M;
+  desc.n = N;
+  desc.k = K;
+  return desc;
+}
+
+static kiln_int8_mm_args the_args(const kiln_pack* pack) {
+  kiln_int8_mm_args args = KILN_INT8_MM_ARGS_INIT;
+  args.m = M;
+  args.a = a;
+  args.lda = K;
+  args.b_pack = pack;
+  args.c = c;
+  args.ldc = N;
+  return args;
+}
+
+static void poison(void) { memset(c, 0x55, sizeof c); }
+static int is_right(void) { return memcmp(c, expected, sizeof c) == 0; }
+static int is_untouched(void) {
+  for (size_t i = 0; i < sizeof c; ++i)
+    if (((unsigned char*)c)[i] != 0x55)
+      return 0;
+  return 1;
+}
+
+static int logged = 0;
+static void sink(void* context, kiln_log_level level, const char* message) {
+  (void)level;
+  (void)message;
+  ++*(int*)context;
+}
+
+static int host_runs = 0;
+static void host_parallel_for(void* host, size_t count, void (*task)(void*, size_t), void* context) {
+  ++*(int*)host;
+  for (size_t i = count; i-- > 0;)
+    task(context, i);
+}
+
+static void test_run(kiln_engine* engine) {
+  kiln_int8_mm_desc desc = the_desc();
+  kiln_kernel* kernel = NULL;
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  kiln_pack* pack = NULL;
+  CHECK(kiln_pack_create(engine, &desc.base, b, K, &pack) == KILN_OK);
+
+  kiln_int8_mm_args args = the_args(pack);
+  poison();
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(is_right());
+
+  /* raw B, the caller's workspace */
+  args.b_pack = NULL;
+  args.b = b;
+  args.ldb = K;
+  uint64_t bytes = 0;
+  CHECK(kiln_workspace_bytes(kernel, &args.base, &bytes) == KILN_OK);
+  args.workspace_bytes = bytes;
+  args.workspace = aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64 + 64));
+  poison();
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(is_right());
+  poison();
+  args.workspace_bytes = bytes - 1;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "workspace_bytes");
+  args.workspace = (char*)args.workspace + 1;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "aligned");
+  free((char*)args.workspace - 1);
+
+  /* every bad argument is named, and nothing is written */
+  args = the_args(pack);
+  args.m = 0;
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  args.m = 9;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "m is 9: allowed is 5 to 8");
+  args = the_args(pack);
+  args.lda = K - 1;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "lda is 49");
+  args = the_args(pack);
+  args.ldc = N - 1;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "ldc is 36");
+  args = the_args(pack);
+  args.a = NULL;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "a is null");
+  args = the_args(pack);
+  args.c = NULL;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "c is null");
+  args = the_args(NULL);
+  args.ldb = K;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "b is null");
+  args = the_args(pack);
+  args.b = b;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "one of the two");
+  args = the_args(pack);
+  args.b_layout = 7;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "b_layout is 7");
+  args = the_args(pack);
+  args.base.op = KILN_OP_ATTENTION;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "args.op is 5");
+  args = the_args(pack);
+  args.base.size = 3;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "args.size is 3");
+  args = the_args(pack);
+  args.base.threads = -1;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "threads is -1");
+  CHECK_ERROR(kiln_run(kernel, NULL), KILN_INVALID_ARGUMENT, "args is null");
+  CHECK_ERROR(kiln_run(NULL, &args.base), KILN_INVALID_ARGUMENT, "kernel is null");
+  CHECK(is_untouched());
+
+  kiln_int8_mm_desc other = the_desc();
+  other.n = N + 1;
+  kiln_kernel* other_kernel = NULL;
+  CHECK(kiln_get(engine, &other.base, &other_kernel) == KILN_OK);
+  args = the_args(pack);
+  args.ldc = N + 1;
+  CHECK_ERROR(kiln_run(other_kernel, &args.base), KILN_INVALID_ARGUMENT, "a pack of n=37 k=50");
+  kiln_kernel_release(other_kernel);
+
+  kiln_kernel_info info = KILN_KERNEL_INFO_INIT;
+  CHECK(kiln_kernel_get_info(kernel, &info) == KILN_OK);
+  CHECK(strcmp(info.op, "int8_mm") == 0 && info.m_min == 5 && info.m_max == 8);
+  CHECK(strstr(info.desc, "n=37") != NULL);
+  CHECK(strlen(info.pack_layout) > 0);
+  CHECK(kiln_kernel_get_info(kernel, NULL) == KILN_INVALID_ARGUMENT);
+  kiln_kernel_retain(kernel);
+  kiln_kernel_release(kernel);
+  kiln_kernel_release(kernel);
+  kiln_pack_release(pack);
+}
+
+static void test_descs(kiln_engine* engine) {
+  kiln_kernel* kernel = (kiln_kernel*)1;
+  kiln_int8_mm_desc desc = the_desc();
+  CHECK_ERROR(kiln_get(NULL, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "engine is null");
+  CHECK(kernel == NULL);
+  CHECK_ERROR(kiln_get(engine, NULL, &kernel), KILN_INVALID_ARGUMENT, "desc is null");
+  CHECK_ERROR(kiln_get(engine, &desc.base, NULL), KILN_INVALID_ARGUMENT, "kernel is null");
+  desc.base.op = 77;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "unknown op 77");
+  desc = the_desc();
+  desc.base.device = 9;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "desc.device is 9");
+  desc = the_desc();
+  desc.base.device = KILN_DEVICE_CUDA;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_UNSUPPORTED, "another device");
+  desc = the_desc();
+  desc.n = -4;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "n=-4");
+  desc = the_desc();
+  desc.k = INT64_MAX;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "k=9223372036854775807");
+  desc = the_desc();
+  desc.a_dtype = KILN_U8;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "a_dtype");
+  desc = the_desc();
+  desc.c_dtype = KILN_S8;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "c_dtype");
+  desc = the_desc();
+  desc.b_layout = 3;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "b_layout is 3");
+  desc = the_desc();
+  desc.base.reserved = 1;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "reserved");
+  desc = the_desc();
+  desc.base.size = 8;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "size is 8");
+  desc.base.size = 1u << 30;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "size is 1073741824");
+
+  /* the struct of a later version: a tail of zeros is taken, anything else refused */
+  struct {
+    kiln_int8_mm_desc desc;
+    int64_t later;
+  } grown = {the_desc(), 0};
+  grown.desc.base.size = sizeof grown;
+  CHECK(kiln_get(engine, &grown.desc.base, &kernel) == KILN_OK);
+  kiln_kernel_release(kernel);
+  grown.later = 1;
+  CHECK_ERROR(kiln_get(engine, &grown.desc.base, &kernel), KILN_INVALID_ARGUMENT, "does not know");
+  CHECK(kernel == NULL);
+}
+
+static void test_packs(kiln_engine* engine, const char* directory) {
+  kiln_int8_mm_desc desc = the_desc();
+  kiln_pack *pack = NULL, *loaded = NULL;
+  char path[512];
+  snprintf(path, sizeof path, "%s/weights.pack", directory);
+  CHECK(kiln_pack_create(engine, &desc.base, b, K, &pack) == KILN_OK);
+  CHECK(kiln_pack_save(pack, path) == KILN_OK);
+  CHECK(kiln_pack_load(engine, &desc.base, path, &loaded) == KILN_OK);
+  kiln_pack_info info = KILN_PACK_INFO_INIT;
+  CHECK(kiln_pack_get_info(loaded, &info) == KILN_OK);
+  CHECK(info.n == N && info.k == K && info.bytes >= N * K && strcmp(info.op, "int8_mm") == 0);
+  kiln_kernel* kernel = NULL;
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  kiln_int8_mm_args args = the_args(loaded);
+  poison();
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(is_right());
+  kiln_pack_retain(loaded);
+  kiln_pack_release(loaded);
+  kiln_pack_release(loaded);
+
+  desc.k = K + 1;
+  CHECK_ERROR(kiln_pack_load(engine, &desc.base, path, &loaded), KILN_INVALID_ARGUMENT, "n=37 k=51");
+  desc = the_desc();
+  CHECK_ERROR(kiln_pack_create(engine, &desc.base, b, K - 1, &loaded), KILN_INVALID_ARGUMENT, "ldb is 49");
+  CHECK_ERROR(kiln_pack_create(engine, &desc.base, NULL, K, &loaded), KILN_INVALID_ARGUMENT, "b is null");
+  CHECK_ERROR(kiln_pack_save(NULL, path), KILN_INVALID_ARGUMENT, "pack is null");
+  CHECK_ERROR(kiln_pack_save(pack, "/nonexistent/x"), KILN_NOT_FOUND, "/nonexistent/x");
+  CHECK_ERROR(kiln_pack_load(engine, &desc.base, "/nonexistent/x", &loaded), KILN_NOT_FOUND, "/nonexistent/x");
+  FILE* file = fopen(path, "r+b");
+  fseek(file, 200, SEEK_SET);
+  const int byte = fgetc(file);
+  fseek(file, 200, SEEK_SET);
+  fputc(byte ^ 1, file);
+  fclose(file);
+  CHECK_ERROR(kiln_pack_load(engine, &desc.base, path, &loaded), KILN_INTEGRITY, "checksum");
+  CHECK(truncate(path, 20) == 0);
+  CHECK_ERROR(kiln_pack_load(engine, &desc.base, path, &loaded), KILN_INTEGRITY, "header");
+  CHECK(loaded == NULL);
+  kiln_kernel_release(kernel);
+  kiln_pack_release(pack);
+}
+
+static void test_ahead_of_time(kiln_engine* engine) {
+  kiln_int8_mm_desc one = the_desc(), two = the_desc();
+  one.m = 1;
+  two.n = 64;
+  const kiln_desc* list[] = {&one.base, &two.base};
+  kiln_warmup_result result = KILN_WARMUP_RESULT_INIT;
+  CHECK(kiln_warmup(engine, list, 2, NULL, &result) == KILN_OK);
+  CHECK(result.compiled + result.hit == 2 && result.failed == 0);
+  CHECK(kiln_warmup(engine, list, 2, NULL, &result) == KILN_OK);
+  CHECK(result.hit == 2);
+  CHECK(kiln_prefetch(engine, list, 2) == KILN_OK);
+  CHECK(kiln_prefetch_wait(engine, 20000) == KILN_OK);
+  CHECK_ERROR(kiln_prefetch_wait(engine, -1), KILN_INVALID_ARGUMENT, "timeout_ms is -1");
+  CHECK_ERROR(kiln_warmup(engine, list, 2, "vax", &result), KILN_INVALID_ARGUMENT, "vax");
+  CHECK_ERROR(kiln_warmup(engine, NULL, 2, NULL, &result), KILN_INVALID_ARGUMENT, "descs is null");
+  two.n = -1;
+  CHECK_ERROR(kiln_prefetch(engine, list, 2), KILN_INVALID_ARGUMENT, "descs[1]");
+  kiln_stats stats = KILN_STATS_INIT;
+  CHECK(kiln_get_stats(engine, &stats) == KILN_OK);
+  CHECK(stats.compiled >= 2 && stats.cache_rows >= 2 && stats.kernels >= 1);
+  CHECK(strstr(kiln_cache_path(engine), "kernels.db") != NULL);
+}
+
+static void* get_many(void* engine) {
+  for (int i = 0; i < 200; ++i) {
+    kiln_int8_mm_desc desc = the_desc();
+    desc.n = 1 + i % 5;
+    kiln_kernel* kernel = NULL;
+    if (kiln_get(engine, &desc.base, &kernel) != KILN_OK)
+      return "failed";
+    kiln_kernel_release(kernel);
+  }
+  return NULL;
+}
+
+static void test_threads(kiln_engine* engine) {
+  pthread_t threads[8];
+  for (int i = 0; i < 8; ++i)
+    pthread_create(&threads[i], NULL, get_many, engine);
+  for (int i = 0; i < 8; ++i) {
+    void* failed = NULL;
+    pthread_join(threads[i], &failed);
+    CHECK(failed == NULL);
+  }
+}
+
+/* A call large enough to be shared goes through the host's own parallel_for. */
+static void test_host_threads(kiln_engine* engine) {
+  enum { BIG = 1500 };
+  int8_t* big_a = calloc(64, BIG);
+  int8_t* big_b = calloc(BIG, BIG);
+  int32_t* big_c = malloc(64 * BIG * sizeof *big_c);
+  big_a[3] = 2;
+  big_b[5 * BIG + 3] = 7;
+  kiln_int8_mm_desc desc = the_desc();
+  desc.m = 64;
+  desc.n = desc.k = BIG;
+  kiln_kernel* kernel = NULL;
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  kiln_int8_mm_args args = KILN_INT8_MM_ARGS_INIT;
+  args.m = 64;
+  args.a = big_a;
+  args.b = big_b;
+  args.c = big_c;
+  args.lda = args.ldb = args.ldc = BIG;
+  const int before = host_runs;
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(host_runs == before + 1);
+  CHECK(big_c[5] == 14 && big_c[4] == 0 && big_c[63 * BIG + BIG - 1] == 0);
+  args.base.threads = 1;
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(host_runs == before + 1);
+  kiln_kernel_release(kernel);
+  free(big_a);
+  free(big_b);
+  free(big_c);
+}
+
+int main(void) {
+  char directory[] = "/tmp/kiln-c-api-test-XXXXXX", cache[600], keys[600];
+  if (mkdtemp(directory) == NULL)
+    return 2;
+  snprintf(cache, sizeof cache, "%s/cache", directory);
+  snprintf(keys, sizeof keys, "%s/data", directory);
+  setenv("XDG_DATA_HOME", keys, 1);
+  make_inputs();
+
+  CHECK(strcmp(kiln_version(), "0.1.0") == 0);
+  CHECK(strcmp(kiln_status_name(KILN_INTEGRITY), "integrity") == 0);
+  CHECK(strcmp(kiln_status_name((kiln_status)99), "unknown") == 0);
+  CHECK_ERROR(kiln_engine_create(NULL, NULL), KILN_INVALID_ARGUMENT, "engine is null");
+
+  kiln_engine* engine = NULL;
+  kiln_engine_options options = KILN_ENGINE_OPTIONS_INIT;
+  options.cache_dir = "relative";
+  CHECK_ERROR(kiln_engine_create(&options, &engine), KILN_INVALID_ARGUMENT, "cache_dir is 'relative'");
+  options.cache_dir = cache;
+  options.cache_mode = "sometimes";
+  CHECK_ERROR(kiln_engine_create(&options, &engine), KILN_INVALID_ARGUMENT, "cache_mode is 'sometimes'");
+  options.cache_mode = "rw";
+  options.threads = -2;
+  CHECK_ERROR(kiln_engine_create(&options, &engine), KILN_INVALID_ARGUMENT, "threads is -2");
+  options.threads = 2;
+  options.log_sink = sink;
+  options.log_context = &logged;
+  options.parallel_for = host_parallel_for;
+  options.parallel_context = &host_runs;
+  setenv("KILN_FORCE", "nonsense", 1);
+  CHECK_ERROR(kiln_engine_create(&options, &engine), KILN_INVALID_ARGUMENT, "KILN_FORCE");
+  unsetenv("KILN_FORCE");
+  setenv("KILN_DISABLE", "nonsense", 1);
+  CHECK(kiln_engine_create(&options, &engine) == KILN_OK);
+  CHECK(logged == 1); /* the unknown name, said to the host's sink */
+  unsetenv("KILN_DISABLE");
+
+  test_run(engine);
+  test_descs(engine);
+  test_packs(engine, directory);
+  test_ahead_of_time(engine);
+  test_threads(engine);
+  test_host_threads(engine);
+
+  /* kernels and packs outlive their engine */
+  kiln_int8_mm_desc desc = the_desc();
+  kiln_kernel* kernel = NULL;
+  kiln_pack* pack = NULL;
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  CHECK(kiln_pack_create(engine, &desc.base, b, K, &pack) == KILN_OK);
+  kiln_engine_destroy(engine);
+  kiln_int8_mm_args args = the_args(pack);
+  poison();
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(is_right());
+  kiln_kernel_release(kernel);
+  kiln_pack_release(pack);
+  kiln_engine_destroy(NULL);
+  kiln_kernel_release(NULL);
+  kiln_pack_release(NULL);
+
+  /* a second engine in the same process finds the kernels on disk */
+  CHECK(kiln_engine_create(&options, &engine) == KILN_OK);
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  kiln_kernel_info info = KILN_KERNEL_INFO_INIT;
+  CHECK(kiln_kernel_get_info(kernel, &info) == KILN_OK);
+  CHECK(info.source == KILN_FROM_DISK);
+  kiln_kernel_release(kernel);
+  kiln_engine_destroy(engine);
+
+  char command[700];
+  snprintf(command, sizeof command, "rm -rf %s", directory);
+  CHECK(system(command) == 0);
+  printf("%d checks, %d failed\n", checks, failures);
+  return failures == 0 ? 0 : 1;
+}

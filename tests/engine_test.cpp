@@ -1,0 +1,300 @@
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <filesystem>
+#include <thread>
+#include <vector>
+
+#include "jit/engine.h"
+#include "jit/ops/int8_mm_driver.h"
+
+/// The path of a call with a null backend: rows whose "kernels" return at once, so that everything above the hardware is tested anywhere.
+
+using namespace kiln;
+
+namespace {
+
+std::atomic<int> compiles{0};
+std::atomic<bool> compile_fails{false};
+
+Result<CodeObject> compile_return(const KernelDesc&, const Target& target) {
+  ++compiles;
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  if (compile_fails)
+    return Status::error(Code::compile_failed, "the null backend was told to fail");
+  CodeObject code;
+  code.arch = target.arch;
+  code.image = target.arch == Arch::aarch64 ? Bytes{0xC0, 0x03, 0x5F, 0xD6} : Bytes{0xC3};
+  code.entries = {{"main", 0}};
+  code.plan = int8_mm::Plan{}.values();
+  return code;
+}
+
+void do_nothing(const int8_mm::Call*) {}
+
+Implementation null_row(IsaPath isa, std::string_view digest = "generator-1") {
+  Implementation row;
+  row.op = OpId::int8_mm;
+  row.isa = isa;
+  row.backend = BackendId::portable;
+  row.generator = GeneratorId::llvm;
+  row.generator_digest = digest;
+  row.any_arch = true;
+  row.pack_layout = [](const KernelDesc&, const Target&) { return std::string("n16k4"); };
+  row.compile = compile_return;
+  return row;
+}
+
+Implementation builtin_row() {
+  Implementation row = null_row(IsaPath::reference);
+  row.backend = BackendId::reference;
+  row.generator = GeneratorId::none;
+  row.compile = nullptr;
+  row.builtin = reinterpret_cast<const void*>(&do_nothing);
+  row.builtin_plan = [](const KernelDesc&, std::string_view) { return int8_mm::Plan{}.values(); };
+  return row;
+}
+
+/// A cache directory of its own, and what was logged.
+struct Fixture {
+  std::filesystem::path directory = std::filesystem::temp_directory_path() / ("kiln-engine-test-" + std::to_string(::getpid()) + "-" + std::to_string(++count));
+  std::vector<Implementation> rows = {null_row(IsaPath::portable), builtin_row()};
+  std::vector<std::string> logged;
+  Config config;
+  std::size_t max_code_bytes = 64 << 20;
+  static inline int count = 0;
+
+  Fixture() {
+    compiles = 0;
+    compile_fails = false;
+    config.cache_dir = directory / "cache";
+    config.key_dir = directory / "keys";
+    config.threads = 1;
+  }
+  ~Fixture() { std::filesystem::remove_all(directory); }
+
+  std::unique_ptr<Engine> engine() {
+    EngineOptions options;
+    options.config = config;
+    options.machine = detect_machine();
+    options.implementations = rows;
+    options.max_code_bytes = max_code_bytes;
+    options.log_context = this;
+    options.log_sink = [](void* self, LogLevel, const char* message) { static_cast<Fixture*>(self)->logged.emplace_back(message); };
+    Result<std::unique_ptr<Engine>> made = Engine::create(std::move(options));
+    REQUIRE(made.is_ok());
+    return std::move(*made);
+  }
+};
+
+KernelDesc desc(std::int64_t m = 1, std::int64_t n = 64) { return int8_mm::make_desc(m, n, 64); }
+
+Source source_of(Engine& engine, const KernelDesc& d) {
+  const Result<KernelRef> kernel = engine.get(d);
+  REQUIRE_MESSAGE(kernel.is_ok(), (kernel ? "" : kernel.status().message()));
+  return (*kernel)->source;
+}
+
+} // namespace
+
+TEST_CASE_FIXTURE(Fixture, "compiled, then from memory, then in another engine from disk") {
+  {
+    const auto first = engine();
+    CHECK(source_of(*first, desc()) == Source::compiled);
+    CHECK(source_of(*first, desc()) == Source::compiled);
+    CHECK(first->stats().memory_hits == 1);
+    CHECK(compiles == 1);
+  }
+  const auto second = engine();
+  CHECK(second->explain(desc(), nullptr).tier == "disk");
+  CHECK(source_of(*second, desc()) == Source::disk);
+  CHECK(second->explain(desc(), nullptr).tier == "memory");
+  CHECK(compiles == 1);
+  CHECK(second->stats().disk_hits == 1);
+  CHECK(logged.empty());
+}
+
+TEST_CASE_FIXTURE(Fixture, "m of one class and both layouts of B share a kernel") {
+  const auto e = engine();
+  for (const std::int64_t m : {33, 34, 100, 100000})
+    source_of(*e, desc(m));
+  source_of(*e, int8_mm::make_desc(kAny, 64, 64, int8_mm::BLayout::kn));
+  CHECK(compiles == 1);
+}
+
+TEST_CASE_FIXTURE(Fixture, "another generator, another n: other kernels") {
+  source_of(*engine(), desc());
+  source_of(*engine(), desc(1, 65));
+  CHECK(compiles == 2);
+  rows[0] = null_row(IsaPath::portable, "generator-2");
+  CHECK(source_of(*engine(), desc()) == Source::compiled);
+  CHECK(compiles == 3);
+}
+
+TEST_CASE_FIXTURE(Fixture, "64 threads on one cold key: one compile") {
+  const auto e = engine();
+  std::vector<std::thread> threads;
+  std::atomic<int> failures{0};
+  for (int i = 0; i < 64; ++i)
+    threads.emplace_back([&] { failures += !e->get(desc()).is_ok(); });
+  for (std::thread& thread : threads)
+    thread.join();
+  CHECK(failures == 0);
+  CHECK(compiles == 1);
+}
+
+TEST_CASE_FIXTURE(Fixture, "kernels live on after eviction and after their engine") {
+  max_code_bytes = 1; // at most the newest stays
+  auto e = engine();
+  Result<KernelRef> held = e->get(desc());
+  REQUIRE(held.is_ok());
+  for (std::int64_t n = 1; n < 20; ++n)
+    source_of(*e, desc(1, n));
+  CHECK(e->stats().evictions >= 18);
+  CHECK(e->stats().kernels <= 2);
+  e.reset();
+  const auto entry = reinterpret_cast<int8_mm::Entry>(reinterpret_cast<std::uintptr_t>((*held)->entry()));
+  entry(nullptr); // a single return: still mapped and executable
+  CHECK((*held)->desc() == int8_mm::op().canonical(desc()));
+}
+
+TEST_CASE_FIXTURE(Fixture, "KILN_MISS=error compiles nothing and says so") {
+  config.miss = MissPolicy::error;
+  const auto e = engine();
+  const Result<KernelRef> kernel = e->get(desc());
+  REQUIRE(!kernel.is_ok());
+  CHECK(kernel.status().code() == Code::miss);
+  CHECK(kernel.status().message().find("int8_mm m=1") != std::string::npos);
+  CHECK(compiles == 0);
+}
+
+TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback runs the reference now and the compiled kernel later") {
+  config.miss = MissPolicy::fallback;
+  const auto e = engine();
+  CHECK(source_of(*e, desc()) == Source::builtin);
+  REQUIRE(e->wait_prefetched(std::chrono::seconds(10)));
+  CHECK(source_of(*e, desc()) == Source::compiled);
+  CHECK(e->stats().fallbacks == 1);
+}
+
+TEST_CASE_FIXTURE(Fixture, "prefetch compiles in the background") {
+  const auto e = engine();
+  const std::vector<KernelDesc> list = {desc(1), desc(2), desc(100)};
+  REQUIRE(e->prefetch(list).is_ok());
+  REQUIRE(e->wait_prefetched(std::chrono::seconds(10)));
+  CHECK(compiles == 3);
+  CHECK(e->stats().kernels == 3);
+  KernelDesc bad = desc();
+  bad.value[int8_mm::kN] = -5;
+  CHECK(e->prefetch({&bad, 1}).code() == Code::invalid_argument);
+}
+
+TEST_CASE_FIXTURE(Fixture, "warmup is idempotent, and fills a cache for another architecture") {
+  const auto e = engine();
+  const Target arm{.arch = Arch::aarch64, .features = {Feature::neon}};
+  CHECK(*e->warmup(desc(), nullptr) == Engine::Warmed::compiled);
+  CHECK(*e->warmup(desc(), nullptr) == Engine::Warmed::hit);
+  CHECK(*e->warmup(desc(), &arm) == Engine::Warmed::compiled);
+  CHECK(*e->warmup(desc(), &arm) == Engine::Warmed::hit);
+  CHECK(source_of(*e, desc()) == Source::disk);
+  config.cache = CacheMode::off;
+  CHECK(engine()->warmup(desc(), nullptr).status().code() == Code::unsupported);
+}
+
+TEST_CASE_FIXTURE(Fixture, "a compile that fails is the caller's error, and is tried again") {
+  const auto e = engine();
+  compile_fails = true;
+  CHECK(e->get(desc()).status().code() == Code::compile_failed);
+  compile_fails = false;
+  CHECK(source_of(*e, desc()) == Source::compiled);
+  CHECK(e->stats().failed == 1);
+}
+
+TEST_CASE_FIXTURE(Fixture, "forced and disabled paths") {
+  rows.insert(rows.begin(), null_row(IsaPath::avx2));
+  CHECK(engine()->explain(desc(), nullptr).taken->isa == IsaPath::avx2);
+  config.disabled_paths = {IsaPath::avx2};
+  CHECK(engine()->explain(desc(), nullptr).taken->isa == IsaPath::portable);
+  config.forced.push_back({OpId::none, IsaPath::avx2});
+  const Result<KernelRef> kernel = engine()->get(desc());
+  REQUIRE(!kernel.is_ok());
+  CHECK(kernel.status().code() == Code::unsupported);
+  CHECK(kernel.status().message().find("avx2: left out by KILN_DISABLE") != std::string::npos);
+  config.forced = {{OpId::none, IsaPath::wgmma}}; // a path that this op does not have holds for others only
+  CHECK(engine()->get(desc()).is_ok());
+}
+
+TEST_CASE_FIXTURE(Fixture, "a row whose features the machine lacks is never taken") {
+  Implementation sme = null_row(IsaPath::sme);
+  sme.needs = {Feature::sme, Feature::amx_int8, Feature::sve2}; // no machine has all three
+  rows.insert(rows.begin(), sme);
+  const Explanation e = engine()->explain(desc(), nullptr);
+  CHECK(e.taken->isa == IsaPath::portable);
+  CHECK(e.candidates[0].reason.find("the machine lacks") != std::string::npos);
+}
+
+TEST_CASE_FIXTURE(Fixture, "a stored kernel that is not a code object is passed over") {
+  const auto e = engine();
+  source_of(*e, desc());
+  StoreRow row = *e->store()->get(e->explain(desc(), nullptr).key);
+  row.code.resize(row.code.size() / 2); // authentic, but of a broken writer
+  REQUIRE(e->store()->put(row).is_ok());
+  CHECK(source_of(*engine(), desc()) == Source::compiled);
+  CHECK(logged.size() == 1);
+}
+
+TEST_CASE_FIXTURE(Fixture, "explain names the nearest stored kernel and the differing field") {
+  const auto e = engine();
+  source_of(*e, desc(1, 64));
+  const Explanation explanation = e->explain(desc(1, 80), nullptr);
+  CHECK(explanation.tier == "none");
+  CHECK(explanation.nearest.find("differs in n") != std::string::npos);
+}
+
+TEST_CASE_FIXTURE(Fixture, "bad descs are refused before anything else") {
+  const auto e = engine();
+  KernelDesc bad = desc();
+  bad.value[int8_mm::kK] = std::int64_t{1} << 31;
+  CHECK(e->get(bad).status().code() == Code::invalid_argument);
+  CHECK(e->get(bad).status().message().find("k=2147483648") != std::string::npos);
+  bad.op = OpId::none;
+  CHECK(e->get(bad).status().code() == Code::invalid_argument);
+  CHECK(compiles == 0);
+}
+
+TEST_CASE("a desc's text comes back as the same desc, and says what is wrong with it") {
+  for (const char* text : {"int8_mm m=1 n=2 k=3", "int8_mm k=3 n=2 m=any b_layout=kn", "int8_mm m=0 n=0 k=0 device=cuda:2"}) {
+    const Result<KernelDesc> parsed = parse_desc(text);
+    REQUIRE(parsed.is_ok());
+    CHECK(*parse_desc(parsed->text()) == *parsed);
+  }
+  const auto message = [](const char* text) { return std::string(parse_desc(text).status().message()); };
+  CHECK(message("int9_mm m=1").find("known are int8_mm") != std::string::npos);
+  CHECK(message("int8_mm m=1 n=2").find("field k is missing") != std::string::npos);
+  CHECK(message("int8_mm m=1 n=2 k=3 z=1").find("unknown field 'z'") != std::string::npos);
+  CHECK(message("int8_mm m=1 n=2 k=-3").find("k=-3") != std::string::npos);
+  CHECK(message("int8_mm m=1 n=2 k=99999999999999999999").find("k=99999999999999999999") != std::string::npos);
+  CHECK(message("int8_mm m=1 n=2 k=3 b_layout=nn").find("one of kn, nk") != std::string::npos);
+  CHECK(message("int8_mm m=1 m=1 n=2 k=3").find("twice") != std::string::npos);
+  CHECK(message("int8_mm m").find("field=value") != std::string::npos);
+  CHECK(message("int8_mm m=1 n=1 k=1 device=tpu").find("device=tpu") != std::string::npos);
+}
+
+TEST_CASE("the classes of m cover every m once, in at most eight kernels") {
+  std::int64_t expected = 0;
+  for (const std::int64_t bound : int8_mm::kMClasses) {
+    const MRange range = int8_mm::op().m_range(int8_mm::make_desc(bound, 1, 1));
+    CHECK(range.min == expected);
+    if (bound != kAny)
+      CHECK(range.max == bound);
+    expected = bound + 1;
+  }
+  for (std::int64_t m = 0; m < 600; ++m) {
+    const KernelDesc canonical = int8_mm::op().canonical(int8_mm::make_desc(m, 1, 1));
+    CHECK(canonical == int8_mm::op().canonical(canonical));
+    const MRange range = int8_mm::op().m_range(canonical);
+    CHECK((range.min <= m && m <= range.max));
+  }
+  CHECK(std::size(int8_mm::kMClasses) <= 8);
+}
