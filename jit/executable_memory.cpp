@@ -1,7 +1,6 @@
 #include "jit/executable_memory.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <iterator>
 #include <map>
@@ -27,25 +26,9 @@ constexpr std::uint8_t kTrap = 0xcc;
 #else
 constexpr std::uint8_t kTrap = 0x00;
 #endif
-constexpr auto kTraps = [] {
-  std::array<std::uint8_t, 4096> traps{};
-  traps.fill(kTrap);
-  return traps;
-}();
 
 std::size_t round_up(std::size_t value, std::size_t step) {
   return (value + step - 1) / step * step;
-}
-
-Status fill_with_traps(const os::CodeMapping& mapping, std::size_t offset, std::size_t size) {
-  while (size > 0) {
-    const std::size_t part = std::min(size, kTraps.size());
-    if (Status status = os::write_code(mapping, offset, ByteSpan(kTraps).first(part)); !status)
-      return status;
-    offset += part;
-    size -= part;
-  }
-  return {};
 }
 
 void make_visible_to_instruction_fetch(const std::uint8_t* begin, std::size_t size) {
@@ -62,7 +45,6 @@ struct Chunk {
   unsigned forks;               ///< when it was made
   std::size_t executed_end = 0; ///< bytes from here on have never held code
   std::map<std::size_t, std::size_t> used, free;
-
   bool failed = false; ///< a write did: the system is out of memory, or a host closed the file
 
   /// A chunk that a fork has shared is never written again, by either side: the other may run what this one released.
@@ -121,29 +103,30 @@ struct ExecutableMemory::Impl {
     // All below with the mutex held.
 
     /// A chunk with room at `offset`.
-    Result<Chunk*> chunk_for(std::size_t size, std::size_t alignment, std::size_t& offset) {
+    Result<Chunk*> chunk_for(std::size_t size, std::size_t alignment, bool anonymous, std::size_t& offset) {
       for (auto& [address, chunk] : by_address)
         if (chunk.is_writable())
           if (offset = chunk.find(size, alignment); offset < chunk.mapping.size)
             return &chunk;
-      const Result<os::CodeMapping> mapping = os::map_code(std::max(kChunkBytes, round_up(size, kMaxAlignment)));
+      const Result<os::CodeMapping> mapping =
+          os::map_code(std::max(kChunkBytes, round_up(size, kMaxAlignment)), anonymous);
       if (!mapping)
         return mapping.status();
       offset = 0;
       return &by_address.emplace(mapping->address, Chunk(*mapping)).first->second;
     }
 
-    Result<const std::uint8_t*> load(ByteSpan image, std::size_t alignment) {
+    Result<const std::uint8_t*> load(ByteSpan image, std::size_t alignment, bool anonymous) {
       const std::size_t size = round_up(image.size(), kGranule);
       std::size_t offset = 0;
-      const Result<Chunk*> found = chunk_for(size, std::max(alignment, kGranule), offset);
+      const Result<Chunk*> found = chunk_for(size, std::max(alignment, kGranule), anonymous, offset);
       if (!found)
         return found.status();
       Chunk& chunk = **found;
 
-      Status written = os::write_code(chunk.mapping, offset, image);
-      if (written)
-        written = fill_with_traps(chunk.mapping, offset + image.size(), size - image.size());
+      Bytes padded_image(image.begin(), image.end());
+      padded_image.resize(size, kTrap);
+      Status written = os::write_code(chunk.mapping, offset, padded_image);
       if (!written) {
         chunk.failed = true;
         return written;
@@ -174,10 +157,11 @@ struct ExecutableMemory::Impl {
       });
     }
   };
+  bool anonymous;
   PerProcess<Chunks> chunks;
 };
 
-ExecutableMemory::ExecutableMemory() : impl_(std::make_unique<Impl>()) {}
+ExecutableMemory::ExecutableMemory(bool for_perf_map) : impl_(new Impl{for_perf_map, {}}) {}
 ExecutableMemory::~ExecutableMemory() = default;
 
 Result<const std::uint8_t*> ExecutableMemory::load(ByteSpan image, std::size_t alignment) {
@@ -189,9 +173,9 @@ Result<const std::uint8_t*> ExecutableMemory::load(ByteSpan image, std::size_t a
                     image.size(), alignment, kMaxAlignment));
   Impl::Chunks& chunks = impl_->chunks.get();
   const std::scoped_lock lock(chunks.mutex);
-  Result<const std::uint8_t*> code = chunks.load(image, alignment);
+  Result<const std::uint8_t*> code = chunks.load(image, alignment, impl_->anonymous);
   // The chunk that failed takes no more code, so the second try finds or makes another.
-  return code || code.status().code() == Code::unsupported ? code : chunks.load(image, alignment);
+  return code || code.status().code() == Code::unsupported ? code : chunks.load(image, alignment, impl_->anonymous);
 }
 
 void ExecutableMemory::release(const std::uint8_t* code) {
@@ -207,7 +191,7 @@ void ExecutableMemory::release(const std::uint8_t* code) {
   const auto [offset, size] = *block;
   chunks.bytes_used -= size;
   if (chunk.is_writable())
-    chunk.failed = !fill_with_traps(chunk.mapping, offset, size);
+    chunk.failed = !os::write_code(chunk.mapping, offset, Bytes(size, kTrap));
   chunk.give_back(offset);
   if (chunk.used.empty())
     chunks.drop_empty_chunks();

@@ -17,7 +17,9 @@ namespace kiln {
 /// one side writes to a shared chunk the other would run. Inherited blocks stay mapped in the child after release().
 class ExecutableMemory {
 public:
-  ExecutableMemory();
+  /// `for_perf_map`: in anonymous memory, the only one for which `perf` looks up names in /tmp/perf-PID.map; loading takes three
+  /// times as long, through a second, writable mapping that exists only meanwhile. Also what serves where no memfd can be had.
+  explicit ExecutableMemory(bool for_perf_map = false);
   ~ExecutableMemory(); ///< every block must have been released
   ExecutableMemory(const ExecutableMemory&) = delete;
   ExecutableMemory& operator=(const ExecutableMemory&) = delete;

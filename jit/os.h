@@ -37,9 +37,9 @@ bool runs_privileged();
 
 /// What holds a path, for `kiln doctor`.
 struct FileSystem {
-  std::string name;           ///< `nfs`, `tmpfs`, …; `local` for those that call for no remark
-  bool over_network = false;  ///< locks between machines may not hold
-  bool in_memory = false;     ///< empty after a restart
+  std::string name;          ///< `nfs`, `tmpfs`, …; `local` for those that call for no remark
+  bool over_network = false; ///< locks between machines may not hold
+  bool in_memory = false;    ///< empty after a restart
 };
 FileSystem file_system_of(const std::string& path);
 
@@ -49,17 +49,19 @@ unsigned process_generation();
 /// Neither count sees a bare clone(2), after which glibc supports nothing of what Kiln needs.
 unsigned fork_count();
 
-/// Memory that is readable and executable at `address`, and has no writable mapping anywhere: it changes through
-/// `write` only. Shared with children made by fork.
+/// Memory that is readable and executable at `address` and changes through `write_code` only. Shared with children made
+/// by fork.
 struct CodeMapping {
   std::uint8_t* address = nullptr;
   std::size_t size = 0;
-  int file = -1;
+  int file = -1; ///< what code is written to, so that no writable mapping is needed; -1 for anonymous memory
   std::uint64_t file_id = 0; ///< tells whether `file` is still ours: a host may close descriptors it did not open
 };
 /// `size` is a multiple of the page size. Code::unsupported when the system refuses executable mappings, out_of_memory
-/// or io otherwise.
-Result<CodeMapping> map_code(std::size_t size);
+/// or io otherwise. Anonymous memory is written through a second mapping, which is writable and lives only meanwhile:
+/// three times slower. It is for `perf`, which looks up names in its map for anonymous memory only, and where there can
+/// be no file.
+Result<CodeMapping> map_code(std::size_t size, bool anonymous);
 /// Replaces bytes of the mapping; instruction fetch is not synchronised by it.
 Status write_code(const CodeMapping& mapping, std::size_t offset, ByteSpan bytes);
 void unmap_code(const CodeMapping& mapping);

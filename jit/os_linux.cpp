@@ -94,7 +94,7 @@ int cgroup_cores() {
     const std::size_t path = text.find(':', controllers) + 1;
     if (controllers == 0 || path == 0)
       continue;
-    const std::string list = "," + std::string(text.substr(controllers, path - 1 - controllers)) + ",";
+    const std::string list = fmt::format(",{},", text.substr(controllers, path - 1 - controllers));
     const std::string group(text.substr(path));
     if (list == ",,")
       cores = std::min(cores, tightest_quota("/sys/fs/cgroup", group, quota_of_cgroup_v2));
@@ -113,14 +113,23 @@ void count_forks() {
   static_cast<void>(registered);
 }
 
-// Values of Linux 6.3 and later, absent from Debian 12's headers (include/uapi/linux/memfd.h).
-constexpr unsigned kMfdExec = 0x10;
-
-int make_code_file() {
-  // MFD_EXEC says that the file is to be executable where vm.memfd_noexec makes that other than the default; older
-  // kernels do not know it.
-  const int file = memfd_create("kiln-code", MFD_CLOEXEC | kMfdExec);
-  return file >= 0 || errno != EINVAL ? file : memfd_create("kiln-code", MFD_CLOEXEC);
+/// A memfd of this size, or -1.
+int make_code_file(std::size_t size) {
+  // Growing a file beyond this limit would raise SIGXFSZ in the host.
+  rlimit limit;
+  if (getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur < size)
+    return -1;
+  // From Linux 6.3 on, absent from Debian 12's headers (include/uapi/linux/memfd.h): the file is to be executable,
+  // whatever vm.memfd_noexec has as default. Older kernels do not know the flag.
+  constexpr unsigned kMfdExec = 0x10;
+  int file = memfd_create("kiln-code", MFD_CLOEXEC | kMfdExec);
+  if (file < 0 && errno == EINVAL)
+    file = memfd_create("kiln-code", MFD_CLOEXEC);
+  if (file >= 0 && ftruncate(file, static_cast<off_t>(size)) != 0) {
+    close(file);
+    return -1;
+  }
+  return file;
 }
 
 std::uint64_t file_id(int file) {
@@ -135,6 +144,37 @@ Status refusal(const char* what) {
                     : error == EACCES || error == EPERM || error == ENOSYS || error == EINVAL ? Code::unsupported
                                                                                               : Code::io;
   return Status::error(code, fmt::format("executable memory: {}: {}", what, std::strerror(error)));
+}
+
+Status write_through_file(const CodeMapping& mapping, std::size_t offset, ByteSpan bytes) {
+  if (file_id(mapping.file) != mapping.file_id)
+    return Status::error(Code::io, "executable memory: its file descriptor was closed by someone else");
+  while (!bytes.empty()) {
+    const ssize_t written = pwrite(mapping.file, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+    if (written < 0 && errno == EINTR)
+      continue;
+    if (written <= 0)
+      return refusal("pwrite");
+    bytes = bytes.subspan(static_cast<std::size_t>(written));
+    offset += static_cast<std::size_t>(written);
+  }
+  return {};
+}
+
+Status write_through_view(const CodeMapping& mapping, std::size_t offset, ByteSpan bytes) {
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::size_t begin = offset / page * page, size = (offset + bytes.size() + page - 1) / page * page - begin;
+  // An old size of 0 asks for a second mapping of the same shared pages (mremap(2)).
+  void* view = mremap(mapping.address + begin, 0, size, MREMAP_MAYMOVE);
+  if (view == MAP_FAILED)
+    return refusal("mremap");
+  Status status;
+  if (madvise(view, size, MADV_DONTFORK) != 0 || mprotect(view, size, PROT_READ | PROT_WRITE) != 0)
+    status = refusal("a writable view");
+  else
+    std::memcpy(static_cast<std::uint8_t*>(view) + (offset - begin), bytes.data(), bytes.size());
+  munmap(view, size);
+  return status;
 }
 
 } // namespace
@@ -182,10 +222,10 @@ FileSystem file_system_of(const std::string& path) {
     bool over_network, in_memory;
   };
   constexpr Row rows[] = {
-      {0x6969, "nfs", true, false},          {0xFF534D42, "cifs", true, false},     {0xFE534D42, "smb2", true, false},
-      {0x517B, "smb", true, false},          {0x01021997, "9p", true, false},       {0x00C36400, "ceph", true, false},
-      {0x0BD00BD0, "lustre", true, false},   {0x65735546, "fuse", true, false},     {0x5346414F, "afs", true, false},
-      {0x01021994, "tmpfs", false, true},    {0x858458F6, "ramfs", false, true},
+      {0x6969, "nfs", true, false},        {0xFF534D42, "cifs", true, false},  {0xFE534D42, "smb2", true, false},
+      {0x517B, "smb", true, false},        {0x01021997, "9p", true, false},    {0x00C36400, "ceph", true, false},
+      {0x0BD00BD0, "lustre", true, false}, {0x65735546, "fuse", true, false},  {0x5346414F, "afs", true, false},
+      {0x01021994, "tmpfs", false, true},  {0x858458F6, "ramfs", false, true},
   };
   struct statfs info;
   if (::statfs(path.c_str(), &info) == 0)
@@ -205,52 +245,31 @@ unsigned fork_count() {
   return g_forks.load(std::memory_order_relaxed);
 }
 
-Result<CodeMapping> map_code(std::size_t size) {
-  // Growing a file beyond this limit would raise SIGXFSZ in the host.
-  rlimit limit;
-  if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur < size)
-    return Status::error(
-        Code::unsupported,
-        fmt::format("executable memory: {} bytes are needed, the limit on file size is {}", size, limit.rlim_cur));
+Result<CodeMapping> map_code(std::size_t size, bool anonymous) {
   CodeMapping mapping;
   mapping.size = size;
-  mapping.file = make_code_file();
-  if (mapping.file < 0)
-    return refusal("memfd_create");
-  void* address = MAP_FAILED;
-  const char* refused = "ftruncate";
-  if (ftruncate(mapping.file, static_cast<off_t>(size)) == 0) {
-    address = mmap(nullptr, size, PROT_READ | PROT_EXEC, MAP_SHARED, mapping.file, 0);
-    refused = "mmap of a memfd for execution";
-  }
+  mapping.file = anonymous ? -1 : make_code_file(size);
+  const int flags = MAP_SHARED | (mapping.file < 0 ? MAP_ANONYMOUS : 0);
+  void* address = mmap(nullptr, size, PROT_READ | PROT_EXEC, flags, mapping.file, 0);
   if (address == MAP_FAILED) {
-    Status status = refusal(refused);
-    close(mapping.file);
+    Status status = refusal("mmap for execution");
+    if (mapping.file >= 0)
+      close(mapping.file);
     return status;
   }
   mapping.address = static_cast<std::uint8_t*>(address);
-  mapping.file_id = file_id(mapping.file);
+  if (mapping.file >= 0)
+    mapping.file_id = file_id(mapping.file);
   return mapping;
 }
 
 Status write_code(const CodeMapping& mapping, std::size_t offset, ByteSpan bytes) {
-  if (file_id(mapping.file) != mapping.file_id)
-    return Status::error(Code::io, "executable memory: its file descriptor was closed by someone else");
-  while (!bytes.empty()) {
-    const ssize_t written = pwrite(mapping.file, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-    if (written < 0 && errno == EINTR)
-      continue;
-    if (written <= 0)
-      return refusal("pwrite");
-    bytes = bytes.subspan(static_cast<std::size_t>(written));
-    offset += static_cast<std::size_t>(written);
-  }
-  return {};
+  return mapping.file >= 0 ? write_through_file(mapping, offset, bytes) : write_through_view(mapping, offset, bytes);
 }
 
 void unmap_code(const CodeMapping& mapping) {
   munmap(mapping.address, mapping.size);
-  if (file_id(mapping.file) == mapping.file_id)
+  if (mapping.file >= 0 && file_id(mapping.file) == mapping.file_id)
     close(mapping.file);
 }
 

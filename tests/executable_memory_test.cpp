@@ -341,14 +341,38 @@ TEST_CASE("a system without executable mappings is told as unsupported") {
         }) == 0);
 }
 
-TEST_CASE("a limit on file sizes is an error, not a signal") {
-  CHECK(exit_status_in_child([] {
-          const rlimit limit = {4096, 4096};
-          setrlimit(RLIMIT_FSIZE, &limit);
-          ExecutableMemory memory;
-          const auto code = memory.load(function_returning(1), 64);
-          return !code && code.status().code() == Code::unsupported ? 0 : 1;
+TEST_CASE("without files, for want of descriptors or by a limit on their size, anonymous memory serves") {
+  for (const int resource : {RLIMIT_FSIZE, RLIMIT_NOFILE})
+    CHECK(exit_status_in_child([&] {
+            const rlimit limit = {0, 0};
+            if (setrlimit(static_cast<__rlimit_resource>(resource), &limit) != 0)
+              return 1;
+            ExecutableMemory memory;
+            const auto code = memory.load(function_returning(1), 64);
+            return code && run(*code) == 1 ? 0 : 2;
+          }) == 0);
+}
+
+TEST_CASE("memory for a perf map is anonymous, and otherwise the same") {
+  ExecutableMemory memory(true);
+  std::vector<const std::uint8_t*> blocks;
+  for (std::uint32_t i = 0; i < 100; ++i) {
+    const auto code = memory.load(function_returning(i, 113 * i), 64);
+    REQUIRE(code.is_ok());
+    blocks.push_back(*code);
+  }
+  for (std::uint32_t i = 0; i < 100; i += 2)
+    memory.release(blocks[i]);
+  CHECK(*blocks[0] == trap());
+  for (std::uint32_t i = 1; i < 100; i += 2)
+    CHECK(run(blocks[i]) == i);
+  CHECK(code_file_descriptor() < 0);
+  CHECK(forbidden_mappings() == 0);
+  CHECK(exit_status_in_child([&] {
+          const auto code = memory.load(function_returning(77), 64);
+          return code && run(*code) == 77 && run(blocks[1]) == 1 ? 0 : 1;
         }) == 0);
+  CHECK(run(blocks[1]) == 1);
 }
 
 TEST_CASE("a host that closes our descriptor and reuses its number keeps its file") {
