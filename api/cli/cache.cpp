@@ -1,0 +1,286 @@
+#include <algorithm>
+#include <memory>
+
+#include <fmt/format.h>
+
+#include "api/cli/command.h"
+#include "api/cli/output.h"
+#include "api/session.h"
+#include "jit/code_object.h"
+
+namespace kiln::cli {
+namespace {
+
+struct Options {
+  std::string key;
+  bool recompile = false, dry_run = false, json = false;
+};
+
+/// Digits of a key that are enough for people.
+constexpr std::size_t kShortKey = 16;
+
+/// The row that made this one, or null: another version of Kiln did.
+const Implementation* implementation_of(const Engine& engine, const StoreRow& row, Arch arch) {
+  const OpSpec* op = find_op(row.op);
+  for (const Implementation& candidate : engine.implementations())
+    if (op != nullptr && candidate.op == op->id && name_of(candidate.isa) == row.isa && candidate.compile != nullptr &&
+        (candidate.any_arch || candidate.arch == arch) && candidate.generator_digest == row.generator)
+      return &candidate;
+  return nullptr;
+}
+
+Result<Exit> path(Engine& engine, const Options& options) {
+  if (options.json)
+    print_json({{"path", engine.store()->path()}});
+  else
+    print_line(engine.store()->path());
+  return Exit::ok;
+}
+
+Result<Exit> stats(Engine& engine, const Options& options) {
+  const Result<StoreStats> stats = engine.store()->stats();
+  if (!stats)
+    return stats.status();
+  const Result<std::vector<Store::Listed>> rows = engine.store()->list();
+  if (!rows)
+    return rows.status();
+  std::int64_t hits = 0;
+  for (const Store::Listed& listed : *rows)
+    hits += listed.row.hits;
+  const std::int64_t max_bytes = engine.config().cache_max_mb << 20;
+  if (options.json) {
+    print_json({{"path", engine.store()->path()},
+                {"rows", stats->rows},
+                {"bytes", stats->bytes},
+                {"file_bytes", stats->file_bytes},
+                {"max_bytes", max_bytes},
+                {"hits", hits}});
+    return Exit::ok;
+  }
+  Columns columns;
+  columns.row({"path", engine.store()->path()});
+  columns.row({"kernels", std::to_string(stats->rows)});
+  columns.row({"size", fmt::format("{} of at most {}; the file has {}", bytes_text(stats->bytes), bytes_text(max_bytes), bytes_text(stats->file_bytes))});
+  columns.row({"hits", std::to_string(hits)});
+  columns.print();
+  return Exit::ok;
+}
+
+Json row_json(const Store::Listed& listed) {
+  const StoreRow& row = listed.row;
+  return {{"key", row.key.hex()},       {"op", row.op},
+          {"desc", row.desc},           {"isa", row.isa},
+          {"target", row.target},       {"generator", row.generator},
+          {"bytes", listed.code_bytes}, {"compile_us", row.compile_us},
+          {"created_at", row.created_at}, {"last_hit_at", row.last_hit_at},
+          {"hits", row.hits}};
+}
+
+Result<Exit> list(Engine& engine, const Options& options) {
+  const Result<std::vector<Store::Listed>> rows = engine.store()->list();
+  if (!rows)
+    return rows.status();
+  if (options.json) {
+    Json kernels = Json::array();
+    for (const Store::Listed& listed : *rows)
+      kernels.push_back(row_json(listed));
+    print_json({{"kernels", kernels}});
+    return Exit::ok;
+  }
+  Columns columns;
+  columns.row({"key", "isa", "size", "hits", "last hit", "desc"});
+  for (const Store::Listed& listed : *rows)
+    columns.row({listed.row.key.hex().substr(0, kShortKey), listed.row.isa, bytes_text(listed.code_bytes), std::to_string(listed.row.hits),
+                 local_time_text(listed.row.last_hit_at), listed.row.desc});
+  columns.print();
+  return Exit::ok;
+}
+
+Result<Digest> key_with_prefix(Store& store, const std::string& prefix) {
+  const bool is_hex = !prefix.empty() && prefix.size() <= 2 * sizeof(Digest) && prefix.find_first_not_of("0123456789abcdef") == std::string::npos;
+  if (!is_hex)
+    return Status::error(Code::invalid_argument, fmt::format("key '{}': give the first digits of one that `kiln cache list` shows (0-9, a-f)", prefix));
+  const Result<std::vector<Digest>> keys = store.find(prefix);
+  if (!keys)
+    return keys.status();
+  if (keys->empty())
+    return Status::error(Code::not_found, fmt::format("no kernel has a key that begins with {}", prefix));
+  if (keys->size() > 1)
+    return Status::error(Code::invalid_argument, fmt::format("key '{}': {} kernels begin with it: give more digits", prefix, keys->size()));
+  return keys->front();
+}
+
+Result<Exit> inspect(Engine& engine, const Options& options) {
+  Store& store = *engine.store();
+  const Result<Digest> key = key_with_prefix(store, options.key);
+  if (!key)
+    return key.status();
+  const std::optional<StoreRow> row = store.get(*key);
+  if (!row)
+    return Status::error(Code::integrity, fmt::format("the kernel {} fails authentication, or its row cannot be read", key->hex()));
+  const Result<CodeObject> code = CodeObject::parse(row->code);
+  if (!code)
+    return code.status();
+  const Implementation* implementation = implementation_of(engine, *row, code->arch);
+
+  if (options.json) {
+    Json report = row_json({*row, static_cast<std::int64_t>(row->code.size())});
+    Json entries = Json::object(), plan = Json::object();
+    for (const CodeObject::Entry& entry : code->entries)
+      entries[entry.name] = entry.offset;
+    for (const auto& [name, value] : code->plan)
+      plan[name] = value;
+    report.update({{"image_bytes", code->image.size()},
+                   {"alignment", code->alignment},
+                   {"vector_registers", code->vector_registers},
+                   {"general_registers", code->general_registers},
+                   {"entries", entries},
+                   {"plan_version", code->plan_version},
+                   {"plan", plan},
+                   {"of_this_version", implementation != nullptr}});
+    print_json(report);
+    return Exit::ok;
+  }
+  std::string entries, plan;
+  for (const CodeObject::Entry& entry : code->entries)
+    entries += fmt::format("{}{} at {}", entries.empty() ? "" : ", ", entry.name, entry.offset);
+  for (const auto& [name, value] : code->plan)
+    plan += fmt::format("{}{}={}", plan.empty() ? "" : " ", name, value);
+  Columns columns;
+  columns.row({"key", row->key.hex()});
+  columns.row({"desc", row->desc});
+  columns.row({"path", row->isa});
+  columns.row({"needs", row->target});
+  columns.row({"generator", row->generator + (implementation ? "" : " (of another version)")});
+  columns.row({"image", fmt::format("{} bytes, {}-byte aligned", code->image.size(), code->alignment)});
+  columns.row({"entries", entries});
+  columns.row({"plan", plan});
+  columns.row({"registers", fmt::format("{} vector, {} general", code->vector_registers, code->general_registers)});
+  columns.row({"compiled", fmt::format("{} in {}", local_time_text(row->created_at), microseconds_text(static_cast<double>(row->compile_us)))});
+  columns.row({"hits", fmt::format("{}, last {}", row->hits, local_time_text(row->last_hit_at))});
+  columns.print();
+  return Exit::ok;
+}
+
+struct Recompiled {
+  std::int64_t same = 0, skipped = 0; ///< skipped: made by another version, which nothing here can repeat
+  std::vector<std::string> different;
+};
+
+/// Emission is deterministic, so a row of this version's generators must come out byte for byte.
+Result<Recompiled> recompile(Engine& engine) {
+  const Result<std::vector<Store::Listed>> rows = engine.store()->list();
+  if (!rows)
+    return rows.status();
+  Recompiled recompiled;
+  for (const Store::Listed& listed : *rows) {
+    const std::optional<StoreRow> row = engine.store()->get(listed.row.key);
+    const Result<CodeObject> code = row ? CodeObject::parse(row->code) : Status::error(Code::integrity, "not authentic");
+    const Implementation* implementation = code ? implementation_of(engine, *row, code->arch) : nullptr;
+    if (implementation == nullptr) {
+      ++recompiled.skipped;
+      continue;
+    }
+    const Result<KernelDesc> desc = parse_desc(row->desc);
+    const Target target = {.arch = code->arch, .features = code->features, .sve_bits = code->vector_bits, .sme_bits = code->vector_bits};
+    const Result<CodeObject> again = desc ? implementation->compile(*desc, target) : Result<CodeObject>(desc.status());
+    if (again && again->serialise() == row->code)
+      ++recompiled.same;
+    else
+      recompiled.different.push_back(row->key.hex());
+  }
+  return recompiled;
+}
+
+Result<Exit> verify(Engine& engine, const Options& options) {
+  const Result<Store::Verified> verified = engine.store()->verify(!options.dry_run);
+  if (!verified)
+    return verified.status();
+  Recompiled recompiled;
+  if (options.recompile) {
+    Result<Recompiled> result = recompile(engine);
+    if (!result)
+      return result.status();
+    recompiled = std::move(*result);
+  }
+  if (options.json) {
+    Json report = {{"ok", verified->ok}, {"bad", verified->bad}, {"bad_keys", verified->bad_keys}, {"removed", options.dry_run ? 0 : verified->bad}};
+    if (options.recompile)
+      report["recompiled"] = {{"same", recompiled.same}, {"different", recompiled.different}, {"skipped", recompiled.skipped}};
+    print_json(report);
+  } else {
+    print_line(fmt::format("{} authentic, {} bad{}", verified->ok, verified->bad, verified->bad == 0 ? "" : options.dry_run ? " (kept)" : " (removed)"));
+    for (const std::string& key : verified->bad_keys)
+      print_line("  bad        " + key);
+    if (options.recompile)
+      print_line(fmt::format("{} compiled again to the same bytes, {} to others, {} of another version", recompiled.same, recompiled.different.size(), recompiled.skipped));
+    for (const std::string& key : recompiled.different)
+      print_line("  different  " + key);
+  }
+  return verified->bad == 0 && recompiled.different.empty() ? Exit::ok : Exit::integrity;
+}
+
+Result<Exit> report_pruned(const Result<Store::Pruned>& pruned, const Options& options) {
+  if (!pruned)
+    return pruned.status();
+  if (options.json)
+    print_json({{"rows", pruned->rows}, {"bytes", pruned->bytes}, {"dry_run", options.dry_run}});
+  else
+    print_line(fmt::format("{} {} kernels, {}", options.dry_run ? "would remove" : "removed", pruned->rows, bytes_text(pruned->bytes)));
+  return Exit::ok;
+}
+
+Result<Exit> prune(Engine& engine, const Options& options) {
+  return report_pruned(engine.store()->prune(engine.config().cache_max_mb << 20, options.dry_run), options);
+}
+
+Result<Exit> clear(Engine& engine, const Options& options) { return report_pruned(engine.store()->clear(options.dry_run), options); }
+
+struct Action {
+  const char* name;
+  const char* description;
+  Result<Exit> (*run)(Engine& engine, const Options& options);
+  bool removes; ///< takes --dry-run
+};
+constexpr Action kActions[] = {
+    {"path", "The path of the database", path, false},
+    {"stats", "How many kernels, how large, how often hit", stats, false},
+    {"list", "Every kernel, most recently used first", list, false},
+    {"inspect", "All about one kernel", inspect, false},
+    {"verify", "Authenticate every kernel, and remove the bad ones", verify, true},
+    {"prune", "Remove least recently used kernels beyond KILN_CACHE_MAX_MB", prune, true},
+    {"clear", "Remove every kernel", clear, true},
+};
+
+Result<Exit> cache(const Action& action, const Options& options) {
+  const Result<std::unique_ptr<Engine>> engine = make_engine({});
+  if (!engine)
+    return engine.status();
+  if ((*engine)->store() == nullptr)
+    return Status::error(Code::unsupported, "there is no cache to look at: it is off (see KILN_CACHE, KILN_CACHE_DIR and KILN_DISABLE in `kiln info`)");
+  return action.run(**engine, options);
+}
+
+} // namespace
+
+Command cache_command(CLI::App& kiln) {
+  const auto options = std::make_shared<Options>();
+  CLI::App* app = kiln.add_subcommand("cache", "Look after the kernels on disk");
+  app->require_subcommand(1);
+  for (const Action& action : kActions) {
+    CLI::App* sub = app->add_subcommand(action.name, action.description);
+    if (action.run == inspect)
+      sub->add_option("KEY", options->key, "The key, or its first digits")->required();
+    if (action.run == verify)
+      sub->add_flag("--recompile", options->recompile, "Also compile each again and compare byte for byte");
+    if (action.removes)
+      sub->add_flag("--dry-run", options->dry_run, "Remove nothing");
+    sub->add_flag("--json", options->json, "Print one JSON object");
+  }
+  return {app, [app, options]() -> Result<Exit> {
+            const std::string name = app->get_subcommands().front()->get_name();
+            return cache(*std::find_if(std::begin(kActions), std::end(kActions), [&](const Action& action) { return action.name == name; }), *options);
+          }};
+}
+
+} // namespace kiln::cli

@@ -1,0 +1,160 @@
+#include <memory>
+
+#include <fmt/format.h>
+
+#include "api/cli/command.h"
+#include "api/cli/output.h"
+#include "api/kiln.h"
+#include "api/session.h"
+
+namespace kiln::cli {
+namespace {
+
+struct Options {
+  bool json = false, target = false;
+};
+
+struct Availability {
+  bool available = false;
+  std::string reason; ///< empty when available
+};
+
+/// For some desc at least: a row may still refuse this or that shape, which `kiln explain` tells.
+Availability availability(const Implementation& row, const Engine& engine) {
+  const Target& target = engine.machine().target;
+  if (!row.any_arch && row.arch != target.arch)
+    return {false, fmt::format("made for {}", name_of(row.arch))};
+  if (const Features missing = row.needs.without(target.features); !missing.empty())
+    return {false, fmt::format("the machine lacks {}", missing.text())};
+  if (engine.config().disables(row))
+    return {false, "left out by KILN_DISABLE"};
+  IsaPath forced{};
+  if (engine.config().forced_path(row.op, forced) && forced != row.isa)
+    return {false, fmt::format("KILN_FORCE takes {} only", name_of(forced))};
+  return {true, ""};
+}
+
+Json paths_json(const OpSpec& op, const Engine& engine) {
+  Json paths = Json::array();
+  for (const Implementation& row : engine.implementations()) {
+    if (row.op != op.id)
+      continue;
+    const Availability state = availability(row, engine);
+    Json needs = Json::array();
+    for (const Feature feature : row.needs.list())
+      needs.push_back(name_of(feature));
+    paths.push_back({{"isa", name_of(row.isa)},
+                     {"backend", name_of(row.backend)},
+                     {"generator", name_of(row.generator)},
+                     {"arch", row.any_arch ? "any" : name_of(row.arch)},
+                     {"needs", needs},
+                     {"available", state.available},
+                     {"reason", state.reason}});
+  }
+  return paths;
+}
+
+Json ops_json(const Engine& engine) {
+  Json ops = Json::array();
+  for (const OpSpec& op : op_table()) {
+    Json fields = Json::array(), tensors = Json::array();
+    for (const FieldSpec& field : op.fields) {
+      Json one = {{"name", field.name}, {"required", field.required}};
+      if (!field.choices.empty()) {
+        one["choices"] = field.choices;
+        one["default"] = field.choices[static_cast<std::size_t>(field.default_value)];
+      } else {
+        one["min"] = field.min;
+        one["max"] = field.max;
+        if (!field.required)
+          one["default"] = field.default_value;
+      }
+      fields.push_back(std::move(one));
+    }
+    for (const TensorSpec& tensor : op.tensors)
+      tensors.push_back({{"name", tensor.name}, {"output", tensor.output}});
+    ops.push_back({{"op", op.name}, {"fields", fields}, {"tensors", tensors}, {"paths", paths_json(op, engine)}});
+  }
+  return ops;
+}
+
+Json info_json(Engine& engine) {
+  const Machine& machine = engine.machine();
+  Json environment = Json::array(), targets = Json::array();
+  for (const Config::Origin& row : engine.config().origins)
+    environment.push_back({{"name", row.name}, {"value", row.value}, {"origin", row.origin}});
+  for (const KnownTarget& known : known_targets())
+    targets.push_back({{"name", known.name}, {"target", known.text}});
+  return {{"version", kiln_version()},
+          {"target", machine.target.text()},
+          {"machine",
+           {{"cpu", machine.cpu_name},
+            {"cores", machine.cores},
+            {"l1d_bytes", machine.l1d_bytes},
+            {"l2_bytes", machine.l2_bytes},
+            {"l3_bytes", machine.l3_bytes}}},
+          {"cache", {{"path", engine.store() ? engine.store()->path() : ""}}},
+          {"ops", ops_json(engine)},
+          {"environment", environment},
+          {"known_targets", targets}};
+}
+
+void print_info(Engine& engine) {
+  const Machine& machine = engine.machine();
+  Columns facts;
+  facts.row({"version", kiln_version()});
+  facts.row({"machine", fmt::format("{}, {} cores", machine.cpu_name, machine.cores)});
+  facts.row({"caches", fmt::format("L1d {}, L2 {} per core, L3 {} shared", bytes_text(machine.l1d_bytes), bytes_text(machine.l2_bytes), bytes_text(machine.l3_bytes))});
+  facts.row({"target", machine.target.text()});
+  facts.row({"cache", engine.store() ? engine.store()->path() : "off"});
+  facts.print();
+  for (const OpSpec& op : op_table()) {
+    print_line(fmt::format("\n{}: paths in order of preference", op.name));
+    Columns paths("  ");
+    for (const Implementation& row : engine.implementations()) {
+      if (row.op != op.id)
+        continue;
+      const Availability state = availability(row, engine);
+      paths.row({std::string(name_of(row.isa)), std::string(name_of(row.backend)), std::string(name_of(row.generator)),
+                 state.available ? "available" : state.reason});
+    }
+    paths.print();
+  }
+  print_line("\nenvironment");
+  Columns environment("  ");
+  for (const Config::Origin& row : engine.config().origins)
+    environment.row({row.name, row.value.empty() ? "-" : row.value, row.origin});
+  environment.print();
+  print_line("\nnamed targets");
+  Columns targets("  ");
+  for (const KnownTarget& known : known_targets())
+    targets.row({std::string(known.name), std::string(known.text)});
+  targets.print();
+}
+
+Result<Exit> info(const Options& options) {
+  const Result<std::unique_ptr<Engine>> engine = make_engine({});
+  if (!engine)
+    return engine.status();
+  if (options.target && options.json)
+    print_json({{"target", (*engine)->machine().target.text()}});
+  else if (options.target)
+    print_line((*engine)->machine().target.text());
+  else if (options.json)
+    print_json(info_json(**engine));
+  else
+    print_info(**engine);
+  return Exit::ok;
+}
+
+} // namespace
+
+Command info_command(CLI::App& kiln) {
+  const auto options = std::make_shared<Options>();
+  CLI::App* app = kiln.add_subcommand("info", "This machine, the ops and their paths, the environment in force");
+  app->add_flag("--target", options->target, "Only the string that names this machine (for warmup --target elsewhere)");
+  app->add_flag("--json", options->json, "Print one JSON object");
+  return {app, [options] { return info(*options); }};
+}
+
+} // namespace kiln::cli

@@ -1,0 +1,161 @@
+#include "api/cli/model.h"
+
+#include <algorithm>
+#include <optional>
+
+#include <fmt/format.h>
+
+#include "api/cli/json_file.h"
+#include "jit/op.h"
+#include "jit/ops/int8_mm.h"
+
+namespace kiln::cli {
+namespace {
+
+/// A weight of [n][k].
+struct Linear {
+  std::int64_t n, k;
+};
+
+/// Reads the sizes in a config. The first thing that is wrong is kept, and later sizes read as 1.
+class Config {
+public:
+  explicit Config(const JsonFile& file) : file_(file) {}
+
+  std::int64_t size(const char* name) {
+    if (const std::optional<std::int64_t> value = optional_size(name))
+      return *value;
+    if (status_.is_ok())
+      status_ = file_.error("", fmt::format("lacks \"{}\", which model_type {} needs", name, model_type()));
+    return 1;
+  }
+  /// Nothing where the field is missing or null.
+  std::optional<std::int64_t> optional_size(const char* name) {
+    const auto found = file_.root().find(name);
+    if (found == file_.root().end() || found->is_null())
+      return std::nullopt;
+    const bool in_range = found->is_number_unsigned() && found->get<std::uint64_t>() >= 1 && found->get<std::uint64_t>() <= kMaxSize;
+    if (!in_range && status_.is_ok())
+      status_ = file_.error(std::string("/") + name, fmt::format("{}: allowed is an integer from 1 to {}", found->dump(), kMaxSize));
+    return in_range ? found->get<std::int64_t>() : 1;
+  }
+  std::int64_t head_dim(std::int64_t hidden, std::int64_t heads) {
+    if (const std::optional<std::int64_t> given = optional_size("head_dim"))
+      return *given;
+    if (hidden % heads != 0 && status_.is_ok())
+      status_ = file_.error("/num_attention_heads", fmt::format("{} does not divide hidden_size {}, and there is no head_dim", heads, hidden));
+    return hidden / heads;
+  }
+  std::string model_type() const {
+    const auto found = file_.root().find("model_type");
+    return found != file_.root().end() && found->is_string() ? found->get<std::string>() : "(none)";
+  }
+  const Status& status() const { return status_; }
+
+private:
+  /// Products of two and sums of a few stay far from overflow.
+  static constexpr std::uint64_t kMaxSize = 1 << 24;
+  const JsonFile& file_;
+  Status status_;
+};
+
+void append_gated_mlp(std::vector<Linear>& linears, std::int64_t hidden, std::int64_t intermediate) {
+  linears.insert(linears.end(), {{intermediate, hidden}, {2 * intermediate, hidden}, {hidden, intermediate}}); // gate or up, both, down
+}
+
+std::vector<Linear> llama(Config& config) {
+  const std::int64_t hidden = config.size("hidden_size"), heads = config.size("num_attention_heads");
+  const std::int64_t kv_heads = config.optional_size("num_key_value_heads").value_or(heads), head = config.head_dim(hidden, heads);
+  std::vector<Linear> linears = {
+      {heads * head, hidden},                  // q
+      {kv_heads * head, hidden},               // k, v
+      {(heads + 2 * kv_heads) * head, hidden}, // qkv
+      {hidden, heads * head},                  // o
+  };
+  append_gated_mlp(linears, hidden, config.size("intermediate_size"));
+  linears.push_back({config.size("vocab_size"), hidden}); // lm_head
+  return linears;
+}
+
+std::vector<Linear> bert(Config& config) {
+  const std::int64_t hidden = config.size("hidden_size"), intermediate = config.size("intermediate_size");
+  return {
+      {hidden, hidden},       // query, key, value, attention output, pooler
+      {3 * hidden, hidden},   // query, key and value
+      {intermediate, hidden}, // intermediate
+      {hidden, intermediate}, // output
+  };
+}
+
+/// Latent attention and experts, as in the model's published modelling code.
+std::vector<Linear> deepseek_v3(Config& config) {
+  const std::int64_t hidden = config.size("hidden_size"), heads = config.size("num_attention_heads");
+  const std::int64_t nope = config.size("qk_nope_head_dim"), rope = config.size("qk_rope_head_dim"), value = config.size("v_head_dim");
+  const std::int64_t kv_rank = config.size("kv_lora_rank"), moe_intermediate = config.size("moe_intermediate_size");
+  std::vector<Linear> linears;
+  if (const std::optional<std::int64_t> q_rank = config.optional_size("q_lora_rank"))
+    linears = {{*q_rank, hidden}, {heads * (nope + rope), *q_rank}}; // q_a, q_b
+  else
+    linears = {{heads * (nope + rope), hidden}}; // q
+  linears.insert(linears.end(), {
+                                    {kv_rank + rope, hidden},            // kv_a
+                                    {heads * (nope + value), kv_rank},   // kv_b
+                                    {hidden, heads * value},             // o
+                                });
+  append_gated_mlp(linears, hidden, config.size("intermediate_size")); // the dense layers
+  append_gated_mlp(linears, hidden, moe_intermediate);                 // each expert
+  append_gated_mlp(linears, hidden, moe_intermediate * config.optional_size("n_shared_experts").value_or(1));
+  linears.push_back({config.size("vocab_size"), hidden}); // lm_head
+  return linears;
+}
+
+struct ModelRow {
+  std::string_view model_type;
+  std::vector<Linear> (*linears)(Config&);
+};
+/// Other types are read as `llama` where they have its fields.
+constexpr ModelRow kModels[] = {{"llama", llama}, {"qwen3", llama}, {"bert", bert}, {"deepseek_v3", deepseek_v3}};
+
+struct SchemeRow {
+  std::string_view name;
+  KernelDesc (*desc)(std::int64_t tokens, const Linear& linear);
+};
+constexpr SchemeRow kSchemes[] = {
+    {"w8a8", [](std::int64_t tokens, const Linear& linear) { return int8_mm::make_desc(tokens, linear.n, linear.k); }},
+};
+
+} // namespace
+
+Result<std::vector<KernelDesc>> model_kernels(const std::string& path, const std::string& scheme, std::span<const std::int64_t> tokens) {
+  const auto scheme_row = std::find_if(std::begin(kSchemes), std::end(kSchemes), [&](const SchemeRow& row) { return row.name == scheme; });
+  if (scheme_row == std::end(kSchemes)) {
+    std::string names;
+    for (const SchemeRow& row : kSchemes)
+      names += (names.empty() ? "" : ", ") + std::string(row.name);
+    return Status::error(Code::invalid_argument, fmt::format("--scheme {}: known are {}", scheme, names));
+  }
+  const Result<JsonFile> file = JsonFile::read(path);
+  if (!file)
+    return file.status();
+  if (!file->root().is_object())
+    return file->error("", "is no config.json: it needs an object with model_type, hidden_size and so on");
+
+  Config config(*file);
+  const auto model = std::find_if(std::begin(kModels), std::end(kModels), [&](const ModelRow& row) { return row.model_type == config.model_type(); });
+  const std::vector<Linear> linears = (model == std::end(kModels) ? llama : model->linears)(config);
+  if (!config.status())
+    return config.status();
+
+  std::vector<KernelDesc> descs;
+  for (const std::int64_t count : tokens)
+    for (const Linear& linear : linears) {
+      const KernelDesc desc = scheme_row->desc(count, linear);
+      if (Status status = check_desc(desc); !status)
+        return Status::error(status.code(), fmt::format("{}: {}", path, status.message()));
+      if (std::find(descs.begin(), descs.end(), desc) == descs.end())
+        descs.push_back(desc);
+    }
+  return descs;
+}
+
+} // namespace kiln::cli

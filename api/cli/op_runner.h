@@ -1,0 +1,38 @@
+#pragma once
+#include <functional>
+#include <span>
+
+#include "api/cli/tensors.h"
+#include "cache/status.h"
+#include "jit/desc.h"
+#include "jit/kernel.h"
+
+namespace kiln::cli {
+
+/// One call of a kernel on fixed tensors. The kernel and the tensors must outlive it.
+using Invocation = std::function<Status()>;
+
+/// What the command must know of an op to run it: one row an op. `tensors` stand in the order of the op's table.
+struct OpRunner {
+  OpId op;
+  /// Does what a host does once (packs weights), so that the invocation is the call that a host repeats.
+  Result<Invocation> (*prepare)(const Kernel&, const KernelDesc&, std::span<Tensor> tensors);
+  /// Fills the outputs with the reference op's result.
+  void (*reference)(const KernelDesc&, std::span<Tensor> tensors);
+  /// Largest Difference::relative of an output that OPS.md allows.
+  double relative_bound;
+};
+
+const OpRunner& runner_of(OpId op);
+
+/// Every tensor of the op for this desc; inputs are random (seeded by their place).
+Result<std::vector<Tensor>> random_tensors(const KernelDesc& desc);
+
+struct Check {
+  bool ok = false;
+  Difference difference; ///< the worst output's
+};
+/// Compares the outputs with what the reference op makes of the same inputs.
+Result<Check> check_outputs(const KernelDesc& desc, std::span<Tensor> tensors);
+
+} // namespace kiln::cli

@@ -1,0 +1,36 @@
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cache/status.h"
+#include "jit/desc.h"
+#include "jit/op.h"
+
+namespace kiln::cli {
+
+using NamedTexts = std::vector<std::pair<std::string, std::string>>;
+
+/// `OP key=value … tensor=@file.npy …`, taken apart.
+struct Operands {
+  const OpSpec* op = nullptr;
+  NamedTexts fields; ///< desc fields as given
+  NamedTexts files;  ///< tensor name (of the op's table; `out` is its first output) and path
+};
+
+/// Code::invalid_argument names the word and what is allowed.
+Result<Operands> parse_operands(std::span<const std::string> words);
+
+/// For commands that take no tensors.
+Result<KernelDesc> desc_from_words(std::span<const std::string> words);
+
+/// The shape of the file given for a tensor, or null when none is.
+using GivenShape = std::function<const std::vector<std::int64_t>*(std::string_view tensor)>;
+/// The desc, with integer fields that were left out taken from the shapes of the given tensors. Every size is a number, and every given
+/// shape is the one that the desc asks for.
+Result<KernelDesc> desc_from_shapes(const Operands& operands, const GivenShape& given_shape);
+
+} // namespace kiln::cli

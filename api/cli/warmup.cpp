@@ -1,0 +1,176 @@
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include <fmt/format.h>
+
+#include "api/cli/command.h"
+#include "api/cli/manifest.h"
+#include "api/cli/model.h"
+#include "api/cli/operands.h"
+#include "api/cli/output.h"
+#include "api/session.h"
+
+namespace kiln::cli {
+namespace {
+
+struct Options {
+  std::vector<std::string> words;
+  std::string model, scheme, target;
+  std::vector<std::int64_t> tokens;
+  int jobs = 0;
+  bool json = false;
+};
+
+Status usage(std::string message) { return Status::error(Code::invalid_argument, std::move(message)); }
+
+Result<std::vector<KernelDesc>> asked_descs(const Options& options) {
+  if (options.model.empty() != options.scheme.empty() || options.model.empty() != options.tokens.empty())
+    return usage("--model config.json, --scheme and --tokens go together");
+  if (!options.model.empty()) {
+    if (!options.words.empty())
+      return usage(fmt::format("'{}': give either --model, a manifest or an op", options.words.front()));
+    return model_kernels(options.model, options.scheme, options.tokens);
+  }
+  if (options.words.empty())
+    return usage("nothing to warm up: give a manifest, --model config.json, or an op with its fields");
+  if (options.words.size() == 1 && find_op(options.words.front()) == nullptr)
+    return read_manifest(options.words.front());
+  const Result<KernelDesc> desc = desc_from_words(options.words);
+  if (!desc)
+    return desc.status();
+  return std::vector<KernelDesc>{*desc};
+}
+
+/// One of each kernel: descs that share one are the same work.
+std::vector<KernelDesc> kernels_of(const std::vector<KernelDesc>& descs) {
+  std::vector<KernelDesc> kernels;
+  for (const KernelDesc& desc : descs) {
+    const KernelDesc canonical = find_op(desc.op)->canonical(desc);
+    if (std::find(kernels.begin(), kernels.end(), canonical) == kernels.end())
+      kernels.push_back(canonical);
+  }
+  return kernels;
+}
+
+/// A bar on stderr where that is a terminal, else nothing. Any thread.
+class ProgressBar {
+public:
+  explicit ProgressBar(std::size_t total) : total_(total), shown_(::isatty(STDERR_FILENO) == 1 && total > 1) {}
+  ~ProgressBar() {
+    if (shown_)
+      fmt::print(stderr, "\r\x1b[K");
+  }
+  void advance() {
+    if (!shown_)
+      return;
+    std::lock_guard lock(mutex_);
+    ++done_;
+    const std::size_t filled = done_ * kWidth / total_;
+    fmt::print(stderr, "\r[{}{}] {}/{}", std::string(filled, '#'), std::string(kWidth - filled, '.'), done_, total_);
+    std::fflush(stderr);
+  }
+
+private:
+  static constexpr std::size_t kWidth = 40;
+  const std::size_t total_;
+  const bool shown_;
+  std::mutex mutex_;
+  std::size_t done_ = 0;
+};
+
+using Outcome = std::optional<Result<Engine::Warmed>>;
+
+std::vector<Outcome> warm(Engine& engine, const std::vector<KernelDesc>& kernels, const Target* target, int jobs) {
+  std::vector<Outcome> outcomes(kernels.size());
+  std::atomic<std::size_t> next{0};
+  ProgressBar bar(kernels.size());
+  const auto work = [&] {
+    for (std::size_t i; (i = next++) < kernels.size(); bar.advance())
+      outcomes[i] = engine.warmup(kernels[i], target);
+  };
+  std::vector<std::jthread> others;
+  const std::size_t threads = std::min(static_cast<std::size_t>(jobs), kernels.size());
+  for (std::size_t i = 1; i < threads; ++i)
+    others.emplace_back(work);
+  work();
+  others.clear();
+  return outcomes;
+}
+
+Result<Exit> warmup(const Options& options) {
+  std::optional<Target> target;
+  if (!options.target.empty()) {
+    const Result<Target> parsed = Target::parse(options.target);
+    if (!parsed)
+      return parsed.status();
+    target = *parsed;
+  }
+  const Result<std::vector<KernelDesc>> descs = asked_descs(options);
+  if (!descs)
+    return descs.status();
+  const Result<std::unique_ptr<Engine>> engine = make_engine({});
+  if (!engine)
+    return engine.status();
+
+  const std::vector<KernelDesc> kernels = kernels_of(*descs);
+  const int jobs = options.jobs > 0 ? options.jobs : (*engine)->runtime().parallel.threads();
+  const auto start = std::chrono::steady_clock::now();
+  const std::vector<Outcome> outcomes = warm(**engine, kernels, target ? &*target : nullptr, jobs);
+  const double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+
+  std::size_t hit = 0, compiled = 0;
+  Json list = Json::array();
+  for (std::size_t i = 0; i < kernels.size(); ++i) {
+    const Result<Engine::Warmed>& outcome = *outcomes[i];
+    Json one = {{"desc", kernels[i].text()}};
+    if (!outcome) {
+      one["result"] = "failed";
+      one["error"] = outcome.status().message();
+      report_error(outcome.status().message());
+    } else {
+      const bool was_there = *outcome == Engine::Warmed::hit;
+      ++(was_there ? hit : compiled);
+      one["result"] = was_there ? "hit" : "compiled";
+    }
+    list.push_back(std::move(one));
+  }
+  const std::size_t failed = kernels.size() - hit - compiled;
+  if (options.json)
+    print_json({{"target", (target ? *target : (*engine)->machine().target).text()},
+                {"descs", descs->size()},
+                {"kernels", kernels.size()},
+                {"hit", hit},
+                {"compiled", compiled},
+                {"failed", failed},
+                {"ms", ms},
+                {"results", list}});
+  else
+    print_line(fmt::format("{} kernels for {} descs: {} hit, {} compiled, {} failed in {}", kernels.size(), descs->size(), hit, compiled, failed,
+                           microseconds_text(ms * 1e3)));
+  return failed == 0 ? Exit::ok : Exit::failed;
+}
+
+} // namespace
+
+Command warmup_command(CLI::App& kiln) {
+  const auto options = std::make_shared<Options>();
+  CLI::App* app = kiln.add_subcommand("warmup", "Fill the cache on disk ahead of time");
+  app->add_option("WHAT", options->words, "A manifest (MANIFEST.json), or an op, then field=value");
+  app->add_option("--model", options->model, "A model's config.json (Hugging Face): the kernels of its linear layers");
+  app->add_option("--scheme", options->scheme, "How the model is quantised: w8a8");
+  app->add_option("--tokens", options->tokens, "Numbers of tokens per call, as 1,16,128")->delimiter(',');
+  app->add_option("--target", options->target, "Another machine: what its `kiln info --target` prints, or a name that `kiln info` lists");
+  app->add_option("-j,--jobs", options->jobs, "Compile so many at once (default: the cores)")->check(CLI::Range(1, 1024));
+  app->add_flag("--json", options->json, "Print one JSON object");
+  return {app, [options] { return warmup(*options); }};
+}
+
+} // namespace kiln::cli
