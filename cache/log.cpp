@@ -77,8 +77,10 @@ Log::Log(LogLevel level)
     : level_(level), impl_(std::make_unique<Impl>(level, std::make_shared<FunctionSink<spdlog::details::null_mutex>>(
                                                              &write_to_stderr, nullptr))) {}
 
-Log::Log(LogLevel level, Sink sink, void* context)
-    : level_(level), impl_(std::make_unique<Impl>(level, std::make_shared<FunctionSink<std::mutex>>(sink, context))) {}
+Log::Log(LogLevel level, Sink sink, void* context) : Log(level) {
+  if (sink != nullptr)
+    impl_ = std::make_unique<Impl>(level, std::make_shared<FunctionSink<std::mutex>>(sink, context));
+}
 
 Log::~Log() = default;
 

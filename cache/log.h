@@ -17,6 +17,7 @@ public:
 
   /// To stderr, at `level`.
   explicit Log(LogLevel level = LogLevel::warn);
+  /// To `sink`; to stderr when it is null.
   Log(LogLevel level, Sink sink, void* context);
   ~Log();
   Log(const Log&) = delete;
