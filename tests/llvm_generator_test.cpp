@@ -9,25 +9,33 @@
 
 #include "backends/llvm/generator/codegen.h"
 #include "backends/llvm/generator/fatal_error.h"
+#include "backends/llvm/generator/int8_mm.h"
 #include "backends/llvm/generator/link.h"
+#include "tests/int8_mm_kernel_check.h"
 
 using namespace kiln;
 using namespace kiln::generator;
+using namespace kiln::test;
 
 namespace {
 
-/// The IR as the generator would compile and link it for the architecture, or why not.
+/// Compiled and linked for the architecture as the generator does it, or why that is refused.
+Result<FlatImage> flat_image(llvm::Module& module, llvm::Function& entry, Arch arch) {
+  auto machine = make_target_machine({.arch = arch});
+  REQUIRE(machine.is_ok());
+  const std::string symbol = entry.getName().str();
+  auto object = compile_module(module, entry, **machine);
+  REQUIRE(object.is_ok());
+  return link_flat(arch, std::move(*object), symbol);
+}
+
 Result<FlatImage> flat_image(const char* ir, Arch arch) {
   initialise_llvm();
   llvm::LLVMContext context;
   llvm::SMDiagnostic diagnostic;
   std::unique_ptr<llvm::Module> module = llvm::parseAssemblyString(ir, diagnostic, context);
   REQUIRE_MESSAGE(module != nullptr, diagnostic.getMessage().str());
-  auto machine = make_target_machine({.arch = arch});
-  REQUIRE(machine.is_ok());
-  auto object = compile_module(*module, *module->getFunction("entry"), **machine);
-  REQUIRE(object.is_ok());
-  return link_flat(arch, std::move(*object), "entry");
+  return flat_image(*module, *module->getFunction("entry"), arch);
 }
 
 /// IR, and what the message must say; empty where the architectures differ in what they stumble over.
@@ -95,4 +103,29 @@ TEST_CASE("a fatal error of LLVM is a value, on every thread, again and again") 
   std::string elsewhere;
   std::thread([&] { CHECK_FALSE(survives([] { llvm::report_bad_alloc_error("too much"); }, elsewhere)); }).join();
   CHECK(elsewhere == "too much");
+}
+
+TEST_CASE("what is emitted for NEON names no instruction of it, and is right on this machine, too") {
+  const Arch host = detect_machine().target.arch;
+  const unsigned seed = std::random_device()();
+  std::mt19937 random(seed);
+  CAPTURE(seed);
+  initialise_llvm();
+  for (const std::int64_t m : {1, 2, 4, 8, 100})
+    for (const std::int64_t n : {1, 16, 57, 100})
+      for (const std::int64_t k : {0, 1, 7, 8, 61}) {
+        const KernelDesc desc = int8_mm::op().canonical(int8_mm::make_desc(m, n, k));
+        const Target neon{.arch = Arch::aarch64, .features = {Feature::neon}};
+        llvm::LLVMContext context;
+        llvm::Module module("kiln", context);
+        llvm::Function* entry = emit_int8_mm(module, desc, neon);
+        const Result<FlatImage> image = flat_image(module, *entry, host);
+        REQUIRE_MESSAGE(image.is_ok(), (image ? "" : image.status().message()));
+        CodeObject code;
+        code.image = image->bytes;
+        code.entries = {{"main", image->entry}};
+        code.plan = int8_mm_plan(desc, neon).values();
+        for (const Guard guard : {Guard::after, Guard::before})
+          check_int8_mm_kernel(code, {m, n, k, n, Values::random, guard}, random);
+      }
 }

@@ -1,14 +1,9 @@
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
-#include <sys/mman.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <array>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <random>
@@ -20,10 +15,11 @@
 #include "backends/llvm/disassemble.h"
 #include "backends/llvm/rows.h"
 #include "cache/digest.h"
-#include "jit/executable_memory.h"
 #include "jit/ops/int8_mm.h"
+#include "tests/int8_mm_kernel_check.h"
 
 using namespace kiln;
+using namespace kiln::test;
 
 namespace {
 
@@ -66,85 +62,6 @@ std::string run(const std::string& command) {
     out.append(buffer.data(), size);
   REQUIRE(pclose(pipe) == 0);
   return out;
-}
-
-/// `bytes` that end where an inaccessible page begins, or begin where one ends.
-class GuardedBuffer {
-public:
-  GuardedBuffer(std::size_t bytes, bool at_end) : size_((bytes + kPage - 1) / kPage * kPage + 2 * kPage) {
-    map_ = static_cast<std::uint8_t*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    REQUIRE(map_ != MAP_FAILED);
-    mprotect(map_, kPage, PROT_NONE);
-    mprotect(map_ + size_ - kPage, kPage, PROT_NONE);
-    data_ = at_end ? map_ + size_ - kPage - bytes : map_ + kPage;
-  }
-  ~GuardedBuffer() { munmap(map_, size_); }
-  GuardedBuffer(const GuardedBuffer&) = delete;
-  template <class T> T* as() const { return reinterpret_cast<T*>(data_); }
-
-private:
-  static constexpr std::size_t kPage = 4096;
-  std::size_t size_;
-  std::uint8_t *map_ = nullptr, *data_ = nullptr;
-};
-
-enum class Values { random, lowest, highest, alternating };
-
-void fill(std::int8_t* data, std::int64_t count, Values values, std::mt19937& random) {
-  for (std::int64_t i = 0; i < count; ++i)
-    data[i] = values == Values::random    ? static_cast<std::int8_t>(random())
-              : values == Values::lowest  ? -128
-              : values == Values::highest ? 127
-                                          : static_cast<std::int8_t>(i % 2 ? 127 : -128);
-}
-
-/// One stored kernel against the reference: every buffer guarded, C in strips of `n_cut` columns, nothing written
-/// between rows.
-void check_kernel(const CodeObject& code, std::int64_t m, std::int64_t n, std::int64_t k, Values values, bool at_end,
-                  std::int64_t n_cut, std::mt19937& random) {
-  const int8_mm::Plan plan = must(int8_mm::Plan::from(code.plan));
-  const int8_mm::PackLayout layout = plan.layout;
-  const std::int64_t lda = k + 3, ldc = n + 5;
-  const auto extent = [](std::int64_t rows, std::int64_t stride, std::int64_t columns) {
-    return static_cast<std::size_t>((rows - 1) * stride + columns);
-  };
-  const GuardedBuffer a(k == 0 ? 0 : extent(m, lda, k), at_end), c(4 * extent(m, ldc, n), at_end);
-  std::vector<std::int8_t> b(static_cast<std::size_t>(n * k));
-  fill(a.as<std::int8_t>(), k == 0 ? 0 : static_cast<std::int64_t>(extent(m, lda, k)), values, random);
-  fill(b.data(), n * k, values, random);
-  const std::int64_t panel_bytes = layout.panel_bytes(k);
-  const GuardedBuffer pack(static_cast<std::size_t>(layout.sums_offset(n, k)), at_end);
-  const std::size_t workspace_bytes = static_cast<std::size_t>(plan.workspace_bytes(m));
-  const GuardedBuffer workspace(workspace_bytes, at_end);
-  REQUIRE(reinterpret_cast<std::uintptr_t>(workspace.as<char>()) % 64 == 0);
-  std::memset(workspace.as<void>(), 0x5a, workspace_bytes);
-  std::vector<std::int32_t> sums(static_cast<std::size_t>(layout.panels(n) * layout.n_block));
-  int8_mm::pack_panels(layout, b.data(), k, int8_mm::BLayout::nk, n, k, 0, layout.panels(n), pack.as<std::int8_t>(),
-                       sums.data());
-
-  constexpr std::int32_t kUntouched = 0x7eadbeef;
-  std::vector<std::int32_t> expected(extent(m, ldc, n), kUntouched);
-  std::fill_n(c.as<std::int32_t>(), expected.size(), kUntouched);
-  int8_mm::reference(m, n, k, a.as<std::int8_t>(), lda, b.data(), k, int8_mm::BLayout::nk, expected.data(), ldc);
-
-  ExecutableMemory memory;
-  const std::uint8_t* loaded = must(memory.load(code.image, code.alignment));
-  const auto entry = reinterpret_cast<int8_mm::Entry>(loaded + code.entries.front().offset);
-  for (std::int64_t column = 0; column < n; column += n_cut) {
-    const int8_mm::Call call{.a = a.as<std::int8_t>(),
-                             .lda = lda,
-                             .b = pack.as<std::int8_t>() + column / layout.n_block * panel_bytes,
-                             .b_sums = sums.data() + column,
-                             .c = c.as<std::int32_t>() + column,
-                             .ldc = ldc,
-                             .m = m,
-                             .n = std::min(n_cut, n - column),
-                             .workspace = workspace.as<void>()};
-    entry(&call);
-  }
-  const bool equal = std::memcmp(expected.data(), c.as<void>(), 4 * expected.size()) == 0;
-  CHECK(equal);
-  memory.release(loaded);
 }
 
 /// Instructions of every innermost stretch between a label and a jump back to it.
@@ -232,18 +149,12 @@ TEST_CASE("int8_mm equals the reference and stays inside its buffers") {
         const MRange range = int8_mm::op().m_range(desc);
         std::set<std::int64_t> rows{std::max<std::int64_t>(range.min, 1), std::min<std::int64_t>(range.max, 101)};
         rows.insert(m_class == kAny ? 33 + static_cast<std::int64_t>(random() % 32) : m_class - (m_class > 4 ? 1 : 0));
+        CAPTURE(target_text);
         for (const std::int64_t m : rows)
-          for (const Values values : {Values::random, Values::lowest, Values::highest, Values::alternating})
-            for (const bool at_end : {true, false}) {
+          for (const Values values : kAllValues)
+            for (const Guard guard : {Guard::after, Guard::before}) {
               const std::int64_t n_cut = random() % 2 ? n : 16 * (1 + static_cast<std::int64_t>(random() % 6));
-              CAPTURE(target_text);
-              CAPTURE(m);
-              CAPTURE(n);
-              CAPTURE(k);
-              CAPTURE(n_cut);
-              CAPTURE(static_cast<int>(values));
-              CAPTURE(at_end);
-              check_kernel(code, m, n, k, values, at_end, n_cut, random);
+              check_int8_mm_kernel(code, {m, n, k, n_cut, values, guard}, random);
             }
       }
   }
@@ -256,7 +167,8 @@ TEST_CASE("sums of a long K do not saturate") {
     if (!detect_machine().target.features.contains(target.features))
       continue;
     const std::int64_t k = 140000; // 140000 · 2^14 > 2^31: the sum wraps
-    check_kernel(compile(canonical_desc(3, 17, k), target), 3, 17, k, Values::lowest, true, 17, random);
+    check_int8_mm_kernel(compile(canonical_desc(3, 17, k), target), {3, 17, k, 17, Values::all_lowest, Guard::after},
+                         random);
   }
 }
 

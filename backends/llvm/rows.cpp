@@ -4,7 +4,7 @@
 
 #include "backends/llvm/int8_mm_layout.h"
 #include "backends/llvm/shared_object.h"
-#include "llvm_generator_id.h"
+#include <llvm_generator_id.h>
 
 namespace kiln::portable {
 namespace {

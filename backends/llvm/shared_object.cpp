@@ -6,7 +6,7 @@
 
 #include <fmt/format.h>
 
-#include "llvm_generator_id.h"
+#include <llvm_generator_id.h>
 
 namespace kiln::portable {
 namespace {

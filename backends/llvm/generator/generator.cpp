@@ -10,7 +10,7 @@
 #include "backends/llvm/generator/machine_code.h"
 #include "jit/code_object.h"
 #include "jit/op.h"
-#include "llvm_generator_id.h"
+#include <llvm_generator_id.h>
 
 namespace kiln::generator {
 namespace {
