@@ -268,7 +268,7 @@ Status SqliteStore::open_for_change(Session& session) {
   if (options_.mode == CacheMode::read_only)
     return Status::error(Code::unsupported,
                          fmt::format("{} was opened read-only; to change it, the mode must be read-write", path()));
-  return open_for_reading(session);
+  return report(session, open_for_reading(session));
 }
 
 Status SqliteStore::load_secret(Session& session, Missing missing) {
@@ -558,7 +558,7 @@ Result<StoreStats> SqliteStore::stats() {
 Status SqliteStore::remove(const Digest& key) {
   Session& session = current_session();
   const SessionLock lock(session);
-  if (Status status = report(session, open_for_change(session)); !status)
+  if (Status status = open_for_change(session); !status)
     return status;
   session.unwritten_uses.erase(key);
   if (Status status = report(session, session.database->query(delete_by_key).bind(ByteSpan(key.bytes)).run()); !status)
@@ -572,7 +572,7 @@ Result<Store::Verified> SqliteStore::verify(bool repair) {
   Verified out;
   Session& session = current_session();
   const SessionLock lock(session);
-  if (Status status = report(session, repair ? open_for_change(session) : open_for_reading(session)); !status)
+  if (Status status = repair ? open_for_change(session) : report(session, open_for_reading(session)); !status)
     return status.code() == Code::not_found ? Result(std::move(out)) : status;
   if (Status status = report(session, load_secret(session, Missing::leave)); !status)
     return status;
@@ -622,7 +622,7 @@ Result<Store::Verified> SqliteStore::verify(bool repair) {
 Result<Store::Pruned> SqliteStore::prune(std::int64_t max_bytes, bool dry_run) {
   Session& session = current_session();
   const SessionLock lock(session);
-  if (Status status = report(session, open_for_change(session)); !status)
+  if (Status status = open_for_change(session); !status)
     return status.code() == Code::not_found ? Result(Pruned()) : status;
   // A dry run does the same and rolls it back: nothing else counts exactly.
   Transaction transaction(*session.database);
@@ -649,7 +649,7 @@ Result<Store::Pruned> SqliteStore::prune(std::int64_t max_bytes, bool dry_run) {
 Result<Store::Pruned> SqliteStore::clear(bool dry_run) {
   Session& session = current_session();
   const SessionLock lock(session);
-  if (Status status = report(session, open_for_change(session)); !status)
+  if (Status status = open_for_change(session); !status)
     return status.code() == Code::not_found ? Result(Pruned()) : status;
   Transaction transaction(*session.database);
   if (!transaction.begun())
