@@ -33,16 +33,24 @@ struct Choice {
   Digest key;
 };
 
+/// The path that KILN_FORCE demands of this op; it holds for the ops that have it.
+std::optional<IsaPath> forced_path(const Config& config, OpId op, std::span<const Implementation> rows) {
+  IsaPath path{};
+  if (config.forced_path(op, path))
+    for (const Implementation& row : rows)
+      if (row.op == op && row.isa == path)
+        return path;
+  return std::nullopt;
+}
+
 /// Why this row does not serve the desc on the target under these toggles; empty when it does.
-std::string refusal(const Implementation& row, const KernelDesc& desc, const Target& target, const Config& config) {
+std::string refusal(const Implementation& row, const KernelDesc& desc, const Target& target, const Config& config, std::optional<IsaPath> forced) {
   if (row.device != desc.device.kind)
     return "for another device";
   if (!row.any_arch && row.arch != target.arch)
     return fmt::format("made for {}", name_of(row.arch));
-  IsaPath forced{};
-  const bool is_forced = config.forced_path(desc.op, forced);
-  if (is_forced && row.isa != forced)
-    return fmt::format("KILN_FORCE takes {} only", name_of(forced));
+  if (forced && row.isa != *forced)
+    return fmt::format("KILN_FORCE takes {} only", name_of(*forced));
   if (config.disables(row))
     return "left out by KILN_DISABLE";
   if (const Features missing = row.features_for(desc, target).without(target.features); !missing.empty())
@@ -50,7 +58,7 @@ std::string refusal(const Implementation& row, const KernelDesc& desc, const Tar
   if (row.supports != nullptr)
     if (const Status status = row.supports(desc, target); !status)
       return status.message();
-  if (!is_forced && row.declines != nullptr)
+  if (!forced && row.declines != nullptr)
     return row.declines(desc, target);
   return {};
 }
@@ -270,11 +278,12 @@ const Implementation* Engine::State::builtin_for(const KernelDesc& canonical) co
 }
 
 Result<Choice> Engine::State::choose(const KernelDesc& canonical, const Target& for_target) const {
+  const std::optional<IsaPath> forced = forced_path(config(), canonical.op, options.implementations);
   std::string reasons;
   for (const Implementation& row : options.implementations) {
     if (row.op != canonical.op)
       continue;
-    const std::string reason = refusal(row, canonical, for_target, config());
+    const std::string reason = refusal(row, canonical, for_target, config(), forced);
     if (reason.empty())
       return choice_of(row, canonical, for_target);
     reasons += fmt::format("; {}: {}", name_of(row.isa), reason);
@@ -362,10 +371,11 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
   e.canonical = op.canonical(desc);
   e.m_range = op.m_range(e.canonical);
   const Target& for_target = target != nullptr ? *target : state_->target();
+  const std::optional<IsaPath> forced = forced_path(state_->config(), e.canonical.op, implementations());
   for (const Implementation& row : state_->options.implementations) {
     if (row.op != e.canonical.op)
       continue;
-    Explanation::Candidate candidate{&row, false, refusal(row, e.canonical, for_target, state_->config())};
+    Explanation::Candidate candidate{&row, false, refusal(row, e.canonical, for_target, state_->config(), forced)};
     if (candidate.reason.empty() && e.taken != nullptr)
       candidate.reason = fmt::format("{} is preferred", name_of(e.taken->isa));
     candidate.taken = candidate.reason.empty();
