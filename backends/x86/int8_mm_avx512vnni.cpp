@@ -25,24 +25,26 @@ struct Tile {
   int panels;   ///< of 16 columns, side by side
   int sets;     ///< accumulators per element, for consecutive steps of K: hides latency where rows × panels is small
   int unroll;   ///< steps of K in one turn of the loop, a multiple of sets
-  int prefetch; ///< bytes ahead in each panel, 0 for none
 };
 
 Tile tile_for(std::int64_t m_class) {
   switch (m_class) {
-  case 1: return {.rows = 1, .panels = 4, .sets = 4, .unroll = 4, .prefetch = 0};
-  case 2: return {.rows = 2, .panels = 4, .sets = 2, .unroll = 2, .prefetch = 0};
-  case 4: return {.rows = 4, .panels = 4, .sets = 1, .unroll = 2, .prefetch = 0};
-  case 8: return {.rows = 8, .panels = 2, .sets = 1, .unroll = 1, .prefetch = 0};
-  default: return {.rows = 14, .panels = 2, .sets = 1, .unroll = 1, .prefetch = 0};
+  case 1: return {.rows = 1, .panels = 4, .sets = 4, .unroll = 4};
+  case 2: return {.rows = 2, .panels = 4, .sets = 2, .unroll = 4};
+  case 4: return {.rows = 4, .panels = 4, .sets = 1, .unroll = 1};
+  case 8: return {.rows = 8, .panels = 2, .sets = 1, .unroll = 1};
+  // 14 rows fit the registers too, and measured no faster than 13.
+  default: return {.rows = 13, .panels = 2, .sets = 1, .unroll = 1};
   }
 }
 
+/// Bytes from one row of A to the next in the workspace: an odd number of lines, so that rows fall into different sets of L1, and one
+/// step of K more, so that in a tile of rows at most one goes on to a new line in each step (+1 % at K = 4096 on Zen 5).
+std::int64_t row_stride(std::int64_t k) { return ((k + 63) / 64 | 1) * 64 + 4; }
+
 class Path {
 public:
-  Path(Assembler& assembler, const NestShape& shape, const Tile& tile) : a_(assembler), shape_(shape), tile_(tile) {}
-
-  void constants() {}
+  Path(Assembler& assembler, const NestShape& shape, const Tile& tile) : a_(assembler), shape_(shape), tile_(tile), lanes_(assembler.newLabel()) {}
 
   void convert_rows() {
     const Gp call = rdi, row = rax, lda = rcx, rows_left = rdx, out = rsi, k = r8, mask = r9;
@@ -60,13 +62,13 @@ public:
     a_.mov(row, ptr(call, offsetof(Call, a)));
     a_.mov(lda, ptr(call, offsetof(Call, lda)));
     a_.mov(rows_left, ptr(call, offsetof(Call, m)));
-    a_.mov(out, role::workspace);
+    a_.mov(out, ptr(call, offsetof(Call, workspace)));
     a_.bind(next_row);
     if (whole > 0) {
       a_.xor_(k.r32(), k.r32());
       a_.bind(next_chunk);
       a_.vpxord(bytes, flip, ptr(row, k));
-      a_.vmovdqa64(ptr(out, k), bytes);
+      a_.vmovdqu64(ptr(out, k), bytes);
       a_.add(k, 64);
       a_.cmp(k, whole);
       a_.jl(next_chunk);
@@ -74,7 +76,7 @@ public:
     if (rest > 0) {
       a_.k(k1).z().vmovdqu8(bytes, ptr(row, whole));
       a_.vpxord(bytes, bytes, flip);
-      a_.vmovdqa64(ptr(out, whole), bytes);
+      a_.vmovdqu64(ptr(out, whole), bytes);
     }
     a_.add(row, lda);
     a_.add(out, shape_.row_stride);
@@ -82,33 +84,31 @@ public:
     a_.jnz(next_row);
   }
 
-  void begin_column_tile() {
-    const Gp columns = rax, limit = rbx;
-    a_.mov(limit.r32(), shape_.columns());
-    a_.cmp(role::n_left, limit);
-    a_.cmovl(limit, role::n_left);
-    a_.mov(columns, -1);
-    a_.bzhi(columns, columns, limit);
-    for (int p = 0; p < tile_.panels; ++p) {
-      a_.kmovw(mask(p), columns.r32());
-      if (p + 1 < tile_.panels)
-        a_.shr(columns, 16);
-    }
+  void set_mask(int p, const Gp& columns) {
+    const Zmm left = bytes_of_a();
+    a_.vpbroadcastd(left, columns.r32());
+    a_.vpcmpd(mask(p), left, ptr(lanes_), VCmpImm::kGT_OS);
   }
 
   void begin_row_tile() {
-    a_.vpxor(Xmm(b(0).id()), Xmm(b(0).id()), Xmm(b(0).id()));
     const int rows = shape_.heights.max;
+    const Zmm zero = bytes_of_a();
+    a_.vpxor(Xmm(zero.id()), Xmm(zero.id()), Xmm(zero.id()));
     for (int p = 0; p < tile_.panels; ++p) {
-      a_.k(mask(p)).z().vmovdqu32(acc(rows - 1, p), ptr(role::b_sums, 64 * p));
-      a_.vpslld(acc(rows - 1, p), acc(rows - 1, p), 7);
-      a_.vpsubd(acc(rows - 1, p), b(0), acc(rows - 1, p));
+      const Zmm first = acc(rows - 1, p);
+      a_.k(mask(p)).z().vmovdqu32(first, columns_at(role::b_sums, p));
+      a_.vpslld(first, first, 7);
+      a_.vpsubd(first, zero, first);
       for (int row = 0; row + 1 < rows; ++row)
-        a_.vmovdqa64(acc(row, p), acc(rows - 1, p));
-      for (int set = 1; set < tile_.sets; ++set)
-        for (int row = 0; row < rows; ++row)
-          a_.vmovdqa64(acc(row, p, set), b(0));
+        a_.vmovdqa64(acc(row, p), first);
     }
+  }
+
+  void begin_k(int height) {
+    for (int set = 1; set < tile_.sets; ++set)
+      for (int row = shape_.heights.max - height; row < shape_.heights.max; ++row)
+        for (int p = 0; p < tile_.panels; ++p)
+          a_.vpxord(acc(row, p, set), acc(row, p, set), acc(row, p, set));
   }
 
   void step(int height, int index) {
@@ -116,8 +116,6 @@ public:
     for (int p = 0; p < tile_.panels; ++p) {
       if (height > 1)
         a_.vmovdqu64(b(p), panel_at(p, 64 * index));
-      if (tile_.prefetch > 0)
-        a_.prefetcht0(panel_at(p, 64 * index + tile_.prefetch));
     }
     for (int row = first; row < shape_.heights.max; ++row) {
       a_.vpbroadcastd(bytes_of_a(), ptr(role::a_k, static_cast<int>((row - first) * shape_.row_stride) + 4 * index));
@@ -138,7 +136,14 @@ public:
 
   void store_row(int row) {
     for (int p = 0; p < tile_.panels; ++p)
-      a_.k(mask(p)).vmovdqu32(ptr(role::c_row, 64 * p), acc(row, p));
+      a_.k(mask(p)).vmovdqu32(columns_at(role::c_row, p), acc(row, p));
+  }
+
+  void data() {
+    a_.align(asmjit::AlignMode::kZero, 64);
+    a_.bind(lanes_);
+    for (std::int32_t lane = 0; lane < 16; ++lane)
+      a_.embedInt32(lane);
   }
 
 private:
@@ -150,6 +155,7 @@ private:
   Assembler& a_;
   const NestShape& shape_;
   const Tile& tile_;
+  asmjit::Label lanes_; ///< s32 0 … 15
 };
 
 Status supports(const KernelDesc& desc, const Target&) {
@@ -165,19 +171,23 @@ Status supports(const KernelDesc& desc, const Target&) {
 Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
   const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
   const Tile tile = tile_for(m_class);
-  const NestShape shape{.heights = heights_for(m_class, tile.rows),
+  const Heights heights = heights_for(m_class, tile.rows);
+  const NestShape shape{.heights = heights,
                         .panels = tile.panels,
                         .layout = kLayout,
                         .k = k,
-                        .row_stride = ((k + 63) / 64 | 1) * 64, // an odd number of lines: rows fall into different sets
+                        .row_stride = row_stride(k),
                         .row_step = 4,
-                        .unroll = tile.unroll};
+                        .unroll = tile.unroll,
+                        .streams = heights.single_tile,
+                        .ahead = !heights.single_tile};
   Assembler a;
   Path path(a, shape, tile);
   emit_nest(a, shape, path);
   return a.finish(kFeatures, int8_mm::Plan{.layout = kLayout,
                                            .m_step = tile.rows,
                                            .n_step = shape.columns(),
+                                           .workspace_fixed = 64, // the last row's copy ends in whole vectors
                                            .workspace_per_row = shape.row_stride}
                                  .values());
 }

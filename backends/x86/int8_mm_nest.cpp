@@ -1,6 +1,7 @@
 #include "backends/x86/int8_mm_nest.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace kiln::x86 {
 
@@ -10,7 +11,7 @@ using int8_mm::Call;
 namespace {
 
 /// Stack slots below the saved registers, bytes from rsp.
-constexpr int kTallCode = 0, kShortCode = 8, kShortTiles = 16, kTiles = 24, kFrame = 32;
+constexpr int kTallCode = 0, kShortCode = 8, kShortTiles = 16, kTiles = 24, kWorkspace = 32, kColumnTiles = 40, kStreamBytes = 48, kFrame = 56;
 
 } // namespace
 
@@ -41,10 +42,19 @@ Nest::Nest(Assembler& assembler, const NestShape& shape)
   }
 }
 
+asmjit::x86::Mem panel_at(int p, int displacement) {
+  return p == 0 ? ptr(role::b_k, displacement) : ptr(role::b_k, role::stream[p - 1], 0, displacement);
+}
+
+asmjit::x86::Mem columns_at(const Gp& base, int p, int displacement) {
+  if (p == 0)
+    return ptr(base, displacement);
+  return p == 3 ? ptr(base, role::stream_columns_3, 0, displacement) : ptr(base, role::stream_columns, p - 1, displacement);
+}
+
 void Nest::begin() {
   a_.enter(role::saved);
   a_.sub(rsp, kFrame);
-  a_.mov(role::workspace, ptr(rdi, offsetof(Call, workspace)));
 }
 
 void Nest::split_rows() {
@@ -80,30 +90,58 @@ void Nest::split_rows() {
 }
 
 void Nest::load_arguments() {
+  const int columns = shape_.columns();
   a_.mov(role::b, ptr(rdi, offsetof(Call, b)));
   a_.mov(role::b_sums, ptr(rdi, offsetof(Call, b_sums)));
   a_.mov(role::c, ptr(rdi, offsetof(Call, c)));
   a_.mov(role::ldc, ptr(rdi, offsetof(Call, ldc)));
   a_.shl(role::ldc, 2);
   a_.mov(role::n_left, ptr(rdi, offsetof(Call, n)));
+  a_.mov(rax, ptr(rdi, offsetof(Call, workspace)));
+  a_.mov(ptr(rsp, kWorkspace), rax);
+
+  a_.lea(rax, ptr(role::n_left, columns - 1));
+  a_.shr(rax, std::countr_zero(static_cast<unsigned>(columns)));
+  a_.mov(ptr(rsp, kColumnTiles), rax);
+  if (shape_.panels == 1)
+    return;
+  if (!shape_.streams)
+    a_.mov(eax, 1);
+  a_.imul(role::stream_columns, rax, shape_.layout.n_block * 4);
+  if (shape_.panels == 4)
+    a_.lea(role::stream_columns_3, ptr(role::stream_columns, role::stream_columns, 1));
+  a_.imul(rax, rax, shape_.layout.panel_bytes(shape_.k));
+  a_.mov(ptr(rsp, kStreamBytes), rax);
 }
 
+/// Leaves the columns left to the first stream in rax and the columns from one stream to the next in rbx.
 void Nest::begin_column_tile() {
-  const std::int64_t panel_bytes = shape_.layout.panel_bytes(shape_.k);
   a_.bind(column_tile_);
-  // A panel that does not exist is computed from the last one that does, and not stored.
-  for (int p = 1; p < shape_.panels; ++p) {
-    const Gp panel = role::panel[p - 1];
-    if (p == 1)
-      a_.xor_(eax, eax);
-    a_.mov(panel, p * panel_bytes);
-    a_.cmp(role::n_left, p * shape_.layout.n_block);
-    a_.cmovle(panel, p == 1 ? rax : role::panel[p - 2]);
+  if (shape_.panels > 1) {
+    const Gp zero = rdi, columns_left = rax, columns_of_stream = rbx;
+    a_.xor_(zero.r32(), zero.r32());
+    a_.mov(columns_left, role::n_left);
+    a_.mov(columns_of_stream, role::stream_columns);
+    a_.shr(columns_of_stream, 2);
+    // A stream that has no panel left is computed from another's, and not stored.
+    for (int p = 1; p < shape_.panels; ++p) {
+      const Gp stream = role::stream[p - 1], previous = p == 1 ? zero : role::stream[p - 2];
+      a_.mov(stream, ptr(rsp, kStreamBytes));
+      if (p > 1)
+        a_.add(stream, previous);
+      a_.sub(columns_left, columns_of_stream);
+      a_.cmovle(stream, previous);
+    }
   }
-  a_.mov(role::a_tile, role::workspace);
+  a_.mov(rax, role::n_left);
+  a_.mov(role::a_tile, ptr(rsp, kWorkspace));
   a_.mov(role::c_row, role::c);
   if (!shape_.heights.single_tile)
     a_.mov(role::tiles_left, ptr(rsp, kTiles));
+  if (shape_.ahead) {
+    a_.lea(role::ahead, ptr(role::b, shape_.advance() * shape_.layout.panel_bytes(shape_.k)));
+    a_.mov(role::ahead_step.r32(), 64);
+  }
 }
 
 void Nest::dispatch() {
@@ -124,20 +162,36 @@ void Nest::end_row_tile() {
   if (shape_.heights.single_tile)
     return;
   a_.dec(role::tiles_left);
+  if (shape_.ahead) {
+    // The first row tile fetched for the first stream, the second does for the other, those after it fetch nothing new.
+    const Gp zero = rdi, other = rbx, first_done = rax;
+    a_.lea(first_done, ptr(role::tiles_left, 1));
+    a_.xor_(zero.r32(), zero.r32());
+    a_.lea(other, ptr(role::b, role::stream[0], 0, shape_.advance() * shape_.layout.panel_bytes(shape_.k)));
+    a_.cmp(first_done, ptr(rsp, kTiles));
+    a_.cmove(role::ahead, other);
+    a_.cmovne(role::ahead_step, zero);
+    a_.test(role::tiles_left, role::tiles_left);
+  }
   a_.jnz(row_tile);
 }
 
 void Nest::end_column_tile() {
-  a_.add(role::b, shape_.panels * shape_.layout.panel_bytes(shape_.k));
-  a_.add(role::b_sums, shape_.columns() * 4);
-  a_.add(role::c, shape_.columns() * 4);
-  a_.sub(role::n_left, shape_.columns());
-  a_.jg(column_tile_);
+  const int columns = shape_.advance() * shape_.layout.n_block;
+  a_.add(role::b, shape_.advance() * shape_.layout.panel_bytes(shape_.k));
+  a_.add(role::b_sums, columns * 4);
+  a_.add(role::c, columns * 4);
+  a_.sub(role::n_left, columns);
+  a_.dec(qword_ptr(rsp, kColumnTiles));
+  a_.jnz(column_tile_);
 }
 
 void Nest::end() {
   a_.add(rsp, kFrame);
   a_.leave(role::saved);
+}
+
+void Nest::data() {
   const auto [min, max, single_tile] = shape_.heights;
   if (min == max && single_tile)
     return;

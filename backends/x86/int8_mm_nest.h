@@ -7,7 +7,11 @@
 #include "jit/ops/int8_mm.h"
 
 /// The loops around a register tile, common to the vector paths of int8_mm: A's rows are brought into the workspace once, then for each
-/// column tile every row tile runs through K. A panel pair of B is thus read from memory once and stays in L2 for the row tiles after the first.
+/// column tile every row tile runs through K. A column tile of B is thus read from memory once and is in L2 for the row tiles after the first.
+///
+/// The panels of a column tile lie side by side, or apart: then the panels of a call are split into as many streams as a column tile has
+/// panels, and tile j takes panel j of each. Each stream is one contiguous walk through memory, which prefetchers follow from panel to panel,
+/// and several such walks read faster than one. Few rows gain by it; with many, the stores to C fall too often into one set of L1.
 namespace kiln::x86 {
 
 /// Heights of the row tiles that serve a class of m: m rows become ⌈m / max⌉ tiles whose heights differ by at most one, so that no row
@@ -20,67 +24,75 @@ Heights heights_for(std::int64_t m_class, int max_height);
 
 struct NestShape {
   Heights heights;
-  int panels = 1;               ///< of kLayout.n_block columns in a column tile, 1…4
+  int panels = 1;              ///< of layout.n_block columns in a column tile: 1, 2, or with single tiles 4
   int8_mm::PackLayout layout;
   std::int64_t k = 0;
-  std::int64_t row_stride = 0;  ///< bytes of a row of A in the workspace
-  int row_step = 4;             ///< bytes of A in the workspace that one step of K reads
-  int unroll = 1;               ///< steps of K in one turn of the loop
+  std::int64_t row_stride = 0; ///< bytes of a row of A in the workspace
+  int row_step = 4;            ///< bytes of A in the workspace that one step of K reads
+  int unroll = 1;              ///< steps of K in one turn of the loop
+  bool streams = false;        ///< the panels of a column tile lie apart
+  bool ahead = false;          ///< fetch the next column tile into L2 during the first two row tiles; two panels, not single tiles
 
   std::int64_t steps() const { return (k + layout.k_block - 1) / layout.k_block; }
   int step_bytes() const { return layout.n_block * layout.k_block; }
   int columns() const { return panels * layout.n_block; }
+  /// Panels from one column tile to the next.
+  int advance() const { return streams ? 1 : panels; }
 };
 
 /// Register roles of the nest (System V; rdi holds the Call on entry).
 namespace role {
 using namespace asmjit::x86;
-inline constexpr Gp b = rsi;          ///< the column tile's first panel
+inline constexpr Gp b = rsi;          ///< the column tile's panel in the first stream
 inline constexpr Gp b_sums = rcx;     ///< of its first column
 inline constexpr Gp c = rdx;          ///< its row 0
 inline constexpr Gp n_left = r8;      ///< columns from here to the end of the call
 inline constexpr Gp ldc = r9;         ///< bytes
 inline constexpr Gp a_tile = r10;     ///< the row tile's first row in the workspace
 inline constexpr Gp c_row = r11;      ///< the next row of C to store
-inline constexpr Gp a_k = rdi, b_k = rbx; ///< running along K
+inline constexpr Gp a_k = rdi, b_k = rbx; ///< running along K; free outside the K loop
 inline constexpr Gp turns = rax;      ///< of the K loop, left; free outside it
-inline constexpr Gp panel[3] = {r12, r13, r14}; ///< from b to panel 1, 2, 3, or to the last one that exists
-inline constexpr Gp tiles_left = r15; ///< row tiles
-inline constexpr Gp workspace = rbp;
+inline constexpr Gp stream[3] = {r12, r13, r14}; ///< from b to the tile's panel in stream 1, 2, 3, or to that of the last stream that has one
+inline constexpr Gp stream_columns = rbp; ///< bytes of C, and of b_sums, from one stream's first column to the next's
+inline constexpr Gp stream_columns_3 = r15; ///< three times that, with four panels
+inline constexpr Gp tiles_left = r15; ///< row tiles, unless single
+inline constexpr Gp ahead = r13, ahead_step = r14; ///< next line to fetch
 inline constexpr std::initializer_list<Gp> saved = {rbx, rbp, r12, r13, r14, r15};
 } // namespace role
 
-/// Where panel `p` lies at `displacement` bytes from b_k.
-inline asmjit::x86::Mem panel_at(int p, int displacement) {
-  return p == 0 ? asmjit::x86::ptr(role::b_k, displacement) : asmjit::x86::ptr(role::b_k, role::panel[p - 1], 0, displacement);
-}
+/// Panel `p` of the column tile, `displacement` bytes from b_k.
+asmjit::x86::Mem panel_at(int p, int displacement);
+/// What belongs to the first column of panel `p`, for a `base` that does to that of panel 0: b_sums or a row of C.
+asmjit::x86::Mem columns_at(const asmjit::x86::Gp& base, int p, int displacement = 0);
 
 /// Emits the loops. `Path` gives what differs, in the order it is emitted:
-///   void constants();                      vector constants that live through the whole kernel
-///   void convert_rows();                   A → workspace; rax, rbx, rcx, rdx, rsi, r8–r15 and rdi (the Call) are its own to use, workspace is set
-///   void begin_column_tile();              masks from n_left; rax is free
-///   void begin_row_tile();                 accumulators of every row of the tallest tile begin
-///   void step(int height, int index);      step `index` of a turn: rows max − height … max − 1 of the accumulators
-///   void end_k(int height);                sums over accumulator sets
-///   void store_row(int row);               accumulator row `row` to c_row
+///   void convert_rows();               A → workspace; every register is its own to use, rdi is the Call
+///   void set_mask(int p, Gp columns);  panel p has so many columns left (s32, may be ≤ 0 or > n_block)
+///   void begin_row_tile();             accumulators of every row of the tallest tile begin; rax is free
+///   void begin_k(int height);
+///   void step(int height, int index);  step `index` of a turn: rows max − height … max − 1 of the accumulators
+///   void end_k(int height);
+///   void store_row(int row);           accumulator row `row` to c_row
+///   void data();                       constants, behind the code
 template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path& path);
 
 /// Parts of emit_nest that do not depend on the path.
 class Nest {
 public:
   Nest(Assembler& assembler, const NestShape& shape);
-  void begin();            ///< entry to the Call's workspace in its role
-  void split_rows();       ///< how many tiles of which height, and where their code is
-  void load_arguments();   ///< from the Call to the roles
+  void begin();
+  void split_rows();     ///< how many tiles of which height, and where their code is
+  void load_arguments(); ///< from the Call to the roles
   void begin_column_tile();
-  void dispatch();         ///< to the K loop of this row tile's height
+  void dispatch();       ///< to the K loop of this row tile's height
   void end_row_tile();
   void end_column_tile();
   void end();
+  void data();
 
-  asmjit::Label row_tile;                  ///< start of the row loop
-  std::vector<asmjit::Label> k_loop;       ///< by height − heights.min
-  std::vector<asmjit::Label> store;        ///< likewise: the first row to store
+  asmjit::Label row_tile;            ///< start of the row loop
+  std::vector<asmjit::Label> k_loop; ///< by height − heights.min
+  std::vector<asmjit::Label> store;  ///< likewise: the first row to store
 
 private:
   Assembler& a_;
@@ -93,12 +105,15 @@ template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path&
   const auto [min, max, single_tile] = shape.heights;
   Nest nest(a, shape);
   nest.begin();
-  path.constants();
   path.convert_rows();
   nest.split_rows();
   nest.load_arguments();
   nest.begin_column_tile();
-  path.begin_column_tile();
+  for (int p = 0; p < shape.panels; ++p) {
+    path.set_mask(p, x86::rax);
+    if (p + 1 < shape.panels)
+      a.sub(x86::rax, x86::rbx);
+  }
   a.bind(nest.row_tile);
   path.begin_row_tile();
   nest.dispatch();
@@ -107,6 +122,7 @@ template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path&
     a.bind(nest.k_loop[height - min]);
     a.mov(role::a_k, role::a_tile);
     a.mov(role::b_k, role::b);
+    path.begin_k(height);
     const std::int64_t turns = shape.steps() / shape.unroll;
     if (turns > 0) {
       const asmjit::Label turn = a.newLabel();
@@ -115,6 +131,10 @@ template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path&
       a.bind(turn);
       for (int index = 0; index < shape.unroll; ++index)
         path.step(height, index);
+      if (shape.ahead) {
+        a.prefetcht1(x86::ptr(role::ahead));
+        a.add(role::ahead, role::ahead_step);
+      }
       a.add(role::a_k, shape.row_step * shape.unroll);
       a.add(role::b_k, shape.step_bytes() * shape.unroll);
       a.dec(role::turns.r32());
@@ -138,6 +158,8 @@ template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path&
   nest.end_row_tile();
   nest.end_column_tile();
   nest.end();
+  nest.data();
+  path.data();
 }
 
 } // namespace kiln::x86
