@@ -192,9 +192,9 @@ CacheSizes cache_sizes() {
       break;
     if (first_line(directory + "type") == "Instruction")
       continue;
-    std::int64_t size = 0;
+    long long size = 0;
     char unit = 0;
-    std::sscanf(first_line(directory + "size").c_str(), "%ld%c", &size, &unit);
+    std::sscanf(first_line(directory + "size").c_str(), "%lld%c", &size, &unit);
     const std::int64_t bytes = unit == 'M' ? size << 20 : unit == 'K' ? size << 10 : size;
     (level == "1" ? sizes.l1d : level == "2" ? sizes.l2 : sizes.l3) = bytes;
   }
