@@ -103,7 +103,7 @@ inline std::vector<Series> race(std::span<const Contender> contenders, const Rac
       const std::size_t turn = (i + static_cast<std::size_t>(round)) % contenders.size(); // nobody always follows the same
       if (options.settle_seconds > 0)
         std::this_thread::sleep_for(std::chrono::duration<double>(options.settle_seconds));
-      contenders[turn].run(std::max(1, calls[turn] / 4));
+      contenders[turn].run(std::max(3, calls[turn] / 4));
       series[turn].seconds.push_back(contenders[turn].run(calls[turn]) / calls[turn]);
     }
   }

@@ -1,0 +1,401 @@
+/// bench_latency: what Kiln costs a host beside the kernels themselves.
+///
+///   bench_latency [--only GROUP,…] [--rows N] [--json FILE] [--smoke]
+///
+/// Groups: compile, memory, disk, process, threads. `disk` and `process` fill a cache with N rows (default 10000) of kernels in a
+/// temporary directory (in /dev/shm where there is one), through kiln_warmup. --smoke takes a second: few rows and shapes, figures printed but not judged.
+/// Exit code: 0 all figures reached, 1 one fell short or failed, 2 usage.
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <optional>
+#include <random>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "api/kiln.h"
+#include "backends/table.h"
+#include "bench/calibration.h"
+#include "bench/machine.h"
+#include "bench/measure.h"
+#include "bench/report.h"
+#include "jit/engine.h"
+#include "jit/ops/int8_mm_driver.h"
+
+namespace kiln::bench {
+namespace {
+
+/// Removed with its contents at the end. In memory where the system has such a file system: thousands of rows are stored with an fsync or
+/// two each, while a hit reads the page cache on any file system.
+struct TemporaryDirectory {
+  std::string path;
+  TemporaryDirectory() {
+    for (const std::string& parent : {std::string("/dev/shm"), std::filesystem::temp_directory_path().string()}) {
+      path = parent + "/kiln-bench-XXXXXX";
+      if (mkdtemp(path.data()) != nullptr)
+        return;
+    }
+    fmt::print(stderr, "bench_latency: no temporary directory can be made in /dev/shm or {}\n", std::filesystem::temp_directory_path().string());
+    std::exit(1);
+  }
+  TemporaryDirectory(const TemporaryDirectory&) = delete;
+  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
+  ~TemporaryDirectory() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path, ignored);
+  }
+};
+
+[[noreturn]] void fail(const std::string& message) {
+  fmt::print(stderr, "bench_latency: {}\n", message);
+  std::exit(1);
+}
+
+void check(kiln_status status, const char* what) {
+  if (status != KILN_OK)
+    fail(fmt::format("{}: {}: {}", what, kiln_status_name(status), kiln_last_error()));
+}
+
+template <class T> T take(Result<T> result) {
+  if (!result)
+    fail(result.status().message());
+  return std::move(*result);
+}
+
+template <auto release> struct Releaser {
+  template <class T> void operator()(T* handle) const { release(handle); }
+};
+using EngineHandle = std::unique_ptr<kiln_engine, Releaser<kiln_engine_destroy>>;
+using KernelHandle = std::unique_ptr<kiln_kernel, Releaser<kiln_kernel_release>>;
+using PackHandle = std::unique_ptr<kiln_pack, Releaser<kiln_pack_release>>;
+
+/// Null: no cache on disk.
+EngineHandle make_engine(const char* cache_dir) {
+  kiln_engine_options options = KILN_ENGINE_OPTIONS_INIT;
+  options.cache_dir = cache_dir;
+  options.cache_mode = cache_dir ? "rw" : "off";
+  kiln_engine* engine = nullptr;
+  check(kiln_engine_create(&options, &engine), "kiln_engine_create");
+  return EngineHandle(engine);
+}
+
+kiln_int8_mm_desc make_desc(std::int64_t m, std::int64_t n, std::int64_t k) {
+  kiln_int8_mm_desc desc = KILN_INT8_MM_DESC_INIT;
+  desc.m = m;
+  desc.n = n;
+  desc.k = k;
+  return desc;
+}
+
+KernelHandle get(kiln_engine* engine, const kiln_int8_mm_desc& desc) {
+  kiln_kernel* kernel = nullptr;
+  check(kiln_get(engine, &desc.base, &kernel), "kiln_get");
+  return KernelHandle(kernel);
+}
+
+/// Distinct kernels of the sizes that models have, every class of m in turn.
+std::vector<kiln_int8_mm_desc> model_shapes(std::size_t count) {
+  std::vector<kiln_int8_mm_desc> descs;
+  for (std::int64_t i = 0; descs.size() < count; ++i)
+    for (const std::int64_t m : int8_mm::kMClasses)
+      if (descs.size() < count)
+        descs.push_back(make_desc(m, 256 + 16 * (i % 64), 256 + 8 * (i / 64)));
+  return descs;
+}
+
+struct Bench {
+  Report& report;
+  std::size_t rows;
+  std::size_t shapes;
+
+  void at_most(const std::string& group, const std::string& what, double measured, const std::string& unit, double reach, std::string detail) {
+    report.add({group, what, measured, unit, Figure::Bound::at_most, reach, std::move(detail)});
+  }
+};
+
+std::string spread(const std::vector<double>& seconds) {
+  return fmt::format("best {:.1f}, p90 {:.1f}, p99 {:.1f} µs over {}", Series::quantile(seconds, 0) * 1e6, Series::quantile(seconds, 0.9) * 1e6,
+                     Series::quantile(seconds, 0.99) * 1e6, seconds.size());
+}
+
+/// Emission by asmjit works on any host, so every x86 path is timed wherever this runs.
+void compile(Bench& bench) {
+  for (const Implementation& row : implementation_table()) {
+    if (row.generator != GeneratorId::asmjit)
+      continue;
+    const Target target{.arch = row.arch, .features = features_of(row.arch)};
+    std::vector<double> seconds;
+    for (const kiln_int8_mm_desc& shape : model_shapes(bench.shapes)) {
+      const KernelDesc desc = int8_mm::op().canonical(int8_mm::make_desc(shape.m, shape.n, shape.k));
+      const double begin = now();
+      const Result<CodeObject> code = row.compile(desc, target);
+      seconds.push_back(now() - begin);
+      if (!code)
+        fail(code.status().message());
+    }
+    bench.at_most("compile", fmt::format("{}, p50", name_of(row.isa)), Series::quantile(seconds, 0.5) * 1e6, "µs", 15, spread(seconds));
+  }
+}
+
+/// A hit in memory, and what kiln_run adds to the call of the kernel's own entry.
+void memory(Bench& bench) {
+  const EngineHandle engine = make_engine(nullptr);
+  const kiln_int8_mm_desc desc = make_desc(1, 16, 16);
+  const KernelHandle kernel = get(engine.get(), desc);
+
+  constexpr int batch = 1000;
+  std::vector<kiln_kernel*> kernels(batch);
+  std::vector<double> gets, pairs;
+  for (int i = 0; i < 500; ++i) {
+    double begin = now();
+    for (kiln_kernel*& out : kernels)
+      kiln_get(engine.get(), &desc.base, &out);
+    gets.push_back((now() - begin) / batch);
+    for (kiln_kernel* k : kernels)
+      kiln_kernel_release(k);
+    begin = now();
+    for (int j = 0; j < batch; ++j) {
+      kiln_kernel* k = nullptr;
+      kiln_get(engine.get(), &desc.base, &k);
+      kiln_kernel_release(k);
+    }
+    pairs.push_back((now() - begin) / batch);
+  }
+  bench.at_most("memory", "kiln_get, hit in memory, p50", Series::quantile(gets, 0.5) * 1e9, "ns", 50,
+                fmt::format("{:.1f} ns with its release", Series::quantile(pairs, 0.5) * 1e9));
+
+  const HugeBuffer a(16), b(16 * 16), c(16 * 4);
+  fill_random(a, 1);
+  fill_random(b, 2);
+  kiln_pack* packed = nullptr;
+  check(kiln_pack_create(engine.get(), &desc.base, b.as<std::int8_t>(), 16, &packed), "kiln_pack_create");
+  const PackHandle pack(packed);
+  kiln_int8_mm_args args = KILN_INT8_MM_ARGS_INIT;
+  args.m = 1;
+  args.a = a.as<std::int8_t>();
+  args.lda = 16;
+  args.b_pack = pack.get();
+  args.c = c.as<std::int32_t>();
+  args.ldc = 16;
+  check(kiln_run(kernel.get(), &args.base), "kiln_run");
+
+  // The same kernel from the inside of the library.
+  EngineOptions options;
+  options.machine = detect_machine();
+  options.config.cache = CacheMode::off;
+  options.implementations = implementation_table();
+  const std::unique_ptr<kiln::Engine> inner = take(kiln::Engine::create(std::move(options)));
+  const KernelRef inner_kernel = take(inner->get(int8_mm::make_desc(1, 16, 16)));
+  const auto& plan = *static_cast<const int8_mm::Plan*>(inner_kernel->plan());
+  const int8_mm::Pack inner_pack =
+      take(int8_mm::Pack::make(plan.layout, b.as<std::int8_t>(), 16, int8_mm::BLayout::nk, 16, 16, inner->runtime().parallel));
+  const HugeBuffer workspace(static_cast<std::size_t>(plan.workspace_bytes(1)) + 64);
+  const int8_mm::Call call = {.a = a.as<std::int8_t>(), .lda = 16, .b = inner_pack.panels(), .b_sums = inner_pack.sums(), .c = c.as<std::int32_t>(),
+                              .ldc = 16, .m = 1, .n = 16, .workspace = workspace.as<void>()};
+  const auto entry = reinterpret_cast<int8_mm::Entry>(inner_kernel->entry());
+
+  const Contender contenders[] = {timed("kiln_run", [&] { kiln_run(kernel.get(), &args.base); }), timed("entry", [&] { entry(&call); })};
+  const std::vector<Series> s = race(contenders, {.rounds = 101, .sample_seconds = 5e-4});
+  bench.at_most("memory", "kiln_run beyond the kernel itself, p50", (s[0].median() - s[1].median()) * 1e9, "ns", 30,
+                fmt::format("1×16×16: {:.1f} ns, of which the kernel {:.1f}", s[0].median() * 1e9, s[1].median() * 1e9));
+}
+
+/// A cache on disk with many rows, made once for all groups that want it.
+class FilledCache {
+public:
+  explicit FilledCache(std::size_t rows) : descs_(model_shapes(rows)) {
+    setenv("XDG_DATA_HOME", (directory_.path + "/data").c_str(), 1); // the authentication key's place
+    const EngineHandle engine = make_engine(path().c_str());
+    std::vector<const kiln_desc*> list;
+    for (const kiln_int8_mm_desc& desc : descs_)
+      list.push_back(&desc.base);
+    kiln_warmup_result result = KILN_WARMUP_RESULT_INIT;
+    const double begin = now();
+    check(kiln_warmup(engine.get(), list.data(), list.size(), nullptr, &result), "kiln_warmup");
+    seconds_ = now() - begin;
+    if (result.compiled != descs_.size())
+      fail(fmt::format("warmup compiled {} kernels of {}", result.compiled, descs_.size()));
+  }
+  std::string path() const { return directory_.path + "/cache"; }
+  const std::vector<kiln_int8_mm_desc>& descs() const { return descs_; }
+  double fill_seconds() const { return seconds_; }
+
+private:
+  TemporaryDirectory directory_;
+  std::vector<kiln_int8_mm_desc> descs_;
+  double seconds_ = 0;
+};
+
+void disk(Bench& bench, FilledCache& cache) {
+  const EngineHandle engine = make_engine(cache.path().c_str());
+  std::vector<kiln_int8_mm_desc> order = cache.descs();
+  constexpr unsigned seed = 1;
+  std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  order.resize(std::min<std::size_t>(order.size(), 2000));
+  std::vector<KernelHandle> held;
+  std::vector<double> seconds;
+  for (const kiln_int8_mm_desc& desc : order) {
+    kiln_kernel* kernel = nullptr;
+    const double begin = now();
+    const kiln_status status = kiln_get(engine.get(), &desc.base, &kernel);
+    seconds.push_back(now() - begin);
+    check(status, "kiln_get");
+    held.emplace_back(kernel);
+  }
+  kiln_stats stats = KILN_STATS_INIT;
+  check(kiln_get_stats(engine.get(), &stats), "kiln_get_stats");
+  if (stats.disk_hits != order.size())
+    fail(fmt::format("{} of {} kernels came from disk", stats.disk_hits, order.size()));
+  bench.at_most("disk", fmt::format("hit on disk, {} rows, p50", cache.descs().size()), Series::quantile(seconds, 0.5) * 1e6, "µs", 60,
+                fmt::format("{}; filled at {:.2f} ms a row", spread(seconds), cache.fill_seconds() * 1e3 / static_cast<double>(cache.descs().size())));
+}
+
+/// In a fresh process: prints the nanoseconds from main's first line to the first kernel, where that came from, and whether LLVM is mapped.
+int child(double begin, const char* cache_dir) {
+  const EngineHandle engine = make_engine(cache_dir);
+  const KernelHandle kernel = get(engine.get(), model_shapes(1)[0]);
+  const double end = now();
+  kiln_kernel_info info = KILN_KERNEL_INFO_INIT;
+  check(kiln_kernel_get_info(kernel.get(), &info), "kiln_kernel_get_info");
+  int llvm = 0;
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);)
+    llvm += line.find("llvm") != std::string::npos || line.find("LLVM") != std::string::npos;
+  fmt::print("{} {} {}\n", (end - begin) * 1e9, static_cast<int>(info.source), llvm);
+  return 0;
+}
+
+void process(Bench& bench, FilledCache& cache) {
+  const std::string self = std::filesystem::read_symlink("/proc/self/exe").string();
+  const std::string command = fmt::format("'{}' --child '{}'", self, cache.path());
+  std::vector<double> seconds;
+  int from_disk = 0, with_llvm = 0;
+  for (int i = 0; i < 25; ++i) {
+    const std::unique_ptr<FILE, Releaser<pclose>> pipe(popen(command.c_str(), "r"));
+    double nanoseconds = 0;
+    int source = 0, llvm = 0;
+    if (!pipe || std::fscanf(pipe.get(), "%lf %d %d", &nanoseconds, &source, &llvm) != 3)
+      fail("a child process gave no answer");
+    seconds.push_back(nanoseconds / 1e9);
+    from_disk += source == KILN_FROM_DISK;
+    with_llvm += llvm > 0;
+  }
+  if (from_disk != static_cast<int>(seconds.size()))
+    fail(fmt::format("{} of {} children had their kernel from disk", from_disk, seconds.size()));
+  bench.at_most("process", "fresh process: engine and first kernel from disk, p50", Series::quantile(seconds, 0.5) * 1e3, "ms", 2, spread(seconds));
+  bench.at_most("process", "of these, with an LLVM library mapped", with_llvm, "", 0, fmt::format("{} processes", seconds.size()));
+}
+
+/// Many threads ask for one key that nobody has yet.
+void threads(Bench& bench) {
+  constexpr int keys = 20, count = 64;
+  const EngineHandle engine = make_engine(nullptr);
+  for (int key = 0; key < keys; ++key) {
+    const kiln_int8_mm_desc desc = make_desc(64, 1024 + 16 * key, 512);
+    std::atomic<int> ready{0};
+    std::vector<std::thread> crowd;
+    for (int i = 0; i < count; ++i)
+      crowd.emplace_back([&] {
+        ready.fetch_add(1);
+        while (ready.load() < count)
+          std::this_thread::yield();
+        get(engine.get(), desc);
+      });
+    for (std::thread& thread : crowd)
+      thread.join();
+  }
+  kiln_stats stats = KILN_STATS_INIT;
+  check(kiln_get_stats(engine.get(), &stats), "kiln_get_stats");
+  bench.at_most("threads", "64 threads on one cold key: compiles", static_cast<double>(stats.compiled) / keys, "", 1, fmt::format("mean of {} keys", keys));
+}
+
+struct Options {
+  std::vector<std::string> only;
+  std::string json;
+  std::size_t rows = 10000;
+  bool smoke = false;
+
+  bool wants(std::string_view group) const { return only.empty() || std::find(only.begin(), only.end(), group) != only.end(); }
+};
+
+/// Nothing when the arguments are not understood.
+std::optional<Options> parse(int argc, char** argv) {
+  constexpr std::string_view groups[] = {"compile", "memory", "disk", "process", "threads"};
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view name = argv[i];
+    const bool has_value = i + 1 < argc;
+    if (name == "--smoke")
+      options.smoke = true;
+    else if (name == "--json" && has_value)
+      options.json = argv[++i];
+    else if (name == "--rows" && has_value) {
+      options.rows = std::strtoull(argv[++i], nullptr, 10);
+      if (options.rows == 0)
+        return std::nullopt;
+    } else if (name == "--only" && has_value) {
+      std::string_view list = argv[++i];
+      while (true) {
+        const std::string_view group = list.substr(0, list.find(','));
+        if (std::find(std::begin(groups), std::end(groups), group) == std::end(groups))
+          return std::nullopt;
+        options.only.emplace_back(group);
+        if (group.size() == list.size())
+          break;
+        list.remove_prefix(group.size() + 1);
+      }
+    } else
+      return std::nullopt;
+  }
+  return options;
+}
+
+int run(const Options& options) {
+  constexpr std::uint64_t links = 1000000;
+  const Contender clock[] = {timed("clock", [] { run_clock_chain(links); })};
+  Report report(kCyclesPerLink * static_cast<double>(links) / race(clock, {.rounds = 5})[0].median());
+  Bench bench{report, options.smoke ? 50 : options.rows, options.smoke ? std::size_t{20} : std::size_t{200}};
+  if (options.wants("compile"))
+    compile(bench);
+  if (options.wants("memory"))
+    memory(bench);
+  if (options.wants("disk") || options.wants("process")) {
+    FilledCache cache(bench.rows);
+    if (options.wants("disk"))
+      disk(bench, cache);
+    if (options.wants("process"))
+      process(bench, cache);
+  }
+  if (options.wants("threads"))
+    threads(bench);
+  const bool written = options.json.empty() || report.write_json(options.json);
+  return written && (options.smoke || report.all_met()) ? 0 : 1;
+}
+
+} // namespace
+} // namespace kiln::bench
+
+int main(int argc, char** argv) {
+  const double begin = kiln::bench::now();
+  if (argc == 3 && std::string_view(argv[1]) == "--child")
+    return kiln::bench::child(begin, argv[2]);
+  const auto options = kiln::bench::parse(argc, argv);
+  if (!options) {
+    fmt::print(stderr, "usage: bench_latency [--only GROUP,…] [--rows N] [--json FILE] [--smoke]\n"
+                       "groups: compile, memory, disk, process, threads\n");
+    return 2;
+  }
+  return kiln::bench::run(*options);
+}
