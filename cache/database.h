@@ -12,6 +12,9 @@ struct sqlite3_stmt;
 
 namespace kiln {
 
+/// The version of the SQLite library in use (`3.40.1`), or Code::unsupported when the cache cannot work with it.
+Result<std::string> sqlite_version();
+
 /// One use of a prepared statement: bind in order, step, read columns. Ends the statement (and so its read lock) when
 /// it goes.
 class Query {

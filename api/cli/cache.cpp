@@ -253,12 +253,17 @@ constexpr Action kActions[] = {
 };
 
 Result<Exit> cache(const Action& action, const Options& options) {
-  const Result<std::unique_ptr<Engine>> engine = make_engine({});
+  CollectedLog log; // an error of the store would be said twice
+  const Result<std::unique_ptr<Engine>> engine = make_engine({.log_sink = CollectedLog::sink, .log_context = &log});
   if (!engine)
     return engine.status();
   if ((*engine)->store() == nullptr)
-    return Status::error(Code::unsupported, "there is no cache to look at: it is off (see KILN_CACHE, KILN_CACHE_DIR and KILN_DISABLE in `kiln info`)");
-  return action.run(**engine, options);
+    return Status::error(Code::unsupported, fmt::format("there is no cache to look at{}", log.lines.empty() ? ": it is off (see KILN_CACHE and KILN_DISABLE in `kiln info`)"
+                                                                                                            : "; " + log.lines.back()));
+  Result<Exit> exit = action.run(**engine, options);
+  for (const std::string& line : exit ? log.lines : std::vector<std::string>())
+    report_error(line);
+  return exit;
 }
 
 } // namespace

@@ -1,10 +1,7 @@
-#include <sqlite3.h>
-
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <memory>
-#include <mutex>
 
 #include <fmt/format.h>
 
@@ -14,6 +11,7 @@
 #include "api/cli/output.h"
 #include "api/session.h"
 #include "backends/llvm/disassemble.h"
+#include "cache/database.h"
 #include "cache/key_file.h"
 #include "cache/private_path.h"
 #include "jit/os.h"
@@ -54,17 +52,6 @@ private:
   std::vector<Row> rows_;
 };
 
-/// What the engine would log becomes part of the report.
-struct LogLines {
-  std::mutex mutex;
-  std::vector<std::string> lines;
-  static void sink(void* context, LogLevel, const char* message) {
-    auto& log = *static_cast<LogLines*>(context);
-    std::lock_guard lock(log.mutex);
-    log.lines.emplace_back(message);
-  }
-};
-
 /// The path itself, or the nearest directory above it that exists.
 std::filesystem::path existing_part(std::filesystem::path path) {
   std::error_code error;
@@ -82,10 +69,8 @@ void check_clock(Report& report) {
 }
 
 void check_sqlite(Report& report) {
-  // RETURNING came with 3.35.0 (sqlite.org/lang_returning.html).
-  const bool fine = sqlite3_threadsafe() != 0 && sqlite3_libversion_number() >= 3'035'000;
-  report.add(fine ? State::ok : State::fail, "SQLite",
-             fmt::format("{}{}", sqlite3_libversion(), fine ? "" : ": 3.35 or newer, built thread-safe, is needed"));
+  const Result<std::string> version = sqlite_version();
+  report.add(version ? State::ok : State::fail, "SQLite", version ? *version : version.status().message());
 }
 
 void check_directories(Report& report, const Config& config) {
@@ -185,8 +170,8 @@ void check_execution(Report& report, Engine& engine, const KernelDesc& desc) {
 }
 
 Result<Exit> doctor(bool json) {
-  LogLines log;
-  const Result<std::unique_ptr<Engine>> made = make_engine({.log_sink = LogLines::sink, .log_context = &log});
+  CollectedLog log; // what the engine would log becomes part of the report
+  const Result<std::unique_ptr<Engine>> made = make_engine({.log_sink = CollectedLog::sink, .log_context = &log});
   if (!made)
     return made.status();
   Engine& engine = **made;

@@ -14,6 +14,17 @@ namespace {
 constexpr Command (*kCommands[])(CLI::App&) = {info_command,    run_command,    warmup_command, cache_command,
                                                explain_command, disasm_command, bench_command,  doctor_command};
 
+/// What was not a command, or that none was given.
+std::string missing_command(const CLI::App& app) {
+  std::string known;
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; }))
+    known += (known.empty() ? "" : ", ") + command->get_name();
+  const std::vector<std::string> words = app.remaining();
+  if (words.empty())
+    return fmt::format("no command given: known are {}", known);
+  return fmt::format("unknown {} '{}': known commands are {}", words.front().starts_with('-') ? "option" : "command", words.front(), known);
+}
+
 Exit usage_error(const CLI::App& app, const CLI::ParseError& error) {
   const CLI::App* given = &app;
   while (!given->get_subcommands().empty())
@@ -21,7 +32,7 @@ Exit usage_error(const CLI::App& app, const CLI::ParseError& error) {
   std::string name = given->get_name();
   for (const CLI::App* parent = given->get_parent(); parent != nullptr; parent = parent->get_parent())
     name = parent->get_name() + " " + name;
-  report_error(fmt::format("{} (see {} --help)", error.what(), name));
+  report_error(fmt::format("{} (see {} --help)", given->get_require_subcommand_min() > 0 ? missing_command(*given) : error.what(), name));
   return Exit::usage;
 }
 

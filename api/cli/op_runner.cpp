@@ -4,6 +4,8 @@
 #include <cassert>
 #include <memory>
 
+#include <fmt/format.h>
+
 #include "jit/ops/int8_mm.h"
 #include "jit/ops/int8_mm_driver.h"
 
@@ -54,7 +56,7 @@ Result<std::vector<Tensor>> random_tensors(const KernelDesc& desc) {
   for (const TensorSpec& spec : find_op(desc.op)->tensors) {
     Result<Tensor> tensor = make_tensor(spec.dtype(desc), spec.shape(desc));
     if (!tensor)
-      return tensor.status();
+      return Status::error(tensor.status().code(), fmt::format("tensor {} of {}: {}", spec.name, desc.text(), tensor.status().message()));
     if (!spec.output)
       fill_random(*tensor, tensors.size());
     tensors.push_back(std::move(*tensor));

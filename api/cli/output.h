@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "api/cli/command.h"
+#include "cache/log.h"
 #include "cache/status.h"
 
 /// Results go to stdout, everything else to stderr.
@@ -37,6 +38,13 @@ public:
 private:
   std::string indent_;
   std::vector<std::vector<std::string>> rows_;
+};
+
+/// Keeps what an engine logs, for a command that says it elsewhere. Must outlive the engine.
+struct CollectedLog {
+  std::vector<std::string> lines;
+  /// Log::Sink: called by one thread at a time.
+  static void sink(void* collected, LogLevel, const char* message) { static_cast<CollectedLog*>(collected)->lines.emplace_back(message); }
 };
 
 std::string bytes_text(std::int64_t bytes);           ///< `16.0 KiB`

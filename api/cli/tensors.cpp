@@ -39,7 +39,7 @@ Result<Buffer> Buffer::allocate(std::uint64_t bytes) {
     buffer.data_.reset(static_cast<std::uint8_t*>(std::aligned_alloc(kAlignment, rounded)));
   }
   if (buffer.data_ == nullptr)
-    return Status::error(Code::out_of_memory, fmt::format("no memory for a tensor of {} bytes", bytes));
+    return Status::error(Code::out_of_memory, fmt::format("no memory for {} bytes", bytes));
   buffer.size_ = bytes;
   return buffer;
 }

@@ -166,7 +166,10 @@ Command warmup_command(CLI::App& kiln) {
   app->add_option("WHAT", options->words, "A manifest (MANIFEST.json), or an op, then field=value");
   app->add_option("--model", options->model, "A model's config.json (Hugging Face): the kernels of its linear layers");
   app->add_option("--scheme", options->scheme, "How the model is quantised: w8a8");
-  app->add_option("--tokens", options->tokens, "Numbers of tokens per call, as 1,16,128")->delimiter(',');
+  app->add_option("--tokens", options->tokens, "Numbers of tokens per call, as 1,16,128")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 31));
   app->add_option("--target", options->target, "Another machine: what its `kiln info --target` prints, or a name that `kiln info` lists");
   app->add_option("-j,--jobs", options->jobs, "Compile so many at once (default: the cores)")->check(CLI::Range(1, 1024));
   app->add_flag("--json", options->json, "Print one JSON object");
