@@ -1,5 +1,3 @@
-#include <fmt/format.h>
-
 #include "backends/x86/int8_mm_nest.h"
 #include "backends/x86/rows.h"
 
@@ -37,10 +35,6 @@ Tile tile_for(std::int64_t m_class) {
   default: return {.rows = 13, .panels = 2, .sets = 1, .unroll = 1};
   }
 }
-
-/// Bytes from one row of A to the next in the workspace: an odd number of lines, so that rows fall into different sets of L1, and one
-/// step of K more, so that in a tile of rows at most one goes on to a new line in each step (+1 % at K = 4096 on Zen 5).
-std::int64_t row_stride(std::int64_t k) { return ((k + 63) / 64 | 1) * 64 + 4; }
 
 class Path {
 public:
@@ -158,16 +152,6 @@ private:
   asmjit::Label lanes_; ///< s32 0 … 15
 };
 
-Status supports(const KernelDesc& desc, const Target&) {
-  if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
-    return Status::error(Code::unsupported, "a_dtype: allowed is s8");
-  // A tile's rows are addressed by 32-bit displacements.
-  constexpr std::int64_t max_k = 1 << 26;
-  if (desc.value[int8_mm::kK] > max_k)
-    return Status::error(Code::unsupported, fmt::format("k={}: allowed is at most {}", desc.value[int8_mm::kK], max_k));
-  return {};
-}
-
 Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
   const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
   const Tile tile = tile_for(m_class);
@@ -176,7 +160,7 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
                         .panels = tile.panels,
                         .layout = kLayout,
                         .k = k,
-                        .row_stride = row_stride(k),
+                        .row_stride = workspace_row_stride(k),
                         .row_step = 4,
                         .unroll = tile.unroll,
                         .streams = heights.single_tile,
@@ -200,7 +184,7 @@ Implementation int8_mm_avx512vnni() {
           .backend = BackendId::x86,
           .generator = GeneratorId::asmjit,
           .needs = kFeatures,
-          .supports = supports,
+          .supports = supports_nest,
           .pack_layout = [](const KernelDesc&, const Target&) { return kLayout.id(); },
           .compile = compile};
 }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 
+#include <fmt/format.h>
+
 namespace kiln::x86 {
 
 using namespace asmjit::x86;
@@ -32,6 +34,17 @@ Heights heights_for(std::int64_t m_class, int max_height) {
     heights.single_tile = heights.single_tile && tiles == 1;
   }
   return heights;
+}
+
+std::int64_t workspace_row_stride(std::int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64 + 4; }
+
+Status supports_nest(const KernelDesc& desc, const Target&) {
+  constexpr std::int64_t max_k = 1 << 26;
+  if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
+    return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
+  if (desc.value[int8_mm::kK] > max_k)
+    return Status::error(Code::unsupported, fmt::format("k={}: allowed is at most {}", desc.value[int8_mm::kK], max_k));
+  return {};
 }
 
 Nest::Nest(Assembler& assembler, const NestShape& shape)

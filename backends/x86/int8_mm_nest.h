@@ -22,6 +22,13 @@ struct Heights {
 };
 Heights heights_for(std::int64_t m_class, int max_height);
 
+/// Bytes from one row to the next in the workspace, for rows of `bytes`: an odd number of lines, so that rows fall into different sets of
+/// L1, and one step of K more, so that in a tile of rows at most one goes on to a new line in each step (+1 % at K = 4096 on Zen 5).
+std::int64_t workspace_row_stride(std::int64_t bytes);
+
+/// What the nest can serve: s8 rows, whose tile is addressed by 32-bit displacements.
+Status supports_nest(const KernelDesc& desc, const Target& target);
+
 struct NestShape {
   Heights heights;
   int panels = 1;              ///< of layout.n_block columns in a column tile: 1, 2, or with single tiles 4

@@ -1,0 +1,92 @@
+#include "backends/x86/int8_mm_vex.h"
+#include "backends/x86/rows.h"
+
+/// int8_mm with vpmaddwd (s16 × s16 → s32, two products a lane, exact: vpmaddubsw would saturate) and vpaddd, for CPUs without VNNI.
+/// A is widened to s16 once per call into the workspace, B by vpmovsxbw on its way into a register, from a pack of pairs along K.
+/// What bounds it: two vpmaddwd a cycle; with them and their additions a step of a 6-row tile takes 26 vector operations of four pipes.
+namespace kiln::x86 {
+namespace {
+
+using namespace asmjit::x86;
+using int8_mm::PackLayout;
+
+constexpr PackLayout kLayout{.n_block = 16, .k_block = 2};
+constexpr Features kFeatures{Feature::avx2};
+
+class Path : public VexPath {
+public:
+  using VexPath::VexPath;
+
+  void convert_rows() {
+    const Ymm words = ymm0;
+    emit_rows(a_, shape_.k, shape_.row_stride, 16, 2, [&](const Gp& from, const Gp& to, int width, std::int64_t offset) {
+      const int at = static_cast<int>(offset);
+      if (width == 16) {
+        a_.vpmovsxbw(words, ptr(from, at));
+        a_.vmovdqu(ptr(to, 2 * at), words);
+      } else if (width == 8) {
+        a_.vpmovsxbw(Xmm(words.id()), ptr(from, at));
+        a_.vmovdqu(ptr(to, 2 * at), Xmm(words.id()));
+      } else {
+        for (int i = at; i < at + width; ++i) {
+          a_.movsx(eax, byte_ptr(from, i));
+          a_.mov(ptr(to, 2 * i), ax);
+        }
+      }
+    });
+  }
+
+  void begin_row_tile() {
+    for (int row = 0; row < shape_.heights.max; ++row)
+      for (int half = 0; half < 2; ++half)
+        a_.vpxor(acc(row, half), acc(row, half), acc(row, half));
+  }
+
+  void step(int height, int index) {
+    const int first = shape_.heights.max - height, set = index % tile_.sets;
+    for (int half = 0; half < 2; ++half)
+      a_.vpmovsxbw(b(half), panel_at(0, 32 * index + 16 * half));
+    for (int row = first; row < shape_.heights.max; ++row) {
+      a_.vpbroadcastd(broadcast(), ptr(role::a_k, static_cast<int>((row - first) * shape_.row_stride) + 4 * index));
+      for (int half = 0; half < 2; ++half) {
+        a_.vpmaddwd(product(), broadcast(), b(half));
+        a_.vpaddd(acc(row, half, set), acc(row, half, set), product());
+      }
+    }
+  }
+};
+
+Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
+  const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
+  const VexTile tile = vex_tile_for(m_class);
+  const NestShape shape{.heights = heights_for(m_class, tile.rows),
+                        .panels = 1,
+                        .layout = kLayout,
+                        .k = k,
+                        .row_stride = workspace_row_stride(2 * k),
+                        .row_step = 4,
+                        .unroll = tile.unroll};
+  Assembler a;
+  Path path(a, shape, tile);
+  emit_nest(a, shape, path);
+  return a.finish(kFeatures, int8_mm::Plan{.layout = kLayout,
+                                           .m_step = tile.rows,
+                                           .n_step = shape.columns(),
+                                           .workspace_per_row = shape.row_stride}
+                                 .values());
+}
+
+} // namespace
+
+Implementation int8_mm_avx2() {
+  return {.op = OpId::int8_mm,
+          .isa = IsaPath::avx2,
+          .backend = BackendId::x86,
+          .generator = GeneratorId::asmjit,
+          .needs = kFeatures,
+          .supports = supports_nest,
+          .pack_layout = [](const KernelDesc&, const Target&) { return kLayout.id(); },
+          .compile = compile};
+}
+
+} // namespace kiln::x86

@@ -1,0 +1,121 @@
+#include "backends/x86/int8_mm_vex.h"
+#include "backends/x86/rows.h"
+
+/// int8_mm with the VEX form of vpdpbusd on 256 bits, for CPUs without AVX-512. As in int8_mm_avx512vnni.cpp, A's sign bits are flipped into
+/// the workspace and the accumulators begin at −128·Σ_k b; the pack is the same.
+/// What bounds it: two vpdpbusd a cycle of 4 to 5 cycles latency; a tile of 6 rows has 12 accumulators and takes 8 loads for 12 of them.
+namespace kiln::x86 {
+namespace {
+
+using namespace asmjit::x86;
+using int8_mm::PackLayout;
+
+constexpr PackLayout kLayout{.n_block = 16, .k_block = 4};
+constexpr Features kFeatures{Feature::avx2, Feature::avxvnni};
+
+class Path : public VexPath {
+public:
+  using VexPath::VexPath;
+
+  void convert_rows() {
+    const Ymm flip = ymm0, bytes = ymm1;
+    constexpr std::uint64_t sign_bits = 0x8080808080808080;
+    if (shape_.k == 0)
+      return;
+    a_.mov(rax, sign_bits);
+    a_.vmovq(Xmm(flip.id()), rax);
+    a_.vpbroadcastq(flip, Xmm(flip.id()));
+    emit_rows(a_, shape_.k, shape_.row_stride, 32, 1, [&](const Gp& from, const Gp& to, int width, std::int64_t offset) {
+      const int at = static_cast<int>(offset);
+      switch (width) {
+      case 32:
+        a_.vpxor(bytes, flip, ptr(from, at));
+        a_.vmovdqu(ptr(to, at), bytes);
+        break;
+      case 16:
+        a_.vpxor(Xmm(bytes.id()), Xmm(flip.id()), ptr(from, at));
+        a_.vmovdqu(ptr(to, at), Xmm(bytes.id()));
+        break;
+      case 8:
+        a_.mov(rbx, ptr(from, at));
+        a_.xor_(rbx, rax);
+        a_.mov(ptr(to, at), rbx);
+        break;
+      case 4:
+        a_.mov(ebx, ptr(from, at));
+        a_.xor_(ebx, eax);
+        a_.mov(ptr(to, at), ebx);
+        break;
+      case 2:
+        a_.movzx(ebx, word_ptr(from, at));
+        a_.xor_(ebx, eax);
+        a_.mov(ptr(to, at), bx);
+        break;
+      default:
+        a_.movzx(ebx, byte_ptr(from, at));
+        a_.xor_(ebx, eax);
+        a_.mov(ptr(to, at), bl);
+      }
+    });
+  }
+
+  void begin_row_tile() {
+    const int rows = shape_.heights.max;
+    const Ymm zero = product();
+    a_.vpxor(zero, zero, zero);
+    for (int half = 0; half < 2; ++half) {
+      const Ymm first = acc(rows - 1, half);
+      a_.vmovdqu(first, ptr(role::b_sums, 32 * half));
+      a_.vpslld(first, first, 7);
+      a_.vpsubd(first, zero, first);
+      for (int row = 0; row + 1 < rows; ++row)
+        a_.vmovdqa(acc(row, half), first);
+    }
+  }
+
+  void step(int height, int index) {
+    const int first = shape_.heights.max - height, set = index % tile_.sets;
+    for (int half = 0; half < 2; ++half)
+      a_.vmovdqu(b(half), panel_at(0, 64 * index + 32 * half));
+    for (int row = first; row < shape_.heights.max; ++row) {
+      a_.vpbroadcastd(broadcast(), ptr(role::a_k, static_cast<int>((row - first) * shape_.row_stride) + 4 * index));
+      for (int half = 0; half < 2; ++half)
+        a_.vex().vpdpbusd(acc(row, half, set), broadcast(), b(half));
+    }
+  }
+};
+
+Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
+  const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
+  const VexTile tile = vex_tile_for(m_class);
+  const NestShape shape{.heights = heights_for(m_class, tile.rows),
+                        .panels = 1,
+                        .layout = kLayout,
+                        .k = k,
+                        .row_stride = workspace_row_stride(k),
+                        .row_step = 4,
+                        .unroll = tile.unroll};
+  Assembler a;
+  Path path(a, shape, tile);
+  emit_nest(a, shape, path);
+  return a.finish(kFeatures, int8_mm::Plan{.layout = kLayout,
+                                           .m_step = tile.rows,
+                                           .n_step = shape.columns(),
+                                           .workspace_per_row = shape.row_stride}
+                                 .values());
+}
+
+} // namespace
+
+Implementation int8_mm_avxvnni() {
+  return {.op = OpId::int8_mm,
+          .isa = IsaPath::avxvnni,
+          .backend = BackendId::x86,
+          .generator = GeneratorId::asmjit,
+          .needs = kFeatures,
+          .supports = supports_nest,
+          .pack_layout = [](const KernelDesc&, const Target&) { return kLayout.id(); },
+          .compile = compile};
+}
+
+} // namespace kiln::x86

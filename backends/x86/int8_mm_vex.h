@@ -1,0 +1,99 @@
+#pragma once
+#include <vector>
+
+#include "backends/x86/int8_mm_nest.h"
+
+/// What the two 256-bit paths of int8_mm share: a tile of rows × one panel of 16 columns in 16 registers, and its stores.
+namespace kiln::x86 {
+
+/// What bounds the tile: 16 registers, of which 12 hold 6 × 16 sums, 2 the panel, 1 the broadcast of A and 1 a product.
+struct VexTile {
+  int rows;   ///< at most
+  int sets;   ///< accumulators per element, for consecutive steps of K: hides latency where there are few rows
+  int unroll; ///< steps of K in one turn of the loop, a multiple of sets
+};
+VexTile vex_tile_for(std::int64_t m_class);
+
+/// The rows of A, `width` bytes at a time: for each row, whole chunks in a loop, then one that ends at K and overlaps the last (every
+/// byte read is A's, and the bytes written twice are the same), or, when K is below `width`, pieces of 8, 4, 2 and 1.
+/// `convert(from, to, width, offset)` emits one chunk of `width` elements: those at `from` + offset, to `to` + offset · out_scale; rax and rbx
+/// are its own to use.
+template <class Convert>
+void emit_rows(Assembler& a, std::int64_t k, std::int64_t row_stride, int width, int out_scale, Convert convert);
+
+/// Registers of emit_rows.
+namespace rows_role {
+using namespace asmjit::x86;
+inline constexpr Gp call = rdi, row = rsi, out = rdx, lda = rcx, rows_left = r8, from = r9, to = r10, chunks = r11;
+} // namespace rows_role
+
+/// The hooks of emit_nest that are the same on both paths.
+class VexPath {
+public:
+  VexPath(Assembler& assembler, const NestShape& shape, const VexTile& tile);
+
+  void set_mask(int, const asmjit::x86::Gp&) {} // made where a row is stored: no register is free before
+  void begin_k(int height);
+  void end_k(int height);
+  void store_row(int row);
+  void data();
+
+protected:
+  asmjit::x86::Ymm acc(int row, int half, int set = 0) const;
+  static asmjit::x86::Ymm b(int half) { return asmjit::x86::Ymm(12 + half); }
+  static asmjit::x86::Ymm broadcast() { return asmjit::x86::ymm14; }
+  static asmjit::x86::Ymm product() { return asmjit::x86::ymm15; }
+
+  Assembler& a_;
+  const NestShape& shape_;
+  const VexTile& tile_;
+
+private:
+  struct Partial {
+    asmjit::Label begin, end;
+    int row;
+  };
+  std::vector<Partial> partial_; ///< stores of panels with fewer than 16 columns, emitted out of the way
+  asmjit::Label lanes_;          ///< s32 0 … 15
+};
+
+template <class Convert>
+void emit_rows(Assembler& a, std::int64_t k, std::int64_t row_stride, int width, int out_scale, Convert convert) {
+  namespace x86 = asmjit::x86;
+  using int8_mm::Call;
+  using namespace rows_role;
+  if (k == 0)
+    return;
+  const asmjit::Label next_row = a.newLabel(), next_chunk = a.newLabel();
+  a.mov(row, x86::ptr(call, offsetof(Call, a)));
+  a.mov(lda, x86::ptr(call, offsetof(Call, lda)));
+  a.mov(rows_left, x86::ptr(call, offsetof(Call, m)));
+  a.mov(out, x86::ptr(call, offsetof(Call, workspace)));
+  a.bind(next_row);
+  if (k >= width) {
+    a.mov(from, row);
+    a.mov(to, out);
+    a.mov(chunks.r32(), k / width);
+    a.bind(next_chunk);
+    convert(from, to, width, 0);
+    a.add(from, width);
+    a.add(to, width * out_scale);
+    a.dec(chunks.r32());
+    a.jnz(next_chunk);
+    if (k % width != 0)
+      convert(row, out, width, k - width);
+  } else {
+    std::int64_t offset = 0;
+    for (int piece = width / 2; piece > 0; piece /= 2)
+      if ((k & piece) != 0) {
+        convert(row, out, piece, offset);
+        offset += piece;
+      }
+  }
+  a.add(row, lda);
+  a.add(out, row_stride);
+  a.dec(rows_left);
+  a.jnz(next_row);
+}
+
+} // namespace kiln::x86
