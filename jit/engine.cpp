@@ -84,7 +84,7 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
 struct Engine::State {
   explicit State(EngineOptions o)
       : options(std::move(o)), log(options.config.log, options.log_sink, options.log_context),
-        runtime(options.machine, options.config.threads > 0 ? options.config.threads : options.machine.cores, options.parallel_for, options.parallel_context),
+        runtime(options.machine, options.config.perf == PerfMode::map, options.config.threads > 0 ? options.config.threads : options.machine.cores, options.parallel_for, options.parallel_context),
         perf(options.config.perf, log), table(options.max_code_bytes, [this] { delete this; }) {}
 
   EngineOptions options;

@@ -12,8 +12,8 @@ std::string_view name_of(Source source) {
   return names[static_cast<int>(source)];
 }
 
-Runtime::Runtime(Machine m, int threads, ParallelForFn host_function, void* host)
-    : machine(std::move(m)), parallel(threads, host_function, host) {}
+Runtime::Runtime(Machine m, bool for_perf_map, int threads, ParallelForFn host_function, void* host)
+    : machine(std::move(m)), memory(for_perf_map), parallel(threads, host_function, host) {}
 
 /// All but the code in memory.
 Status Kernel::bind(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical, CodeObject code) {

@@ -28,7 +28,8 @@ struct Runtime {
   ExecutableMemory memory;
   Parallel parallel;
 
-  Runtime(Machine m, int threads, ParallelForFn host_function, void* host);
+  /// `for_perf_map`: see ExecutableMemory. A null `host_function` means a pool of Kiln's own.
+  Runtime(Machine m, bool for_perf_map, int threads, ParallelForFn host_function, void* host);
 };
 
 /// Loaded and executable; immutable, safe to run from many threads. Movable so that a table can hold it.

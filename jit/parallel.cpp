@@ -1,7 +1,6 @@
 #include "jit/parallel.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cstdlib>
 
@@ -66,48 +65,40 @@ private:
   pthreadpool_t threads_ = nullptr;
 };
 
-/// Buffers of one thread, freed when it ends.
+/// The buffer of one thread, freed when it ends.
 class Scratch {
 public:
   Scratch() = default;
-  ~Scratch() {
-    for (const Buffer& buffer : buffers_)
-      std::free(buffer.data);
-  }
+  ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  void* get(ScratchSlot slot, std::size_t bytes) {
-    Buffer& buffer = buffers_[static_cast<std::size_t>(slot)];
-    return bytes <= buffer.size && buffer.data ? buffer.data : grow(buffer, bytes);
-  }
+  void* get(std::size_t bytes) { return bytes <= size_ && data_ ? data_ : grow(bytes); }
 
 private:
-  struct Buffer {
-    void* data = nullptr;
-    std::size_t size = 0;
-  };
-
   /// To twice its size at least, so that slowly growing requests allocate seldom; to what is asked for when that is too
   /// much.
-  static void* grow(Buffer& buffer, std::size_t bytes) {
+  void* grow(std::size_t bytes) {
     constexpr std::size_t kLine = 64, kLeast = 4096, kMost = SIZE_MAX / 4;
-    std::free(buffer.data);
-    const std::size_t doubled = std::max(2 * buffer.size, kLeast);
-    buffer = {};
+    std::free(data_);
+    const std::size_t doubled = std::max(2 * size_, kLeast);
+    data_ = nullptr;
+    size_ = 0;
     if (bytes > kMost)
       return nullptr;
     for (const std::size_t wanted : {std::max(bytes, doubled), bytes}) {
       const std::size_t size = std::max((wanted + kLine - 1) / kLine * kLine, kLine);
-      if (void* data = std::aligned_alloc(kLine, size)) {
-        buffer = {data, size};
+      data_ = std::aligned_alloc(kLine, size);
+      if (data_) {
+        size_ = size;
         break;
       }
     }
-    return buffer.data;
+    return data_;
   }
 
-  std::array<Buffer, static_cast<std::size_t>(ScratchSlot::count)> buffers_;
+  void* data_ = nullptr;
+  std::size_t size_ = 0;
 };
 
 } // namespace
@@ -139,9 +130,9 @@ void Parallel::run(std::size_t count, void (*task)(void* context, std::size_t in
     task(context, i);
 }
 
-void* thread_scratch(ScratchSlot slot, std::size_t bytes) {
+void* thread_scratch(std::size_t bytes) {
   static thread_local Scratch scratch;
-  return scratch.get(slot, bytes);
+  return scratch.get(bytes);
 }
 
 } // namespace kiln

@@ -31,8 +31,7 @@ private:
 };
 
 /// A 64-byte-aligned scratch buffer of the calling thread, at least `bytes` long, valid until its next call on this thread; kept for
-/// reuse and freed with the thread. Null when memory is short. Slots keep driver and pack scratch apart.
-enum class ScratchSlot : std::uint8_t { workspace, panels, count };
-void* thread_scratch(ScratchSlot slot, std::size_t bytes);
+/// reuse and freed with the thread. Null when memory is short.
+void* thread_scratch(std::size_t bytes);
 
 } // namespace kiln

@@ -189,32 +189,28 @@ TEST_CASE("denormals are kept on every thread") {
 
 TEST_CASE("scratch is aligned, kept while it fits, and grows by doubling") {
   std::thread([] {
-    void* first = thread_scratch(ScratchSlot::workspace, 10000);
+    void* first = thread_scratch(10000);
     REQUIRE(first != nullptr);
     CHECK(reinterpret_cast<std::uintptr_t>(first) % 64 == 0);
     std::memset(first, 1, 10000);
-    CHECK(thread_scratch(ScratchSlot::workspace, 0) == first);
-    CHECK(thread_scratch(ScratchSlot::workspace, 9999) == first);
-    void* panels = thread_scratch(ScratchSlot::panels, 1);
-    CHECK(panels != nullptr);
-    CHECK(panels != first);
-    void* second = thread_scratch(ScratchSlot::workspace, 10100);
+    CHECK(thread_scratch(0) == first);
+    CHECK(thread_scratch(9999) == first);
+    void* second = thread_scratch(10100);
     REQUIRE(second != nullptr);
     std::memset(second, 2, 10100);
-    CHECK(thread_scratch(ScratchSlot::workspace, 20000) == second);
-    CHECK(reinterpret_cast<std::uintptr_t>(thread_scratch(ScratchSlot::workspace, 1000001)) % 64 == 0);
-    CHECK(thread_scratch(ScratchSlot::panels, 4096) == panels);
+    CHECK(thread_scratch(20000) == second);
+    CHECK(reinterpret_cast<std::uintptr_t>(thread_scratch(1000001)) % 64 == 0);
   }).join();
 }
 
 TEST_CASE("scratch that cannot be had is null, and a later request works") {
-  CHECK(thread_scratch(ScratchSlot::panels, std::numeric_limits<std::size_t>::max()) == nullptr);
-  CHECK(thread_scratch(ScratchSlot::panels, 64) != nullptr);
+  CHECK(thread_scratch(std::numeric_limits<std::size_t>::max()) == nullptr);
+  CHECK(thread_scratch(64) != nullptr);
 }
 
 TEST_CASE("each thread has scratch of its own") {
-  void* mine = thread_scratch(ScratchSlot::workspace, 64);
+  void* mine = thread_scratch(64);
   void* other = nullptr;
-  std::thread([&] { other = thread_scratch(ScratchSlot::workspace, 64); }).join();
+  std::thread([&] { other = thread_scratch(64); }).join();
   CHECK(mine != other);
 }

@@ -156,7 +156,7 @@ struct Run {
       return;
     std::uint8_t* workspace = args.workspace != nullptr
                                   ? static_cast<std::uint8_t*>(args.workspace) + i * cut.task_bytes()
-                                  : static_cast<std::uint8_t*>(thread_scratch(ScratchSlot::workspace, static_cast<std::size_t>(cut.task_bytes())));
+                                  : static_cast<std::uint8_t*>(thread_scratch(static_cast<std::size_t>(cut.task_bytes())));
     if (workspace == nullptr && cut.task_bytes() > 0) {
       out_of_memory = true;
       return;
