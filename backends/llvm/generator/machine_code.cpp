@@ -160,27 +160,27 @@ std::string MachineCode::listing() const {
 MachineCode::Registers MachineCode::registers() const {
   const bool x86 = tools_->arch == Arch::x86_64;
   const llvm::MCRegisterClass* vectors = tools_->register_class(x86 ? "VR512" : "ZPR");
-  const llvm::MCRegisterClass* generals = tools_->register_class(x86 ? "GR64" : "GPR64all");
+  const llvm::MCRegisterClass* generals = tools_->register_class(x86 ? "GR64_NOSP" : "GPR64common");
   std::set<unsigned> vector, general;
-  const auto count = [&](llvm::MCRegister reg) {
-    if (!reg.isValid())
+  const auto count = [&](llvm::MCRegister reg, const llvm::MCRegisterClass* file, std::set<unsigned>& counted) {
+    if (file == nullptr || !reg.isValid())
       return;
-    for (const llvm::MCPhysReg whole : tools_->registers->superregs_inclusive(reg)) {
-      if (vectors && vectors->contains(whole))
-        vector.insert(whole);
-      if (generals && generals->contains(whole))
-        general.insert(whole);
-    }
+    for (const llvm::MCPhysReg whole : tools_->registers->superregs_inclusive(reg))
+      if (file->contains(whole))
+        counted.insert(whole);
   };
   for (const auto& [at, instruction] : instructions_) {
     for (const llvm::MCOperand& operand : instruction.inst)
-      if (operand.isReg())
-        count(operand.getReg());
+      if (operand.isReg()) {
+        count(operand.getReg(), vectors, vector);
+        count(operand.getReg(), generals, general);
+      }
+    // Vector registers are implied by vzeroupper alone, which means all of them.
     const llvm::MCInstrDesc& info = tools_->instructions->get(instruction.inst.getOpcode());
     for (const llvm::MCPhysReg reg : info.implicit_uses())
-      count(reg);
+      count(reg, generals, general);
     for (const llvm::MCPhysReg reg : info.implicit_defs())
-      count(reg);
+      count(reg, generals, general);
   }
   return {static_cast<std::uint32_t>(vector.size()), static_cast<std::uint32_t>(general.size())};
 }

@@ -27,7 +27,8 @@ public:
   struct Registers {
     std::uint32_t vector = 0, general = 0;
   };
-  /// Distinct registers that instructions name or imply, whatever part of them; the stack pointer counts as general.
+  /// Distinct registers that instructions name (general ones: or imply), whatever part of them; without stack pointer
+  /// and zero register.
   Registers registers() const;
 
 private:
