@@ -13,7 +13,7 @@ endif()
 # A host has a C++ runtime of its own or none: Kiln neither picks nor needs one.
 if(NOT KILN_SANITIZE)
   foreach(target kiln kiln_cli)
-    target_link_options(${target} PRIVATE -static-libstdc++ -static-libgcc -Wl,--as-needed)
+    target_link_options(${target} PRIVATE -static-libstdc++ -static-libgcc -Wl,--as-needed -Wl,-z,defs)
   endforeach()
 endif()
 

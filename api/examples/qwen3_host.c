@@ -230,7 +230,7 @@ static void print_row(int kind, measured* r, const options* limits) {
   qsort(r->run_us, r->calls, sizeof *r->run_us, ascending);
   const double us = r->run_us[r->calls / 2];
   const double weights = (double)(kinds[kind].n * kinds[kind].k), operations = 2 * (double)r->tokens * weights;
-  printf("%-9s %3d x %6d x %4d  %-11s %-8s %8.2f %9.1f %7.0f %6.1f", kinds[kind].name, (int)r->tokens,
+  printf("%-9s %3d x %6d x %4d  %-11s %-8s %7.1f %9.1f %7.0f %6.1f", kinds[kind].name, (int)r->tokens,
          (int)kinds[kind].n, (int)kinds[kind].k, r->isa, r->source, r->first_get_us, us, 1e-3 * operations / us,
          1e-3 * weights / us);
   if (limits->gops_limit > 0) {
@@ -258,7 +258,7 @@ static int run_phase(const model* m, const char* name, int64_t tokens, size_t st
     step_us[step] = now_us() - start;
   }
   if (done) {
-    printf("\n%-9s %18s  %-11s %-8s %8s %9s %7s %6s%s\n", name, "M x N x K", "path", "source", "get us", "run us",
+    printf("\n%-9s %19s  %-11s %-8s %7s %9s %7s %6s%s\n", name, "M x N x K", "path", "source", "get us", "run us",
            "GOPS", "GB/s", limits->gops_limit > 0 ? "  fraction of the limit" : "");
     for (int kind = 0; kind < KINDS; ++kind)
       print_row(kind, &results[kind], limits);
