@@ -1,4 +1,5 @@
 #include <memory>
+#include <optional>
 
 #include <fmt/format.h>
 
@@ -19,6 +20,16 @@ struct Availability {
   std::string reason; ///< empty when available
 };
 
+/// KILN_FORCE holds for the ops that have the path.
+std::optional<IsaPath> forced_path(const Engine& engine, OpId op) {
+  IsaPath path{};
+  if (engine.config().forced_path(op, path))
+    for (const Implementation& row : engine.implementations())
+      if (row.op == op && row.isa == path)
+        return path;
+  return std::nullopt;
+}
+
 /// For some desc at least: a row may still refuse this or that shape, which `kiln explain` tells.
 Availability availability(const Implementation& row, const Engine& engine) {
   const Target& target = engine.machine().target;
@@ -28,9 +39,8 @@ Availability availability(const Implementation& row, const Engine& engine) {
     return {false, fmt::format("the machine lacks {}", missing.text())};
   if (engine.config().disables(row))
     return {false, "left out by KILN_DISABLE"};
-  IsaPath forced{};
-  if (engine.config().forced_path(row.op, forced) && forced != row.isa)
-    return {false, fmt::format("KILN_FORCE takes {} only", name_of(forced))};
+  if (const std::optional<IsaPath> forced = forced_path(engine, row.op); forced && *forced != row.isa)
+    return {false, fmt::format("KILN_FORCE takes {} only", name_of(*forced))};
   return {true, ""};
 }
 

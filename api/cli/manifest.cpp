@@ -47,7 +47,7 @@ Result<FieldLists> field_lists(const JsonFile& file, const std::string& pointer,
       continue;
     const std::string at = pointer + "/" + name;
     if (name != "device" && find_field(op, name) < 0)
-      return file.error(pointer, fmt::format("unknown field '{}' of {}: known are op, {}device", name, op.name, [&] {
+      return file.error(at, fmt::format("unknown field of {}: known are op, {}device", op.name, [&] {
         std::string names;
         for (const FieldSpec& field : op.fields)
           names += std::string(field.name) + ", ";

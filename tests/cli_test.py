@@ -1,0 +1,614 @@
+"""The kiln command as its users see it: results, JSON, files, exit codes and messages. Usage: cli_test.py KILN MODELS_DIRECTORY"""
+import json
+import os
+import pathlib
+import pty
+import random
+import re
+import shutil
+import sqlite3
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+
+KILN = ""
+MODELS = pathlib.Path()
+OK, FAILED, USAGE, INTEGRITY = 0, 1, 2, 3
+SHAPE = ["int8_mm", "m=5", "n=33", "k=70"]
+SEED = int(os.environ.get("KILN_TEST_SEED", "1"))
+
+
+def npy(descr, shape, data, version=(1, 0), order="False", shape_text=None):
+    """A .npy file by the book (numpy.org, numpy.lib.format)."""
+    text = "{'descr': '%s', 'fortran_order': %s, 'shape': %s, }" % (descr, order, shape_text or tuple(shape))
+    length_format = "<H" if version[0] == 1 else "<I"
+    before = 8 + struct.calcsize(length_format)
+    text += " " * (63 - (before + len(text)) % 64) + "\n"
+    return b"\x93NUMPY" + bytes(version) + struct.pack(length_format, len(text)) + text.encode() + data
+
+
+def read_npy(data):
+    assert data[:8] == b"\x93NUMPY\x01\x00", data[:8]
+    (length,) = struct.unpack("<H", data[8:10])
+    assert (10 + length) % 64 == 0 and data[9 + length] == ord("\n")
+    header = eval(data[10:10 + length].decode(), {"__builtins__": {}}, {})
+    assert not header["fortran_order"]
+    return header["descr"], header["shape"], data[10 + length:]
+
+
+class CommandTest(unittest.TestCase):
+    def setUp(self):
+        self.dir = pathlib.Path(tempfile.mkdtemp(prefix="kiln-cli-test-"))
+        self.addCleanup(shutil.rmtree, self.dir, ignore_errors=True)
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith("KILN_")}
+        self.env.update(KILN_CACHE_DIR=str(self.dir / "cache"), XDG_DATA_HOME=str(self.dir / "data"), KILN_THREADS="2")
+
+    def kiln(self, *args, env=None, expect=OK):
+        done = subprocess.run([KILN, *map(str, args)], env={**self.env, **(env or {})}, cwd=self.dir, capture_output=True, text=True, timeout=120)
+        self.assertEqual(expect, done.returncode, f"kiln {args} {env}\n{done.stdout}{done.stderr}")
+        return done
+
+    def json(self, *args, env=None, expect=OK):
+        done = self.kiln(*args, "--json", env=env, expect=expect)
+        return json.loads(done.stdout)
+
+    def refused(self, *args, says, env=None, expect=USAGE):
+        """One line on stderr that holds every text of `says`, nothing on stdout."""
+        done = self.kiln(*args, env=env, expect=expect)
+        self.assertEqual("", done.stdout)
+        self.assertTrue(re.fullmatch(r"kiln: [^\n]+\n", done.stderr), done.stderr)
+        for text in [says] if isinstance(says, str) else says:
+            self.assertIn(text, done.stderr)
+
+    def write(self, name, content):
+        path = self.dir / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+
+class Info(CommandTest):
+    def test_json(self):
+        info = self.json("info")
+        self.assertEqual({"version", "target", "machine", "cache", "ops", "environment", "known_targets"}, set(info))
+        self.assertEqual(str(self.dir / "cache" / "kernels.db"), info["cache"]["path"])
+        (threads,) = [row for row in info["environment"] if row["name"] == "KILN_THREADS"]
+        self.assertEqual({"name": "KILN_THREADS", "value": "2", "origin": "environment"}, threads)
+        (op,) = [op for op in info["ops"] if op["op"] == "int8_mm"]
+        self.assertEqual(["m", "n", "k"], [field["name"] for field in op["fields"] if field["required"]])
+        (reference,) = [path for path in op["paths"] if path["isa"] == "reference"]
+        self.assertTrue(reference["available"])
+
+    def test_target_is_one_line_that_warmup_takes(self):
+        target = self.kiln("info", "--target").stdout
+        self.assertTrue(re.fullmatch(r"\S+\n", target), target)
+        self.assertEqual({"target": target.strip()}, self.json("info", "--target"))
+        self.assertEqual(target.strip(), self.json("info")["target"])
+        self.kiln("warmup", *SHAPE, "--target", target.strip())
+
+    def test_people_see_everything(self):
+        text = self.kiln("info").stdout
+        for word in ("avx2", "portable", "reference", "KILN_MISS", "KILN_PERF", "neoverse-v1"):
+            self.assertIn(word, text)
+
+    def test_a_full_output_is_an_error(self):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([KILN, "info"], env=self.env, stdout=full, stderr=subprocess.PIPE, text=True)
+        self.assertEqual((FAILED, "kiln: cannot write to standard output\n"), (done.returncode, done.stderr))
+
+
+class Run(CommandTest):
+    def test_every_path_equals_the_reference(self):
+        for op in self.json("info")["ops"]:
+            for path in op["paths"]:
+                with self.subTest(op=op["op"], isa=path["isa"]):
+                    env = {"KILN_FORCE": f"{op['op']}:{path['isa']}"}
+                    if path["available"]:
+                        report = self.json("run", *SHAPE, "--check", "--repeat", 2, env=env)
+                        self.assertEqual({"ok": True, "max_abs_err": 0, "rel_err": 0}, report["check"])
+                        self.assertEqual(path["isa"], report["isa"])
+                        self.assertEqual(path["backend"], report["backend"])
+                    else:
+                        self.refused("run", *SHAPE, env=env, says=["nothing computes", path["isa"]], expect=FAILED)
+
+    def test_json(self):
+        report = self.json("run", *SHAPE)
+        self.assertEqual({"op", "desc", "key", "backend", "isa", "source", "compile_us", "load_us", "run_us", "gops", "gbps", "check"}, set(report))
+        self.assertEqual({"min", "median"}, set(report["run_us"]))
+        self.assertLessEqual(report["run_us"]["min"], report["run_us"]["median"])
+        self.assertIsNone(report["check"])
+        self.assertAlmostEqual(2 * 5 * 33 * 70 / report["run_us"]["min"] / 1e3, report["gops"], delta=1e-6 * report["gops"])
+
+    def test_two_processes_share_a_kernel(self):
+        first, second = self.json("run", *SHAPE), self.json("run", *SHAPE)
+        self.assertEqual(("compiled", "disk"), (first["source"], second["source"]))
+        self.assertEqual(first["key"], second["key"])
+        self.assertEqual(first["compile_us"], second["compile_us"])
+
+    def test_one_kernel_serves_a_class_of_m(self):
+        self.assertEqual(self.json("run", "int8_mm", "m=100", "n=16", "k=16")["key"], self.json("run", "int8_mm", "m=101", "n=16", "k=16")["key"])
+
+    def test_empty_problems(self):
+        for fields in (["m=0", "n=3", "k=4"], ["m=3", "n=0", "k=4"], ["m=3", "n=4", "k=0"]):
+            self.assertTrue(self.json("run", "int8_mm", *fields, "--check")["check"]["ok"])
+
+    def test_bench(self):
+        report = self.json("bench", *SHAPE)
+        self.assertGreater(report["gops"], 0)
+        self.assertIn("GOPS", self.kiln("bench", *SHAPE).stdout)
+
+
+class Files(CommandTest):
+    def setUp(self):
+        super().setUp()
+        print(f"seed {SEED}", file=sys.stderr)
+        self.random = random.Random(SEED)
+
+    def matrix(self, rows, columns):
+        return [[self.random.randint(-128, 127) for _ in range(columns)] for _ in range(rows)]
+
+    @staticmethod
+    def packed(matrix):
+        return b"".join(struct.pack(f"<{len(row)}b", *row) for row in matrix)
+
+    def test_product_of_files(self):
+        m, n, k = 7, 19, 45
+        a, b = self.matrix(m, k), self.matrix(k, n)
+        transposed = [list(column) for column in zip(*b)]
+        expected = [[sum(x * y for x, y in zip(row, column)) for column in transposed] for row in a]
+        for version in ((1, 0), (2, 0), (3, 0)):
+            self.write("a.npy", npy("|i1", (m, k), self.packed(a), version))
+            self.write("nk.npy", npy("|i1", (n, k), self.packed(transposed), version))
+            self.write("kn.npy", npy("|i1", (k, n), self.packed(b), version))
+            for name, layout in (("c", "nk"), ("out", "kn")):
+                self.kiln("run", "int8_mm", "a=@a.npy", f"b=@{layout}.npy", f"b_layout={layout}", f"{name}=@c.npy", "--check")
+                descr, shape, data = read_npy((self.dir / "c.npy").read_bytes())
+                self.assertEqual(("<i4", (m, n)), (descr, shape))
+                self.assertEqual([x for row in expected for x in row], list(struct.unpack(f"<{m * n}i", data)))
+
+    def test_one_file_gives_some_sizes(self):
+        self.write("a.npy", npy("|i1", (3, 4), bytes(12)))
+        self.assertIn(" m=3 n=9 k=4 ", self.json("run", "int8_mm", "a=@a.npy", "n=9")["desc"])
+        self.refused("run", "int8_mm", "a=@a.npy", says="field n is missing")
+
+    def test_misshaped(self):
+        self.write("a.npy", npy("|i1", (3, 4), bytes(12)))
+        self.write("b.npy", npy("|i1", (5, 6), bytes(30)))
+        self.write("flat.npy", npy("|i1", (12,), bytes(12)))
+        self.write("scalar.npy", npy("|i1", (), bytes(1)))
+        self.refused("run", "int8_mm", "a=@a.npy", "b=@b.npy", says=["tensor b has shape [5, 6]", "takes [5, 4]"])
+        self.refused("run", "int8_mm", "a=@a.npy", "n=2", "m=9", says=["tensor a has shape [3, 4]", "takes [9, 4]"])
+        self.refused("run", "int8_mm", "a=@flat.npy", "m=3", "n=2", "k=4", says=["tensor a has shape [12]", "takes [3, 4]"])
+        self.refused("run", "int8_mm", "a=@scalar.npy", "m=3", "n=2", "k=4", says="tensor a has shape []")
+
+    def test_wrong_dtypes(self):
+        self.write("a.npy", npy("<i4", (3, 4), bytes(48)))
+        self.refused("run", "int8_mm", "a=@a.npy", "n=2", says=["a.npy", "'<i4'", "tensor a", "s8", "'|i1'"])
+        for descr in ("<f8", ">i4", "<i8", "|b1", "|O", "<U3", ""):
+            self.write("a.npy", npy(descr, (3, 4), bytes(96)))
+            self.refused("run", "int8_mm", "a=@a.npy", "n=2", says=["a.npy", f"dtype '{descr}'", "|i1, |u1, <u2, <f2, <i4, <f4"])
+
+    def test_damaged_files(self):
+        good = npy("|i1", (3, 4), bytes(12))
+        cases = {
+            b"": "not a .npy file",
+            b"PK\x03\x04 a zip file, say": "not a .npy file",
+            good[:9]: "cut short in its header",
+            good[:40]: "cut short in its header",
+            good[:-1]: "cut short: shape [3, 4] of |i1 takes 12 bytes of data, the file has 11",
+            good + b"x": "too long",
+            npy("|i1", (3, 4), bytes(12), (9, 0)): "version 9.0: allowed are 1.0, 2.0, 3.0",
+            npy("|i1", (3, 4), bytes(12), order="True"): "Fortran order",
+            npy("|i1", (3, 4), bytes(12), order="Maybe"): "'fortran_order' cannot be read",
+            npy("|i1", (), bytes(12), shape_text="(-3, 4)"): "'shape' cannot be read",
+            npy("|i1", (), bytes(12), shape_text="(3 4)"): "'shape' cannot be read",
+            npy("|i1", (), bytes(12), shape_text="(3, 4"): "",
+            npy("|i1", (), bytes(12), shape_text="(%s)" % ("1, " * 40)): "'shape' cannot be read",
+            npy("|i1", (), bytes(12), shape_text="(99999999999999999999,)"): "'shape' cannot be read",
+            npy("<i4", (), bytes(12), shape_text="(4611686018427387905, 4)"): "is impossible",
+            npy("<i4", (), bytes(12), shape_text="(4294967296, 4294967296)"): "is impossible",
+            npy("|i1", (), bytes(12), shape_text="(4611686018427387904,)"): "cut short",
+            npy("|i1', 'x': 'y", (3, 4), bytes(12)): "unknown or repeated entry 'x'",
+            b"\x93NUMPY\x01\x00\x02\x00{}": "lacks one of descr, fortran_order, shape",
+            b"\x93NUMPY\x02\x00\xff\xff\xff\xff{": "header of 4294967295 bytes",
+        }
+        for content, message in cases.items():
+            with self.subTest(message=message, content=content[:100]):
+                self.write("a.npy", content)
+                self.refused("run", "int8_mm", "a=@a.npy", "n=2", says=["a.npy", message])
+
+    def test_random_damage_never_crashes(self):
+        good = npy("|i1", (3, 4), bytes(12))
+        for _ in range(60):
+            content = bytearray(good)
+            for _ in range(self.random.randint(1, 4)):
+                content[self.random.randrange(len(content))] = self.random.randrange(256)
+            content = content[:self.random.randint(0, len(content))] if self.random.random() < 0.3 else content
+            self.write("a.npy", bytes(content))
+            done = subprocess.run([KILN, "run", "int8_mm", "a=@a.npy", "n=2", "k=4"], env=self.env, cwd=self.dir, capture_output=True)
+            self.assertIn(done.returncode, (OK, USAGE), (bytes(content), done.stderr))
+
+    def test_unreadable(self):
+        self.refused("run", "int8_mm", "a=@nothing.npy", "n=2", says=["nothing.npy", "No such file"])
+        self.refused("run", "int8_mm", "a=@.", "n=2", says=". is not a regular file".replace(". is", ".: is"))
+        os.mkfifo(self.dir / "fifo.npy")
+        self.refused("run", "int8_mm", "a=@fifo.npy", "n=2", says="is not a regular file")
+
+    def test_output_is_whole_or_absent(self):
+        self.refused("run", *SHAPE, "c=@missing/c.npy", says="cannot write missing/c.npy", expect=FAILED)
+        self.refused("run", *SHAPE, "c=@/dev/null", says="not a regular file", expect=FAILED)
+        self.assertTrue(stat.S_ISCHR(os.stat("/dev/null").st_mode))
+        self.write("target.npy", b"old")
+        (self.dir / "link.npy").symlink_to("target.npy")
+        self.kiln("run", *SHAPE, "c=@link.npy")
+        self.assertTrue((self.dir / "link.npy").is_symlink())
+        self.assertEqual((5, 33), read_npy((self.dir / "target.npy").read_bytes())[1])
+        self.assertEqual({"target.npy", "link.npy", "cache", "data"}, {entry.name for entry in self.dir.iterdir()})
+
+
+class Warmup(CommandTest):
+    MANIFEST = '{"kernels": [\n  {"op": "int8_mm", "m": [1, 16, 128, 200], "n": 48, "k": 64},\n  {"op": "int8_mm", "m": "any", "n": 32, "k": 16, "b_layout": "kn"}\n]}'
+
+    def test_manifest_twice(self):
+        self.write("m.json", self.MANIFEST)
+        first, second = self.json("warmup", "m.json", "-j", 2), self.json("warmup", "m.json", "-j", 1)
+        self.assertEqual({"target", "descs", "kernels", "hit", "compiled", "failed", "ms", "results"}, set(first))
+        counts = lambda report: [report[name] for name in ("descs", "kernels", "hit", "compiled", "failed")]
+        self.assertEqual([5, 4, 0, 4, 0], counts(first))
+        self.assertEqual([5, 4, 4, 0, 0], counts(second))
+        self.assertEqual({"compiled"}, {row["result"] for row in first["results"]})
+        self.assertEqual("disk", self.json("run", "int8_mm", "m=150", "n=48", "k=64", env={"KILN_MISS": "error"})["source"])
+
+    def test_one_desc(self):
+        self.assertEqual(1, self.json("warmup", *SHAPE)["compiled"])
+        self.assertEqual(1, self.json("warmup", *SHAPE)["hit"])
+        self.assertIn("1 hit, 0 compiled, 0 failed", self.kiln("warmup", *SHAPE).stdout)
+
+    def test_models(self):
+        for config in sorted(MODELS.glob("*.json")):
+            with self.subTest(model=config.name):
+                report = self.json("warmup", "--model", config, "--scheme", "w8a8", "--tokens", "1,16,128")
+                self.assertEqual((0, report["kernels"]), (report["failed"], report["compiled"] + report["hit"]))
+        descs = {row["desc"] for row in self.json("warmup", "--model", MODELS / "qwen3-1.7b.json", "--scheme", "w8a8", "--tokens", "1")["results"]}
+        shapes = {tuple(map(int, re.search(r" n=(\d+) k=(\d+) ", desc).groups())) for desc in descs}
+        self.assertEqual({(2048, 2048), (1024, 2048), (4096, 2048), (6144, 2048), (12288, 2048), (2048, 6144), (151936, 2048)}, shapes)
+
+    def test_deepseek_layers(self):
+        results = self.json("warmup", "--model", MODELS / "deepseek-v3.json", "--scheme", "w8a8", "--tokens", "1")["results"]
+        shapes = {tuple(map(int, re.search(r" n=(\d+) k=(\d+) ", row["desc"]).groups())) for row in results}
+        self.assertEqual({(1536, 7168), (24576, 1536), (576, 7168), (32768, 512), (7168, 16384), (18432, 7168), (36864, 7168), (7168, 18432),
+                          (2048, 7168), (4096, 7168), (7168, 2048), (129280, 7168)}, shapes)
+
+    def test_unknown_model_types(self):
+        self.write("new.json", '{"model_type": "new", "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 128}')
+        self.assertEqual(0, self.json("warmup", "--model", "new.json", "--scheme", "w8a8", "--tokens", "1")["failed"])
+        self.write("mamba.json", '{"model_type": "mamba", "hidden_size": 64}')
+        self.refused("warmup", "--model", "mamba.json", "--scheme", "w8a8", "--tokens", "1", says=["mamba.json:1", '"num_attention_heads"', "mamba"])
+
+    def test_bad_configs(self):
+        cases = {
+            '{\n "model_type": "llama",\n "hidden_size": "many"}': ["c.json:3: /hidden_size:", '"many"', "from 1 to"],
+            '{\n "hidden_size": 0}': ["c.json:2: /hidden_size: 0"],
+            '{"hidden_size": 65, "num_attention_heads": 2, "intermediate_size": 1, "vocab_size": 1}': ["c.json:1", "does not divide hidden_size 65"],
+            '{"hidden_size": 1e3}': ["/hidden_size: 1000.0"],
+            '{"hidden_size": 99999999999999999999}': ["/hidden_size"],
+            "[]": ["is no config.json"],
+            '{"a":\n 1,,}': ["c.json:2: not JSON"],
+        }
+        for text, says in cases.items():
+            with self.subTest(text=text):
+                self.write("c.json", text)
+                self.refused("warmup", "--model", "c.json", "--scheme", "w8a8", "--tokens", "1", says=says)
+
+    def test_bad_manifests(self):
+        kernel = '{"kernels": [\n{"op": "int8_mm",\n "m": 1,\n %s}]}'
+        cases = {
+            "": ["m.json:1: not JSON"],
+            '{\n\n"kernels": [}': ["m.json:3: not JSON"],
+            "[1]": ["m.json:1: is no manifest"],
+            '{"kernels": 3}': ["is no manifest"],
+            '{"kernels": [],\n "extra": 1}': ["m.json:2: /extra: unknown field"],
+            '{"kernels": [\n\n3]}': ["m.json:3: /kernels/0: is no object"],
+            '{"kernels": [\n{"m": 1}]}': ['m.json:2: /kernels/0: needs "op"', "int8_mm"],
+            '{"kernels": [\n{\n"op": 7}]}': ["m.json:3: /kernels/0/op:"],
+            '{"kernels": [\n{\n"op": "int9_mm"}]}': ["m.json:3: /kernels/0/op: unknown op 'int9_mm'", "int8_mm"],
+            kernel % '"n": 1, "k": -1': ["m.json:4: /kernels/0/k: int8_mm: k=-1: allowed is an integer from 0"],
+            kernel % '"n": 1, "k": 1.5': ["m.json:4: /kernels/0/k: is a value of type number"],
+            kernel % '"n": 1, "k": true': ["/kernels/0/k: is a value of type boolean"],
+            kernel % '"n": 1, "k": []': ["/kernels/0/k: is an empty list"],
+            kernel % '"n": 1, "k": [1, "x"]': ["m.json:4: /kernels/0/k/1: int8_mm: k=x"],
+            kernel % '"n": 1, "q": 1': ["m.json:4: /kernels/0/q: unknown field", "b_layout"],
+            kernel % '"n": 1': ["m.json:2: /kernels/0: int8_mm: field k is missing"],
+            kernel % '"n": 1, "k": 1, "device": "tpu"': ["m.json:2", "device=tpu"],
+            kernel % ('"n": %s, "k": %s' % ((list(range(1000)),) * 2)): ["more than 100000 kernels"],
+            '{"kernels": ' + "[" * 200000: ["not JSON"],
+            '{"kernels": ' + "[" * 100000 + "]" * 100000 + "}": ["/kernels/0: is no object"],
+        }
+        for text, says in cases.items():
+            with self.subTest(text=text[:80]):
+                self.write("m.json", text)
+                self.refused("warmup", "m.json", says=says)
+
+    def test_bad_calls(self):
+        config = MODELS / "qwen3-1.7b.json"
+        self.refused("warmup", says="nothing to warm up")
+        self.refused("warmup", "none.json", says=["none.json", "No such file"])
+        self.refused("warmup", config, says="is no manifest")
+        self.refused("warmup", "--model", config, says="--scheme and --tokens go together")
+        self.refused("warmup", "--model", config, "--scheme", "w4", "--tokens", "1", says=["--scheme w4", "w8a8"])
+        self.refused("warmup", "--model", config, "--scheme", "w8a8", "--tokens", "1,x", says="--tokens")
+        self.refused("warmup", "--model", config, "--scheme", "w8a8", "--tokens=-1", says="--tokens")
+        self.refused("warmup", "--model", config, "--scheme", "w8a8", "--tokens", "1", *SHAPE, says="either --model, a manifest or an op")
+        self.refused("warmup", *SHAPE, "--target", "vax", says=["target 'vax'", "sapphirerapids"])
+        self.refused("warmup", *SHAPE, "-j", "0", says="--jobs")
+        self.refused("warmup", "int8_mm", "m=1", says="field n is missing")
+
+    def test_another_machine(self):
+        here = self.json("run", *SHAPE)["key"]
+        self.assertEqual(1, self.json("warmup", *SHAPE, "--target", "x86-64-v3")["compiled"])
+        keys = {row["key"]: row["isa"] for row in self.json("cache", "list")["kernels"]}
+        self.assertIn(here, keys)
+        self.assertIn("avx2", keys.values())
+
+    def test_a_bar_only_on_a_terminal(self):
+        self.write("m.json", self.MANIFEST)
+        self.assertEqual("", self.kiln("warmup", "m.json").stderr)
+        parent, child = pty.openpty()
+        subprocess.run([KILN, "warmup", "m.json"], env=self.env, cwd=self.dir, stdout=subprocess.DEVNULL, stderr=child, check=True)
+        os.close(child)
+        shown = os.read(parent, 65536).decode()
+        os.close(parent)
+        self.assertIn("4/4", shown)
+        self.assertTrue(shown.endswith("\x1b[K"), shown)
+
+
+class Cache(CommandTest):
+    def damage(self, key):
+        """Flips a bit of the code of one row."""
+        db = sqlite3.connect(self.dir / "cache" / "kernels.db")
+        (code,) = db.execute("SELECT code FROM kernels WHERE key = ?", (bytes.fromhex(key),)).fetchone()
+        damaged = bytearray(code)
+        damaged[len(damaged) // 2] ^= 1
+        db.execute("UPDATE kernels SET code = ? WHERE key = ?", (bytes(damaged), bytes.fromhex(key)))
+        db.commit()
+        db.close()
+
+    def test_looking_at_nothing(self):
+        self.assertEqual({"kernels": []}, self.json("cache", "list"))
+        self.assertEqual(0, self.json("cache", "stats")["rows"])
+        self.assertEqual(0, self.json("cache", "verify", "--recompile")["ok"])
+        self.assertEqual(0, self.json("cache", "clear")["rows"])
+        self.assertFalse((self.dir / "cache").exists())
+
+    def test_path_stats_list_inspect(self):
+        key = self.json("run", *SHAPE)["key"]
+        path = self.dir / "cache" / "kernels.db"
+        self.assertEqual(f"{path}\n", self.kiln("cache", "path").stdout)
+        self.assertEqual({"path": str(path)}, self.json("cache", "path"))
+        stats = self.json("cache", "stats")
+        self.assertEqual((1, 512 << 20), (stats["rows"], stats["max_bytes"]))
+        (row,) = self.json("cache", "list")["kernels"]
+        self.assertEqual((key, "int8_mm"), (row["key"], row["op"]))
+        self.assertIn(key[:16], self.kiln("cache", "list").stdout)
+        whole = self.json("cache", "inspect", key[:12])
+        self.assertEqual(key, whole["key"])
+        self.assertTrue(whole["of_this_version"])
+        self.assertIn("main", whole["entries"])
+        self.assertRegex(whole["generator"], r"^[0-9a-f]{64}$")
+        self.assertIn(key, self.kiln("cache", "inspect", key).stdout)
+        self.refused("cache", "inspect", "0" * 64, says="no kernel has a key", expect=FAILED)
+        for bad in ("", "xyz", "0" * 65):
+            self.refused("cache", "inspect", bad, says="give the first digits")
+
+    def test_an_ambiguous_key(self):
+        self.write("m.json", json.dumps({"kernels": [{"op": "int8_mm", "m": [1, 2, 4, 8, 16, 32, "any"], "n": [1, 2, 3], "k": 4}]}))
+        self.kiln("warmup", "m.json")
+        digits = sorted(row["key"][0] for row in self.json("cache", "list")["kernels"])  # 21 keys, 16 digits
+        digit = next(a for a, b in zip(digits, digits[1:]) if a == b)
+        self.refused("cache", "inspect", digit, says=[f"key '{digit}'", "give more digits"])
+
+    def test_verify(self):
+        info = self.json("info")
+        for path in info["ops"][0]["paths"]:
+            if path["available"] and path["generator"] != "none":
+                self.json("run", *SHAPE, env={"KILN_FORCE": path["isa"]})
+        key = self.json("run", "int8_mm", "m=1", "n=20", "k=30")["key"]
+        rows = self.json("cache", "stats")["rows"]
+        report = self.json("cache", "verify", "--recompile")
+        self.assertEqual((rows, 0), (report["ok"], report["bad"]))
+        self.assertEqual({"same": rows, "different": [], "skipped": 0}, report["recompiled"])
+        self.damage(key)
+        report = self.json("cache", "verify", "--dry-run", expect=INTEGRITY)
+        self.assertEqual((rows - 1, 1, [key], 0), (report["ok"], report["bad"], report["bad_keys"], report["removed"]))
+        self.assertIn(key, self.kiln("cache", "verify", expect=INTEGRITY).stdout)
+        self.assertEqual(0, self.json("cache", "verify")["bad"])
+
+    def test_a_damaged_row_is_compiled_again(self):
+        key = self.json("run", *SHAPE)["key"]
+        self.damage(key)
+        done = self.kiln("run", *SHAPE, "--check", "--json")
+        self.assertIn("fails authentication", done.stderr)
+        self.assertEqual(("compiled", True), (json.loads(done.stdout)["source"], json.loads(done.stdout)["check"]["ok"]))
+        self.damage(key)
+        self.refused("cache", "inspect", key, says="fails authentication", expect=INTEGRITY)
+
+    def test_prune_and_clear(self):
+        self.json("warmup", "--model", MODELS / "all-minilm-l6.json", "--scheme", "w8a8", "--tokens", "1,16,128")
+        rows = self.json("cache", "stats")["rows"]
+        self.assertEqual({"rows": 0, "bytes": 0, "dry_run": False}, self.json("cache", "prune"))
+        self.assertEqual((rows, True), tuple(self.json("cache", "clear", "--dry-run")[name] for name in ("rows", "dry_run")))
+        self.assertEqual(rows, self.json("cache", "stats")["rows"])
+        self.assertEqual(rows, self.json("cache", "clear")["rows"])
+        self.assertEqual(0, self.json("cache", "stats")["rows"])
+
+    def test_off(self):
+        env = {"KILN_CACHE": "off"}
+        for _ in range(2):
+            self.assertEqual("compiled", self.json("run", *SHAPE, env=env)["source"])
+        self.refused("cache", "list", env=env, says="it is off", expect=FAILED)
+        self.assertEqual(1, self.json("warmup", *SHAPE, env=env, expect=FAILED)["failed"])
+        self.assertFalse((self.dir / "cache").exists())
+
+    def test_read_only(self):
+        env = {"KILN_CACHE": "ro"}
+        self.assertEqual("compiled", self.json("run", *SHAPE, env=env)["source"])
+        self.assertFalse((self.dir / "cache").exists())
+        self.json("run", *SHAPE)
+        self.assertEqual("disk", self.json("run", *SHAPE, env=env)["source"])
+        self.refused("cache", "clear", env=env, says="read-only", expect=FAILED)
+
+    def test_miss_policies(self):
+        self.refused("run", *SHAPE, env={"KILN_MISS": "error"}, says=["is not cached", "KILN_MISS=error"], expect=FAILED)
+        self.assertTrue(self.json("run", *SHAPE, "--check", env={"KILN_MISS": "fallback"})["check"]["ok"])
+
+    def test_unusable_directories(self):
+        self.write("file", "")
+        for directory, word in (("/proc/kiln", "/proc/kiln"), (str(self.dir / "file"), "not trusted")):
+            with self.subTest(directory=directory):
+                env = {"KILN_CACHE_DIR": directory}
+                done = self.kiln("run", *SHAPE, "--check", env=env)
+                self.assertIn(word, done.stderr)
+                self.assertEqual(1, self.json("warmup", *SHAPE, env=env, expect=FAILED)["failed"])
+                self.assertIn(word, self.kiln("doctor", env=env, expect=FAILED).stdout)
+        (self.dir / "open").mkdir()
+        (self.dir / "open").chmod(0o777)
+        self.refused("cache", "list", env={"KILN_CACHE_DIR": str(self.dir / "open")}, says=["open is not trusted", "0777", "0700"], expect=FAILED)
+        if os.getuid() == 0:
+            (self.dir / "foreign").mkdir(mode=0o700)
+            os.chown(self.dir / "foreign", 12345, 12345)
+            self.refused("cache", "list", env={"KILN_CACHE_DIR": str(self.dir / "foreign")}, says="uid 12345", expect=FAILED)
+
+
+class Explain(CommandTest):
+    def test_miss_then_hit(self):
+        miss = self.json("explain", *SHAPE)
+        self.assertEqual("none", miss["tier"])
+        self.json("run", *SHAPE)
+        hit = self.json("explain", *SHAPE)
+        self.assertEqual(("disk", miss["key"]), (hit["tier"], hit["key"]))
+        near = self.json("explain", "int8_mm", "m=5", "n=34", "k=70")
+        self.assertTrue(near["nearest"].endswith("differs in n"), near["nearest"])
+        self.assertIn("differs in n", self.kiln("explain", "int8_mm", "m=5", "n=34", "k=70").stdout)
+
+    def test_candidates(self):
+        report = self.json("explain", *SHAPE, env={"KILN_DISABLE": "x86"})
+        taken = [candidate for candidate in report["candidates"] if candidate["taken"]]
+        self.assertEqual(1, len(taken))
+        self.assertEqual(report["isa"], taken[0]["isa"])
+        reasons = {candidate["isa"]: candidate["reason"] for candidate in report["candidates"]}
+        self.assertIn("KILN_DISABLE", reasons["avx2"])
+        self.assertEqual([path["isa"] for path in self.json("info")["ops"][0]["paths"]], [candidate["isa"] for candidate in report["candidates"]])
+
+    def test_nothing_left(self):
+        env = {"KILN_DISABLE": "x86,arm,portable,reference"}
+        report = self.json("explain", *SHAPE, env=env, expect=FAILED)
+        self.assertEqual((None, ""), (report["isa"], report["key"]))
+        self.refused("run", *SHAPE, env=env, says=["nothing computes", "left out by KILN_DISABLE"], expect=FAILED)
+
+    def test_force(self):
+        env = {"KILN_FORCE": "portable", "KILN_DISABLE": "llvm"}
+        reasons = {candidate["isa"]: candidate["reason"] for candidate in self.json("explain", *SHAPE, env=env, expect=FAILED)["candidates"]}
+        self.assertIn("KILN_FORCE takes portable only", reasons["reference"])
+        self.assertIn("KILN_DISABLE", reasons["portable"])
+
+    def test_no_tensors(self):
+        self.refused("explain", *SHAPE, "a=@a.npy", says="takes no tensors")
+
+
+class Disasm(CommandTest):
+    def test_listing(self):
+        report = self.json("disasm", *SHAPE)
+        self.assertIn("ret", report["listing"])
+        self.assertEqual(report["key"], self.json("run", *SHAPE)["key"])
+        self.assertIn("main", self.kiln("disasm", *SHAPE).stdout)
+
+    def test_reference_has_none(self):
+        self.refused("disasm", *SHAPE, env={"KILN_FORCE": "reference"}, says="no generated code", expect=FAILED)
+
+
+class Doctor(CommandTest):
+    def test_healthy(self):
+        report = self.json("doctor")
+        self.assertTrue(report["ok"])
+        states = {check["name"]: check["state"] for check in report["checks"]}
+        for name in ("SQLite", "cache directory", "cache key", "run int8_mm", "LLVM", "cache", "stored kernels"):
+            self.assertEqual("ok", states.get(name), report)
+        self.assertRegex(self.kiln("doctor").stdout, r"(?m)^ok +SQLite +3\.")
+
+    def test_open_key(self):
+        self.kiln("doctor")
+        (self.dir / "data" / "kiln" / "cache.key").chmod(0o644)
+        done = self.kiln("doctor", expect=FAILED)
+        self.assertRegex(done.stdout, r"(?m)^fail +cache key .*0600")
+
+    def test_forbidden_compiling_is_no_failure(self):
+        report = self.json("doctor", env={"KILN_MISS": "error"})
+        self.assertIn({"state": "warn", "name": "run int8_mm"}, [{name: check[name] for name in ("state", "name")} for check in report["checks"]])
+
+
+class BadCalls(CommandTest):
+    def test_commands(self):
+        self.refused(says=["no command given", "warmup"])
+        self.refused("frobnicate", says=["unknown command 'frobnicate'", "known commands are info, run"])
+        self.refused("--frobnicate", says="unknown option '--frobnicate'")
+        self.refused("cache", says=["no command given", "inspect"])
+        self.refused("cache", "frobnicate", says="unknown command 'frobnicate'")
+        self.refused("info", "more", says="more")
+        for command in ("run", "explain", "disasm", "bench"):
+            self.refused(command, says="OP is required")
+            self.refused(command, "int9_mm", says=["unknown op 'int9_mm'", "int8_mm"])
+            self.refused(command, *SHAPE, "--frobnicate", says="--frobnicate")
+        self.assertIn("warmup", self.kiln("--help").stdout)
+        self.assertRegex(self.kiln("--version").stdout, r"^kiln \d+\.\d+\.\d+\n$")
+
+    def test_fields(self):
+        cases = {
+            ("m=1",): "field n is missing",
+            ("m=1", "n=1", "k=1", "z=1"): "unknown field 'z'",
+            ("m=1", "n=1", "k="): "k=: allowed is an integer",
+            ("m=-2", "n=1", "k=1"): "m=-2: allowed is an integer",
+            ("m=1", "n=99999999999999999999", "k=1"): "n=99999999999999999999",
+            ("m=2147483647", "n=2147483647", "k=2147483647"): "exceed 2^61 bytes",
+            ("m=1", "n=1", "k=1", "k=1"): "field k is given twice",
+            ("m=any", "n=1", "k=1"): "m=any: to run, give a number",
+            ("m=1", "n=1", "k=1", "b_layout=nn"): "b_layout=nn: allowed is one of kn, nk",
+            ("m=1", "n=1", "k=1", "device=tpu"): "device=tpu: allowed is cpu",
+            ("m=1", "n=1", "k=1", "word"): "'word' is neither",
+            ("m=1", "n=1", "k=1", "=1"): "'=1' is neither",
+            ("m=1", "n=1", "k=1", "a=1"): "a is a tensor: give a=@file.npy",
+            ("m=1", "n=1", "k=1", "q=@f.npy"): "unknown tensor 'q'",
+            ("m=1", "n=1", "k=1", "a=@"): "lacks the name of a file",
+            ("m=1", "n=1", "k=1", "c=@x", "out=@y"): "tensor c is given twice",
+        }
+        for fields, message in cases.items():
+            with self.subTest(fields=fields):
+                self.refused("run", "int8_mm", *fields, says=message)
+        self.refused("run", *SHAPE, "--repeat", "0", says="--repeat")
+        self.refused("bench", *SHAPE, "a=@a.npy", says="makes its own tensors")
+
+    def test_too_large_for_memory(self):
+        self.refused("run", "int8_mm", "m=1", "n=2147483647", "k=1000000000", says=["tensor b", "no memory for 2147483647000000000 bytes"], expect=FAILED)
+
+    def test_toggles(self):
+        for name, value, message in (
+            ("KILN_CACHE", "maybe", "KILN_CACHE=maybe: allowed is rw, ro, off"),
+            ("KILN_MISS", "maybe", "KILN_MISS=maybe: allowed is compile, error, fallback"),
+            ("KILN_FORCE", "avx9", "KILN_FORCE=avx9: allowed is"),
+            ("KILN_FORCE", "int9_mm:avx2", "int8_mm"),
+            ("KILN_THREADS", "0", "KILN_THREADS=0: allowed is an integer from 1"),
+            ("KILN_LOG", "loud", "KILN_LOG=loud: allowed is"),
+            ("KILN_PERF", "fast", "KILN_PERF=fast: allowed is"),
+            ("KILN_CACHE_MAX_MB", "x", "KILN_CACHE_MAX_MB=x: allowed is"),
+        ):
+            with self.subTest(name=name, value=value):
+                self.refused("run", *SHAPE, env={name: value}, says=message)
+        done = self.kiln("run", *SHAPE, env={"KILN_DISABLE": "avx9"})
+        for word in ("avx9", "avx512vnni", "nvidia", "llvm", "disk"):
+            self.assertIn(word, done.stderr)
+
+
+if __name__ == "__main__":
+    KILN, MODELS = str(pathlib.Path(sys.argv.pop(1)).resolve()), pathlib.Path(sys.argv.pop(1)).resolve()
+    unittest.main()
