@@ -10,8 +10,8 @@ namespace kiln {
 
 std::span<const Implementation> implementation_table() {
   static const std::vector<Implementation> table = {
-      x86::int8_mm_amx(),      x86::int8_mm_avx512vnni(), 
-      portable::int8_mm(),       reference::int8_mm(),
+      x86::int8_mm_amx(),  x86::int8_mm_avx512vnni(), x86::int8_mm_avxvnni(),
+      x86::int8_mm_avx2(), portable::int8_mm(),       reference::int8_mm(),
   };
   return table;
 }
