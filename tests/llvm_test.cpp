@@ -46,8 +46,13 @@ Target target_of(std::string_view text) {
   return must(Target::parse(text));
 }
 
-/// The targets of which this generator makes different x86 code.
-constexpr std::array kX86Targets = {"x86_64:", "x86_64:avx2", "x86_64:avx2,avx512f,avx512bw"};
+/// The targets that this generator makes different code for.
+constexpr std::array kTargets = {"x86_64:", "x86_64:avx2", "x86_64:avx2,avx512f,avx512bw", "aarch64:neon"};
+
+bool runs_here(const Target& target) {
+  const Target host = detect_machine().target;
+  return host.arch == target.arch && host.features.contains(target.features);
+}
 
 KernelDesc canonical_desc(std::int64_t m, std::int64_t n, std::int64_t k) {
   return int8_mm::op().canonical(int8_mm::make_desc(m, n, k));
@@ -97,7 +102,7 @@ int count_of(const std::vector<std::string>& instructions, std::string_view begi
 
 std::string digests_of_all_targets() {
   std::string out;
-  for (const char* target : {"x86_64:", "x86_64:avx2", "x86_64:avx2,avx512f,avx512bw", "aarch64:neon"})
+  for (const char* target : kTargets)
     for (const std::int64_t m : {1, 100}) {
       const Bytes bytes = compile(canonical_desc(m, 100, 77), target_of(target)).serialise();
       out += digest_of(bytes).hex() + "\n";
@@ -136,13 +141,12 @@ TEST_CASE("int8_mm equals the reference and stays inside its buffers") {
   const unsigned seed = std::random_device()();
   std::mt19937 random(seed);
   CAPTURE(seed);
-  const Target host = detect_machine().target;
   const std::int64_t sizes[] = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 255, 257};
   const auto size = [&](std::int64_t least) { return std::max(least, sizes[random() % std::size(sizes)]); };
-  for (const char* target_text : kX86Targets) {
+  for (const char* target_text : kTargets) {
     const Target target = target_of(target_text);
-    if (host.arch != target.arch || !host.features.contains(target.features)) {
-      MESSAGE("not executed on this machine: ", target_text);
+    if (!runs_here(target)) {
+      MESSAGE("not executed on this machine: ", std::string(target_text));
       continue;
     }
     for (const std::int64_t m_class : int8_mm::kMClasses)
@@ -153,7 +157,7 @@ TEST_CASE("int8_mm equals the reference and stays inside its buffers") {
         const MRange range = int8_mm::op().m_range(desc);
         std::set<std::int64_t> rows{std::max<std::int64_t>(range.min, 1), std::min<std::int64_t>(range.max, 101)};
         rows.insert(m_class == kAny ? 33 + static_cast<std::int64_t>(random() % 32) : m_class - (m_class > 4 ? 1 : 0));
-        CAPTURE(target_text);
+        INFO("target ", std::string(target_text));
         for (const std::int64_t m : rows)
           for (const Values values : kAllValues)
             for (const Guard guard : {Guard::after, Guard::before}) {
@@ -166,9 +170,9 @@ TEST_CASE("int8_mm equals the reference and stays inside its buffers") {
 
 TEST_CASE("sums of a long K do not saturate") {
   std::mt19937 random(1);
-  for (const char* target_text : kX86Targets) {
+  for (const char* target_text : kTargets) {
     const Target target = target_of(target_text);
-    if (!detect_machine().target.features.contains(target.features))
+    if (!runs_here(target))
       continue;
     const std::int64_t k = 140000; // 140000 · 2^14 > 2^31: the sum wraps
     check_int8_mm_kernel(compile(canonical_desc(3, 17, k), target), {3, 17, k, 17, Values::all_lowest, Guard::after},

@@ -122,8 +122,7 @@ private:
     return ir_.CreateAlignedLoad(type, advance(ir_, base, offset), llvm::Align(alignment));
   }
 
-  /// Rows of A as s16 in the workspace. What lies beyond K there stays as it was: it meets the pack's zeros, or is not
-  /// read.
+  /// Rows of A as s16 in the workspace. What lies beyond K there stays as it was: it meets the pack's zeros.
   void widen_rows(Value* a, Value* rows) {
     Values cursors{a, workspace_};
     loop(ir_, ir_.getInt64(0), rows, 1, cursors, [&](Value*, Values& at) {
@@ -242,8 +241,7 @@ private:
                              vector_of(16, 2 * block_.lanes));
   }
 
-  /// a[k] of one row in every lane, from the eight that are loaded for one k_step: smlal takes its multiplier from a
-  /// lane.
+  /// a[k] of one row in every lane, out of the eight loaded for one k_step: smlal can take its multiplier from a lane.
   Value* broadcast_lane(Value* a, std::int64_t offset, int k) {
     Value* eight = load(vector_of(16, 8), a, offset, 16);
     return ir_.CreateShuffleVector(eight, llvm::SmallVector<int, 16>(static_cast<std::size_t>(block_.lanes), k));

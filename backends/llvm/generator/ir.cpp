@@ -49,7 +49,7 @@ void when(llvm::IRBuilder<>& ir, llvm::Value* condition, llvm::function_ref<void
 }
 
 llvm::Value* advance(llvm::IRBuilder<>& ir, llvm::Value* base, llvm::Value* bytes) {
-  return ir.CreateInBoundsGEP(ir.getInt8Ty(), base, bytes);
+  return ir.CreatePtrAdd(base, bytes);
 }
 
 llvm::Value* advance(llvm::IRBuilder<>& ir, llvm::Value* base, std::int64_t bytes) {

@@ -15,7 +15,7 @@ void loop(llvm::IRBuilder<>& ir, llvm::Value* begin, llvm::Value* end, std::int6
 /// `if (condition) body()`.
 void when(llvm::IRBuilder<>& ir, llvm::Value* condition, llvm::function_ref<void()> body);
 
-/// `base + bytes`, within one object.
+/// `base + bytes`. May leave the object, as cursors do after their last step.
 llvm::Value* advance(llvm::IRBuilder<>& ir, llvm::Value* base, llvm::Value* bytes);
 llvm::Value* advance(llvm::IRBuilder<>& ir, llvm::Value* base, std::int64_t bytes);
 
