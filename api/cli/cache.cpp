@@ -88,9 +88,9 @@ Result<Exit> list(Engine& engine, const Options& options) {
     return Exit::ok;
   }
   Columns columns;
-  columns.row({"key", "isa", "size", "hits", "last hit", "desc"});
+  columns.row({"key", "isa", "arch", "size", "hits", "last hit", "desc"});
   for (const Store::Listed& listed : *rows)
-    columns.row({listed.row.key.hex().substr(0, kShortKey), listed.row.isa, bytes_text(listed.code_bytes), std::to_string(listed.row.hits),
+    columns.row({listed.row.key.hex().substr(0, kShortKey), listed.row.isa, listed.row.target.substr(0, listed.row.target.find(':')), bytes_text(listed.code_bytes), std::to_string(listed.row.hits),
                  local_time_text(listed.row.last_hit_at), listed.row.desc});
   columns.print();
   return Exit::ok;
