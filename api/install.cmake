@@ -8,6 +8,9 @@ set_target_properties(kiln_cli PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RP
 set_target_properties(kiln PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH $ORIGIN)
 if(TARGET kiln_llvm)
   set_target_properties(kiln_llvm PROPERTIES BUILD_WITH_INSTALL_RPATH ON INSTALL_RPATH $ORIGIN)
+  # Opened at run time, so the linker does not know: a generator of an older build is refused.
+  add_dependencies(kiln kiln_llvm)
+  add_dependencies(kiln_cli kiln_llvm)
 endif()
 
 # A host has a C++ runtime of its own or none: Kiln neither picks nor needs one.

@@ -1,5 +1,6 @@
 """README says what is so: its C program is api/examples/minimal.c (which other tests compile and run), its support table is that of the
-implementation table, its links lead somewhere. Usage: readme_test.py SOURCE_ROOT KILN"""
+implementation table, its environment what `kiln info` tells, its links lead somewhere. Usage: readme_test.py SOURCE_ROOT KILN"""
+import json
 import pathlib
 import re
 import subprocess
@@ -21,6 +22,11 @@ class Readme(unittest.TestCase):
     def test_support_table(self):
         made = subprocess.run([self.root / "scripts/support-table", "--check", self.kiln], capture_output=True, text=True)
         self.assertEqual(0, made.returncode, made.stderr)
+
+    def test_environment(self):
+        told = json.loads(subprocess.run([self.kiln, "info", "--json"], check=True, capture_output=True, text=True).stdout)
+        rows = re.findall(r"^\| (`KILN_[^|]*) \|", self.text, re.MULTILINE)
+        self.assertEqual([row["name"] for row in told["environment"]], re.findall(r"KILN_[A-Z_]+", " ".join(rows)))
 
     def test_links(self):
         links = re.findall(r"\]\(([^)#]+)[^)]*\)", self.text)
