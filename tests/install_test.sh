@@ -54,6 +54,7 @@ for binary in "$bundle"/bin/kiln "$bundle"/lib/*.so*; do
     $2 == "=>" && index($3, bundle) != 1 && $1 !~ /^(libc|libm|libdl|libpthread|librt|libresolv)\.so/')
   [[ -z $outside ]] || { printf '%s takes from outside:\n%s\n' "$binary" "$outside" >&2; exit 1; }
 done
+# shellcheck disable=SC2016 # for the loader to expand
 cc -std=c11 -I"$bundle/include" -o "$bundle/bin/user" "$work/user/main.c" -L"$bundle/lib" -lkiln -Wl,-rpath,'$ORIGIN/../lib'
 clean=(env -i HOME="$HOME" KILN_CACHE=off)
 gives "${clean[@]}" "$bundle/bin/user"
