@@ -20,9 +20,11 @@ Status b_layout_of(std::int32_t value, BLayout& out) {
 }
 
 Status desc_from_c(const kiln_desc* given, KernelDesc& out) {
-  kiln_int8_mm_desc d;
-  if (Status s = read_sized("kiln_int8_mm_desc", given, given->size, offsetof(kiln_int8_mm_desc, b_layout), d); !s)
+  kiln_int8_mm_desc copy;
+  const kiln_int8_mm_desc* read = nullptr;
+  if (Status s = read_sized("kiln_int8_mm_desc", given, given->size, offsetof(kiln_int8_mm_desc, b_layout), copy, read); !s)
     return s;
+  const kiln_int8_mm_desc& d = *read;
   BLayout b_layout{};
   if (Status s = b_layout_of(d.b_layout, b_layout); !s)
     return s;
@@ -49,9 +51,11 @@ private:
 };
 
 Status args_from_c(const kiln_args* given, Args& out) {
-  kiln_int8_mm_args a;
-  if (Status s = read_sized("kiln_int8_mm_args", given, given->size, offsetof(kiln_int8_mm_args, workspace), a); !s)
+  kiln_int8_mm_args copy;
+  const kiln_int8_mm_args* read = nullptr;
+  if (Status s = read_sized("kiln_int8_mm_args", given, given->size, offsetof(kiln_int8_mm_args, workspace), copy, read); !s)
     return s;
+  const kiln_int8_mm_args& a = *read;
   if (Status s = b_layout_of(a.b_layout, out.b_layout); !s)
     return s;
   if (a.reserved != 0)

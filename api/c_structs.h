@@ -11,10 +11,11 @@
 namespace kiln {
 
 /// A struct that a caller filled, by the header's growth rule: a smaller one is taken with its missing tail as zero, a larger one only when
-/// the tail that this version does not know is zero. `least`: the bytes without which it means nothing.
-template <class T> Status read_sized(std::string_view what, const void* given, std::size_t size, std::size_t least, T& out) {
+/// the tail that this version does not know is zero. `least`: the bytes without which it means nothing. `out` is the caller's own struct when
+/// its size is ours, else `copy`.
+template <class T> Status read_sized(std::string_view what, const void* given, std::size_t size, std::size_t least, T& copy, const T*& out) {
   if (size == sizeof(T)) {
-    std::memcpy(&out, given, sizeof(T));
+    out = static_cast<const T*>(given);
     return {};
   }
   if (size < least)
@@ -27,8 +28,9 @@ template <class T> Status read_sized(std::string_view what, const void* given, s
     if (bytes[i] != 0)
       return Status::error(Code::invalid_argument,
                            fmt::format("{} has a field at byte {} that this version ({} bytes) does not know: allowed there is 0", what, i, sizeof(T)));
-  std::memset(&out, 0, sizeof(T));
-  std::memcpy(&out, given, std::min(size, sizeof(T)));
+  std::memset(&copy, 0, sizeof(T));
+  std::memcpy(&copy, given, std::min(size, sizeof(T)));
+  out = &copy;
   return {};
 }
 

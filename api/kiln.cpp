@@ -118,9 +118,11 @@ Result<HostOptions> host_options(const kiln_engine_options* given) {
   HostOptions host;
   if (given == nullptr)
     return host;
-  kiln_engine_options o;
-  if (Status s = read_sized("kiln_engine_options", given, given->size, sizeof(std::size_t), o); !s)
+  kiln_engine_options copy;
+  const kiln_engine_options* read = nullptr;
+  if (Status s = read_sized("kiln_engine_options", given, given->size, sizeof(std::size_t), copy, read); !s)
     return s;
+  const kiln_engine_options& o = *read;
   if (o.cache_dir != nullptr) {
     if (o.cache_dir[0] != '/')
       return Status::error(Code::invalid_argument, fmt::format("options.cache_dir is '{}': allowed is an absolute path", o.cache_dir));

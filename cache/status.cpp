@@ -19,11 +19,15 @@ std::string_view name_of(Code code) {
   return "unknown";
 }
 
+const std::string& Status::message() const {
+  static const std::string none;
+  return error_ ? error_->message : none;
+}
+
 Status Status::error(Code code, std::string message) {
   assert(code != Code::ok);
   Status status;
-  status.code_ = code;
-  status.message_ = std::move(message);
+  status.error_ = std::make_shared<const Error>(Error{code, std::move(message)});
   return status;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 #include <cassert>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -26,20 +27,24 @@ enum class Code : std::uint8_t {
 std::string_view name_of(Code code);
 
 /// A value: ok, or a code with a message. A message says what was given and what is allowed.
+/// An ok status is a null pointer: it passes through several layers on the path of every call.
 class [[nodiscard]] Status {
 public:
   Status() = default;
-  bool is_ok() const { return code_ == Code::ok; }
+  bool is_ok() const { return error_ == nullptr; }
   explicit operator bool() const { return is_ok(); }
-  Code code() const { return code_; }
-  const std::string& message() const { return message_; }
+  Code code() const { return error_ ? error_->code : Code::ok; }
+  const std::string& message() const; ///< empty when ok
 
   /// Every error of Kiln is made here: a natural breakpoint.
   static Status error(Code code, std::string message);
 
 private:
-  Code code_ = Code::ok;
-  std::string message_;
+  struct Error {
+    Code code;
+    std::string message;
+  };
+  std::shared_ptr<const Error> error_;
 };
 
 /// A T, or the Status that says why there is none (never an ok Status).

@@ -32,12 +32,16 @@ struct KernelDesc {
   /// `int8_mm m=16 n=4096 k=4096 a_dtype=s8 c_dtype=s32`: op, then every field of the table in order, device only when not cpu.
   /// Two descs are equal exactly when their texts are.
   std::string text() const;
-  /// Over the whole value; not stable between versions. Inline: it is on the path of every get.
+  /// Over the whole value; not stable between versions. On the path of every get: the products do not wait for one another.
   std::uint64_t hash() const {
-    std::uint64_t h = static_cast<std::uint64_t>(op) << 16 | static_cast<std::uint64_t>(device.kind) << 8 | device.index;
-    for (const std::int64_t v : value)
-      h = (h ^ static_cast<std::uint64_t>(v)) * 0x9E3779B97F4A7C15ull ^ (h >> 29);
-    return h ^ (h >> 32);
+    std::uint64_t sum = static_cast<std::uint64_t>(op) << 16 | static_cast<std::uint64_t>(device.kind) << 8 | device.index;
+    std::uint64_t odd = 0x9E3779B97F4A7C15ull; // 2^64 / golden ratio, stepped by twice that to another odd number per field
+    for (const std::int64_t v : value) {
+      sum += (static_cast<std::uint64_t>(v) ^ (static_cast<std::uint64_t>(v) >> 32)) * odd;
+      odd += 0x3C6EF372FE94F82Aull;
+    }
+    sum *= 0xD6E8FEB86659FD93ull;
+    return sum ^ (sum >> 32);
   }
 };
 

@@ -65,41 +65,40 @@ private:
   pthreadpool_t threads_ = nullptr;
 };
 
-/// The buffer of one thread, freed when it ends.
-class Scratch {
-public:
-  Scratch() = default;
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  void* get(std::size_t bytes) { return bytes <= size_ && data_ ? data_ : grow(bytes); }
-
-private:
-  /// To twice its size at least, so that slowly growing requests allocate seldom; to what is asked for when that is too
-  /// much.
-  void* grow(std::size_t bytes) {
-    constexpr std::size_t kLine = 64, kLeast = 4096, kMost = SIZE_MAX / 4;
-    std::free(data_);
-    const std::size_t doubled = std::max(2 * size_, kLeast);
-    data_ = nullptr;
-    size_ = 0;
-    if (bytes > kMost)
-      return nullptr;
-    for (const std::size_t wanted : {std::max(bytes, doubled), bytes}) {
-      const std::size_t size = std::max((wanted + kLine - 1) / kLine * kLine, kLine);
-      data_ = std::aligned_alloc(kLine, size);
-      if (data_) {
-        size_ = size;
-        break;
-      }
-    }
-    return data_;
-  }
-
-  void* data_ = nullptr;
-  std::size_t size_ = 0;
+/// The buffer of one thread. Plain data, so that reaching it costs one look-up of thread storage and no check for construction.
+struct Scratch {
+  void* data;
+  std::size_t size;
 };
+constinit thread_local Scratch scratch = {nullptr, 0};
+
+/// Frees it when the thread ends.
+struct ScratchEnd {
+  ~ScratchEnd() {
+    std::free(scratch.data);
+    scratch = {nullptr, 0};
+  }
+};
+
+/// To twice its size at least, so that slowly growing requests allocate seldom; to what is asked for when that is too much.
+[[gnu::cold, gnu::noinline]] void* grow_scratch(std::size_t bytes) {
+  constexpr std::size_t kLine = 64, kLeast = 4096, kMost = SIZE_MAX / 4;
+  static thread_local ScratchEnd end;
+  (void)end;
+  const std::size_t doubled = std::max(2 * scratch.size, kLeast);
+  std::free(scratch.data);
+  scratch = {nullptr, 0};
+  if (bytes > kMost)
+    return nullptr;
+  for (const std::size_t wanted : {std::max(bytes, doubled), bytes}) {
+    const std::size_t size = std::max((wanted + kLine - 1) / kLine * kLine, kLine);
+    if (void* const data = std::aligned_alloc(kLine, size)) {
+      scratch = {data, size};
+      break;
+    }
+  }
+  return scratch.data;
+}
 
 } // namespace
 
@@ -130,9 +129,6 @@ void Parallel::run(std::size_t count, void (*task)(void* context, std::size_t in
     task(context, i);
 }
 
-void* thread_scratch(std::size_t bytes) {
-  static thread_local Scratch scratch;
-  return scratch.get(bytes);
-}
+void* thread_scratch(std::size_t bytes) { return bytes <= scratch.size && scratch.data ? scratch.data : grow_scratch(bytes); }
 
 } // namespace kiln

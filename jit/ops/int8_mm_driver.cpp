@@ -67,6 +67,8 @@ struct Range {
   std::int64_t size() const { return end - begin; }
 };
 Range part(std::int64_t size, std::int64_t step, std::int64_t parts, std::int64_t i) {
+  if (parts == 1) // the usual case, without its divisions
+    return {0, size};
   const std::int64_t units = (size + step - 1) / step;
   return {std::min(size, units * i / parts * step), std::min(size, units * (i + 1) / parts * step)};
 }
@@ -85,8 +87,9 @@ struct Cut {
 /// A second thread pays when the call takes longer than a few times the pool's hand-over; rates are those of one recent core.
 constexpr double kOperationsPerMicrosecond = 1e6, kBytesPerMicrosecond = 1e5, kFewestMicroseconds = 8;
 
-bool worth_threads(double m, double n, double k) {
-  return std::max(2 * m * n * k / kOperationsPerMicrosecond, n * k / kBytesPerMicrosecond) > kFewestMicroseconds;
+bool worth_threads(std::int64_t m, std::int64_t n, std::int64_t k) {
+  const double microseconds_per_weight = std::max(2 * static_cast<double>(m) / kOperationsPerMicrosecond, 1 / kBytesPerMicrosecond);
+  return static_cast<double>(n) * static_cast<double>(k) * microseconds_per_weight > kFewestMicroseconds;
 }
 
 /// The most parts of m rows that all stay within the kernel's class.
@@ -98,17 +101,21 @@ Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int6
   const Runtime& runtime = kernel.runtime();
   Cut cut;
   const int threads = args.threads > 0 ? std::min(args.threads, runtime.parallel.threads()) : runtime.parallel.threads();
-  if (threads > 1 && worth_threads(static_cast<double>(args.m), static_cast<double>(n), static_cast<double>(k))) {
+  if (threads > 1 && worth_threads(args.m, n, k)) {
     cut.n_parts = std::min<std::int64_t>(threads, (n + plan.n_step - 1) / plan.n_step);
     cut.m_parts = std::min(threads / cut.n_parts, most_row_parts(kernel, plan, args.m));
   }
-  const std::int64_t rows = (args.m + cut.m_parts - 1) / cut.m_parts;
+  std::int64_t rows = args.m; // at most, of one call of the kernel
+  if (cut.m_parts > 1)
+    rows = part(args.m, plan.m_step, cut.m_parts, 0).size() + plan.m_step;
   // Half of L2 for A's rows, the rest for the panels that stream through.
   const std::int64_t l2 = runtime.machine.l2_bytes;
-  const std::int64_t rows_in_cache = std::max<std::int64_t>(plan.m_step, l2 / 2 / std::max<std::int64_t>(k, 1));
-  cut.m_blocks = std::clamp<std::int64_t>((rows + rows_in_cache - 1) / rows_in_cache, 1, most_row_parts(kernel, plan, rows));
-  const std::int64_t block_rows = round_up((rows + cut.m_blocks - 1) / cut.m_blocks, plan.m_step);
-  cut.kernel_workspace = round_up(plan.workspace_bytes(block_rows), 64);
+  if (rows > plan.m_step && rows > l2 / 2 / std::max<std::int64_t>(k, 1)) {
+    const std::int64_t rows_in_cache = std::max<std::int64_t>(plan.m_step, l2 / 2 / std::max<std::int64_t>(k, 1));
+    cut.m_blocks = std::clamp<std::int64_t>((rows + rows_in_cache - 1) / rows_in_cache, 1, most_row_parts(kernel, plan, cut.m_parts > 1 ? args.m / cut.m_parts - plan.m_step : args.m));
+    rows = (rows + cut.m_blocks - 1) / cut.m_blocks + plan.m_step;
+  }
+  cut.kernel_workspace = round_up(plan.workspace_bytes(rows), 64);
   if (args.pack == nullptr) {
     const std::int64_t step_bytes = plan.n_step / plan.layout.n_block * plan.layout.panel_bytes(k);
     const std::int64_t columns_in_cache = std::max<std::int64_t>(1, l2 / 2 / std::max<std::int64_t>(step_bytes, 1)) * plan.n_step;
