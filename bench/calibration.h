@@ -19,7 +19,7 @@ struct ComputeLoop {
   std::string_view isa;         ///< of the Kiln path whose limit this is
   std::string_view instruction; ///< what it repeats
   double operations;            ///< a step of the loop: multiply and add each count one
-  double operations_per_cycle;  ///< what this core's manual promises, 0 where it is not known
+  double operations_per_cycle;  ///< that this core can do (its manual, unless a comment says otherwise), 0 where it is not known
   void (*run)(std::uint64_t steps);
 };
 /// Those that this CPU can run.

@@ -445,6 +445,8 @@ void paths(Bench& bench) {
     const EngineHandle engine = make_engine(1, path.c_str());
     const Packs packs = make_packs(engine.get(), t, 1);
     KilnMm kiln(engine.get(), t, packs);
+    if (kiln.isa() != path)
+      fail(fmt::format("KILN_FORCE={} gave the path {}", path, kiln.isa()));
     kiln.run();
     check_equal(t, path);
     const Contender contenders[] = {compute_contender(loop), timed("Kiln", [&] { kiln.run(); })};

@@ -203,7 +203,7 @@ void memory(Bench& bench) {
       take(int8_mm::Pack::make(plan.layout, b.as<std::int8_t>(), 16, int8_mm::BLayout::nk, 16, 16, inner->runtime().parallel));
   const HugeBuffer workspace(static_cast<std::size_t>(plan.workspace_bytes(1)) + 64);
   const int8_mm::Call call = {.a = a.as<std::int8_t>(), .lda = 16, .b = inner_pack.panels(), .b_sums = inner_pack.sums(), .c = c.as<std::int32_t>(),
-                              .ldc = 16, .m = 1, .n = 16, .workspace = workspace.as<void>()};
+                              .ldc = 16, .m = 1, .n = 16, .workspace = workspace.as<void>(), .k = 16, .plan = &plan};
   const auto entry = reinterpret_cast<int8_mm::Entry>(inner_kernel->entry());
 
   const Contender contenders[] = {timed("kiln_run", [&] { kiln_run(kernel.get(), &args.base); }), timed("entry", [&] { entry(&call); })};
