@@ -60,7 +60,8 @@ Result<Exit> stats(Engine& engine, const Options& options) {
   Columns columns;
   columns.row({"path", engine.store()->path()});
   columns.row({"kernels", std::to_string(stats->rows)});
-  columns.row({"size", fmt::format("{} of at most {}; the file has {}", bytes_text(stats->bytes), bytes_text(max_bytes), bytes_text(stats->file_bytes))});
+  columns.row({"size", fmt::format("{} of at most {}; the file has {}", bytes_text(stats->bytes), bytes_text(max_bytes),
+                                   bytes_text(stats->file_bytes))});
   columns.row({"hits", std::to_string(hits)});
   columns.print();
   return Exit::ok;
@@ -68,11 +69,16 @@ Result<Exit> stats(Engine& engine, const Options& options) {
 
 Json row_json(const Store::Listed& listed) {
   const StoreRow& row = listed.row;
-  return {{"key", row.key.hex()},       {"op", row.op},
-          {"desc", row.desc},           {"isa", row.isa},
-          {"target", row.target},       {"generator", row.generator},
-          {"bytes", listed.code_bytes}, {"compile_us", row.compile_us},
-          {"created_at", row.created_at}, {"last_hit_at", row.last_hit_at},
+  return {{"key", row.key.hex()},
+          {"op", row.op},
+          {"desc", row.desc},
+          {"isa", row.isa},
+          {"target", row.target},
+          {"generator", row.generator},
+          {"bytes", listed.code_bytes},
+          {"compile_us", row.compile_us},
+          {"created_at", row.created_at},
+          {"last_hit_at", row.last_hit_at},
           {"hits", row.hits}};
 }
 
@@ -90,23 +96,28 @@ Result<Exit> list(Engine& engine, const Options& options) {
   Columns columns;
   columns.row({"key", "isa", "arch", "size", "hits", "last hit", "desc"});
   for (const Store::Listed& listed : *rows)
-    columns.row({listed.row.key.hex().substr(0, kShortKey), listed.row.isa, listed.row.target.substr(0, listed.row.target.find(':')), bytes_text(listed.code_bytes), std::to_string(listed.row.hits),
-                 local_time_text(listed.row.last_hit_at), listed.row.desc});
+    columns.row({listed.row.key.hex().substr(0, kShortKey), listed.row.isa,
+                 listed.row.target.substr(0, listed.row.target.find(':')), bytes_text(listed.code_bytes),
+                 std::to_string(listed.row.hits), local_time_text(listed.row.last_hit_at), listed.row.desc});
   columns.print();
   return Exit::ok;
 }
 
 Result<Digest> key_with_prefix(Store& store, const std::string& prefix) {
-  const bool is_hex = !prefix.empty() && prefix.size() <= 2 * sizeof(Digest) && prefix.find_first_not_of("0123456789abcdef") == std::string::npos;
+  const bool is_hex = !prefix.empty() && prefix.size() <= 2 * sizeof(Digest) &&
+                      prefix.find_first_not_of("0123456789abcdef") == std::string::npos;
   if (!is_hex)
-    return Status::error(Code::invalid_argument, fmt::format("key '{}': give the first digits of one that `kiln cache list` shows (0-9, a-f)", prefix));
+    return Status::error(
+        Code::invalid_argument,
+        fmt::format("key '{}': give the first digits of one that `kiln cache list` shows (0-9, a-f)", prefix));
   const Result<std::vector<Digest>> keys = store.find(prefix);
   if (!keys)
     return keys.status();
   if (keys->empty())
     return Status::error(Code::not_found, fmt::format("no kernel has a key that begins with {}", prefix));
   if (keys->size() > 1)
-    return Status::error(Code::invalid_argument, fmt::format("key '{}': {} kernels begin with it: give more digits", prefix, keys->size()));
+    return Status::error(Code::invalid_argument,
+                         fmt::format("key '{}': {} kernels begin with it: give more digits", prefix, keys->size()));
   return keys->front();
 }
 
@@ -117,7 +128,8 @@ Result<Exit> inspect(Engine& engine, const Options& options) {
     return key.status();
   const std::optional<StoreRow> row = store.get(*key);
   if (!row)
-    return Status::error(Code::integrity, fmt::format("the kernel {} fails authentication, or its row cannot be read", key->hex()));
+    return Status::error(Code::integrity,
+                         fmt::format("the kernel {} fails authentication, or its row cannot be read", key->hex()));
   const Result<CodeObject> code = CodeObject::parse(row->code);
   if (!code)
     return code.status();
@@ -156,7 +168,8 @@ Result<Exit> inspect(Engine& engine, const Options& options) {
   columns.row({"entries", entries});
   columns.row({"plan", plan});
   columns.row({"registers", fmt::format("{} vector, {} general", code->vector_registers, code->general_registers)});
-  columns.row({"compiled", fmt::format("{} in {}", local_time_text(row->created_at), microseconds_text(static_cast<double>(row->compile_us)))});
+  columns.row({"compiled", fmt::format("{} in {}", local_time_text(row->created_at),
+                                       microseconds_text(static_cast<double>(row->compile_us)))});
   columns.row({"hits", fmt::format("{}, last {}", row->hits, local_time_text(row->last_hit_at))});
   columns.print();
   return Exit::ok;
@@ -175,14 +188,16 @@ Result<Recompiled> recompile(Engine& engine) {
   Recompiled recompiled;
   for (const Store::Listed& listed : *rows) {
     const std::optional<StoreRow> row = engine.store()->get(listed.row.key);
-    const Result<CodeObject> code = row ? CodeObject::parse(row->code) : Status::error(Code::integrity, "not authentic");
+    const Result<CodeObject> code =
+        row ? CodeObject::parse(row->code) : Status::error(Code::integrity, "not authentic");
     const Implementation* implementation = code ? implementation_of(engine, *row, code->arch) : nullptr;
     if (implementation == nullptr) {
       ++recompiled.skipped;
       continue;
     }
     const Result<KernelDesc> desc = parse_desc(row->desc);
-    const Target target = {.arch = code->arch, .features = code->features, .sve_bits = code->vector_bits, .sme_bits = code->vector_bits};
+    const Target target = {
+        .arch = code->arch, .features = code->features, .sve_bits = code->vector_bits, .sme_bits = code->vector_bits};
     const Result<CodeObject> again = desc ? implementation->compile(*desc, target) : Result<CodeObject>(desc.status());
     if (again && again->serialise() == row->code)
       ++recompiled.same;
@@ -204,16 +219,24 @@ Result<Exit> verify(Engine& engine, const Options& options) {
     recompiled = std::move(*result);
   }
   if (options.json) {
-    Json report = {{"ok", verified->ok}, {"bad", verified->bad}, {"bad_keys", verified->bad_keys}, {"removed", options.dry_run ? 0 : verified->bad}};
+    Json report = {{"ok", verified->ok},
+                   {"bad", verified->bad},
+                   {"bad_keys", verified->bad_keys},
+                   {"removed", options.dry_run ? 0 : verified->bad}};
     if (options.recompile)
-      report["recompiled"] = {{"same", recompiled.same}, {"different", recompiled.different}, {"skipped", recompiled.skipped}};
+      report["recompiled"] = {
+          {"same", recompiled.same}, {"different", recompiled.different}, {"skipped", recompiled.skipped}};
     print_json(report);
   } else {
-    print_line(fmt::format("{} authentic, {} bad{}", verified->ok, verified->bad, verified->bad == 0 ? "" : options.dry_run ? " (kept)" : " (removed)"));
+    print_line(fmt::format("{} authentic, {} bad{}", verified->ok, verified->bad,
+                           verified->bad == 0 ? ""
+                           : options.dry_run  ? " (kept)"
+                                              : " (removed)"));
     for (const std::string& key : verified->bad_keys)
       print_line("  bad        " + key);
     if (options.recompile)
-      print_line(fmt::format("{} compiled again to the same bytes, {} to others, {} of another version", recompiled.same, recompiled.different.size(), recompiled.skipped));
+      print_line(fmt::format("{} compiled again to the same bytes, {} to others, {} of another version",
+                             recompiled.same, recompiled.different.size(), recompiled.skipped));
     for (const std::string& key : recompiled.different)
       print_line("  different  " + key);
   }
@@ -226,7 +249,8 @@ Result<Exit> report_pruned(const Result<Store::Pruned>& pruned, const Options& o
   if (options.json)
     print_json({{"rows", pruned->rows}, {"bytes", pruned->bytes}, {"dry_run", options.dry_run}});
   else
-    print_line(fmt::format("{} {} kernels, {}", options.dry_run ? "would remove" : "removed", pruned->rows, bytes_text(pruned->bytes)));
+    print_line(fmt::format("{} {} kernels, {}", options.dry_run ? "would remove" : "removed", pruned->rows,
+                           bytes_text(pruned->bytes)));
   return Exit::ok;
 }
 
@@ -234,7 +258,9 @@ Result<Exit> prune(Engine& engine, const Options& options) {
   return report_pruned(engine.store()->prune(engine.config().cache_max_mb << 20, options.dry_run), options);
 }
 
-Result<Exit> clear(Engine& engine, const Options& options) { return report_pruned(engine.store()->clear(options.dry_run), options); }
+Result<Exit> clear(Engine& engine, const Options& options) {
+  return report_pruned(engine.store()->clear(options.dry_run), options);
+}
 
 struct Action {
   const char* name;
@@ -258,8 +284,10 @@ Result<Exit> cache(const Action& action, const Options& options) {
   if (!engine)
     return engine.status();
   if ((*engine)->store() == nullptr)
-    return Status::error(Code::unsupported, fmt::format("there is no cache to look at{}", log.lines.empty() ? ": it is off (see KILN_CACHE and KILN_DISABLE in `kiln info`)"
-                                                                                                            : "; " + log.lines.back()));
+    return Status::error(Code::unsupported,
+                         fmt::format("there is no cache to look at{}",
+                                     log.lines.empty() ? ": it is off (see KILN_CACHE and KILN_DISABLE in `kiln info`)"
+                                                       : "; " + log.lines.back()));
   Result<Exit> exit = action.run(**engine, options);
   for (const std::string& line : exit ? log.lines : std::vector<std::string>())
     report_error(line);
@@ -284,7 +312,9 @@ Command cache_command(CLI::App& kiln) {
   }
   return {app, [app, options]() -> Result<Exit> {
             const std::string name = app->get_subcommands().front()->get_name();
-            return cache(*std::find_if(std::begin(kActions), std::end(kActions), [&](const Action& action) { return action.name == name; }), *options);
+            return cache(*std::find_if(std::begin(kActions), std::end(kActions),
+                                       [&](const Action& action) { return action.name == name; }),
+                         *options);
           }};
 }
 

@@ -11,7 +11,8 @@ namespace kiln::cli {
 /// The command's exit codes.
 enum class Exit : int { ok = 0, failed = 1, usage = 2, integrity = 3 };
 
-/// One subcommand. `run` is called after parsing when `app` is the one given; an error's message becomes the one line on stderr.
+/// One subcommand. `run` is called after parsing when `app` is the one given; an error's message becomes the one line
+/// on stderr.
 struct Command {
   CLI::App* app;
   std::function<Result<Exit>()> run;

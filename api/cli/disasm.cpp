@@ -28,7 +28,9 @@ Result<Exit> disasm(const Options& options) {
     return kernel.status();
   const Kernel& k = **kernel;
   if (k.text().empty())
-    return Status::error(Code::unsupported, fmt::format("the path {} is part of the library: it has no generated code to list", name_of(k.implementation().isa)));
+    return Status::error(Code::unsupported,
+                         fmt::format("the path {} is part of the library: it has no generated code to list",
+                                     name_of(k.implementation().isa)));
   const Result<std::string> listing = disassemble(k.code().arch, k.text(), k.code().entries);
   if (!listing)
     return listing.status();
@@ -41,7 +43,8 @@ Result<Exit> disasm(const Options& options) {
                 {"listing", *listing}});
     return Exit::ok;
   }
-  print_line(fmt::format("; {} ({}), {} bytes\n; {}", k.desc().text(), name_of(k.implementation().isa), k.text().size(), k.key().hex()));
+  print_line(fmt::format("; {} ({}), {} bytes\n; {}", k.desc().text(), name_of(k.implementation().isa), k.text().size(),
+                         k.key().hex()));
   print_line(listing->ends_with('\n') ? listing->substr(0, listing->size() - 1) : *listing);
   return Exit::ok;
 }

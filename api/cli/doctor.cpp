@@ -23,7 +23,9 @@ enum class State { ok, warn, fail };
 
 class Report {
 public:
-  void add(State state, std::string name, std::string text) { rows_.push_back({state, std::move(name), std::move(text)}); }
+  void add(State state, std::string name, std::string text) {
+    rows_.push_back({state, std::move(name), std::move(text)});
+  }
   bool failed() const {
     return std::any_of(rows_.begin(), rows_.end(), [](const Row& row) { return row.state == State::fail; });
   }
@@ -65,7 +67,8 @@ void check_clock(Report& report) {
   constexpr std::chrono::sys_days earliest = std::chrono::year(2025) / 1 / 1;
   const auto now = std::chrono::system_clock::now();
   report.add(now < earliest ? State::warn : State::ok, "clock",
-             local_time_text(std::chrono::system_clock::to_time_t(now)) + (now < earliest ? ": in the past; which kernels go first when the cache is full depends on it" : ""));
+             local_time_text(std::chrono::system_clock::to_time_t(now)) +
+                 (now < earliest ? ": in the past; which kernels go first when the cache is full depends on it" : ""));
 }
 
 void check_sqlite(Report& report) {
@@ -95,9 +98,12 @@ void check_file_system(Report& report, const Config& config) {
   const std::filesystem::path place = existing_part(config.cache_dir);
   const os::FileSystem file_system = os::file_system_of(place);
   if (file_system.over_network)
-    report.add(State::warn, "file system", fmt::format("{} at {}: locks between machines may not hold; give each machine its KILN_CACHE_DIR", file_system.name, place.string()));
+    report.add(State::warn, "file system",
+               fmt::format("{} at {}: locks between machines may not hold; give each machine its KILN_CACHE_DIR",
+                           file_system.name, place.string()));
   else if (file_system.in_memory)
-    report.add(State::warn, "file system", fmt::format("{} at {}: the cache is gone after a restart", file_system.name, place.string()));
+    report.add(State::warn, "file system",
+               fmt::format("{} at {}: the cache is gone after a restart", file_system.name, place.string()));
   else
     report.add(State::ok, "file system", fmt::format("{} at {}", file_system.name, place.string()));
 
@@ -109,9 +115,11 @@ void check_file_system(Report& report, const Config& config) {
   if (error)
     report.add(State::fail, "free space", error.message());
   else if (available < least_free_bytes)
-    report.add(State::fail, "free space", fmt::format("{}: needed are {}", bytes_text(available), bytes_text(least_free_bytes)));
+    report.add(State::fail, "free space",
+               fmt::format("{}: needed are {}", bytes_text(available), bytes_text(least_free_bytes)));
   else if (available >> 20 < config.cache_max_mb)
-    report.add(State::warn, "free space", fmt::format("{}, less than KILN_CACHE_MAX_MB={}", bytes_text(available), config.cache_max_mb));
+    report.add(State::warn, "free space",
+               fmt::format("{}, less than KILN_CACHE_MAX_MB={}", bytes_text(available), config.cache_max_mb));
   else
     report.add(State::ok, "free space", bytes_text(available));
 }
@@ -140,7 +148,9 @@ void check_store(Report& report, Engine& engine, const KernelDesc& desc) {
   if (!verified)
     report.add(State::fail, "stored kernels", verified.status().message());
   else if (verified->bad > 0)
-    report.add(State::fail, "stored kernels", fmt::format("{} of {} fail authentication: `kiln cache verify` removes them", verified->bad, verified->ok + verified->bad));
+    report.add(State::fail, "stored kernels",
+               fmt::format("{} of {} fail authentication: `kiln cache verify` removes them", verified->bad,
+                           verified->ok + verified->bad));
   else
     report.add(State::ok, "stored kernels", fmt::format("{}, all authentic", verified->ok));
 }
@@ -150,7 +160,8 @@ void check_execution(Report& report, Engine& engine, const KernelDesc& desc) {
   const std::string name = "run " + std::string(find_op(desc.op)->name);
   const Result<KernelRef> kernel = engine.get(desc);
   if (!kernel)
-    return report.add(kernel.status().code() == Code::miss ? State::warn : State::fail, name, kernel.status().message());
+    return report.add(kernel.status().code() == Code::miss ? State::warn : State::fail, name,
+                      kernel.status().message());
   Result<std::vector<Tensor>> tensors = random_tensors(desc);
   if (!tensors)
     return report.add(State::fail, name, tensors.status().message());
@@ -159,14 +170,18 @@ void check_execution(Report& report, Engine& engine, const KernelDesc& desc) {
   const Result<Check> check = ran ? check_outputs(desc, *tensors) : Result<Check>(ran);
   const std::string_view isa = name_of((*kernel)->implementation().isa);
   if (!check || !check->ok)
-    return report.add(State::fail, name, check ? fmt::format("{} gives a wrong result", isa) : check.status().message());
+    return report.add(State::fail, name,
+                      check ? fmt::format("{} gives a wrong result", isa) : check.status().message());
   const bool generated = !(*kernel)->text().empty();
   report.add(generated ? State::ok : State::warn, name,
-             fmt::format("{}: {}", isa, generated ? "generated code was loaded without a writable mapping, ran, and is right" : "no generated code serves; right, but slow"));
+             fmt::format("{}: {}", isa,
+                         generated ? "generated code was loaded without a writable mapping, ran, and is right"
+                                   : "no generated code serves; right, but slow"));
   if (!generated)
     return;
   const Result<std::string> listing = disassemble((*kernel)->code().arch, (*kernel)->text(), (*kernel)->code().entries);
-  report.add(listing ? State::ok : State::warn, "LLVM", listing ? "its shared object is found and loads" : listing.status().message());
+  report.add(listing ? State::ok : State::warn, "LLVM",
+             listing ? "its shared object is found and loads" : listing.status().message());
 }
 
 Result<Exit> doctor(bool json) {
@@ -204,7 +219,8 @@ Result<Exit> doctor(bool json) {
 
 Command doctor_command(CLI::App& kiln) {
   const auto json = std::make_shared<bool>(false);
-  CLI::App* app = kiln.add_subcommand("doctor", "What would go wrong here: directories, permissions, executable memory, libraries");
+  CLI::App* app =
+      kiln.add_subcommand("doctor", "What would go wrong here: directories, permissions, executable memory, libraries");
   app->add_flag("--json", *json, "Print one JSON object");
   return {app, [json] { return doctor(*json); }};
 }

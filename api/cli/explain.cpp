@@ -16,7 +16,9 @@ struct Options {
   bool json = false;
 };
 
-bool has_key(const Explanation& e) { return !e.key_text.empty(); }
+bool has_key(const Explanation& e) {
+  return !e.key_text.empty();
+}
 
 Json explanation_json(const KernelDesc& desc, const Explanation& e) {
   Json candidates = Json::array();
@@ -52,8 +54,9 @@ void print_explanation(const KernelDesc& desc, const Explanation& e) {
   Columns facts;
   facts.row({"desc", desc.text()});
   facts.row({"kernel", e.canonical.text()});
-  facts.row({"serves", e.m_range.max == std::numeric_limits<std::int64_t>::max() ? fmt::format("m from {}", e.m_range.min)
-                                                                                : fmt::format("m from {} to {}", e.m_range.min, e.m_range.max)});
+  facts.row({"serves", e.m_range.max == std::numeric_limits<std::int64_t>::max()
+                           ? fmt::format("m from {}", e.m_range.min)
+                           : fmt::format("m from {} to {}", e.m_range.min, e.m_range.max)});
   if (!e.pack_layout.empty())
     facts.row({"pack", e.pack_layout});
   facts.row({"cache", outcome_text(e)});
@@ -73,7 +76,8 @@ void print_explanation(const KernelDesc& desc, const Explanation& e) {
   Columns candidates("  ");
   for (const Explanation::Candidate& candidate : e.candidates)
     candidates.row({candidate.taken ? "→" : " ", std::string(name_of(candidate.implementation->isa)),
-                    std::string(name_of(candidate.implementation->backend)), candidate.taken ? "taken" : candidate.reason});
+                    std::string(name_of(candidate.implementation->backend)),
+                    candidate.taken ? "taken" : candidate.reason});
   candidates.print();
 }
 
@@ -96,7 +100,8 @@ Result<Exit> explain(const Options& options) {
 
 Command explain_command(CLI::App& kiln) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = kiln.add_subcommand("explain", "Every candidate, taken or refused and why; hit or miss, and what differs");
+  CLI::App* app =
+      kiln.add_subcommand("explain", "Every candidate, taken or refused and why; hit or miss, and what differs");
   app->add_option("OP", options->words, "The op, then field=value")->required();
   app->add_flag("--json", options->json, "Print one JSON object");
   return {app, [options] { return explain(*options); }};

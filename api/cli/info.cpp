@@ -114,7 +114,8 @@ void print_info(Engine& engine) {
   Columns facts;
   facts.row({"version", kiln_version()});
   facts.row({"machine", fmt::format("{}, {} cores", machine.cpu_name, machine.cores)});
-  facts.row({"caches", fmt::format("L1d {}, L2 {} per core, L3 {} shared", bytes_text(machine.l1d_bytes), bytes_text(machine.l2_bytes), bytes_text(machine.l3_bytes))});
+  facts.row({"caches", fmt::format("L1d {}, L2 {} per core, L3 {} shared", bytes_text(machine.l1d_bytes),
+                                   bytes_text(machine.l2_bytes), bytes_text(machine.l3_bytes))});
   facts.row({"target", machine.target.text()});
   facts.row({"cache", engine.store() ? engine.store()->path() : "off"});
   facts.print();

@@ -1,11 +1,11 @@
 #include "api/cli/json_file.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <optional>
 #include <vector>
 
 #include <fmt/format.h>
@@ -16,7 +16,8 @@ namespace {
 using nlohmann::json;
 
 constexpr std::uintmax_t kMaxBytes = 64 << 20;
-/// Deeper parts are reported with the line of what holds them: a hostile file must not make us keep a pointer for each of its brackets.
+/// Deeper parts are reported with the line of what holds them: a hostile file must not make us keep a pointer for each
+/// of its brackets.
 constexpr std::size_t kMaxDepth = 6;
 
 /// Walks over text for the parser and counts the lines that it has taken.
@@ -63,15 +64,21 @@ public:
   bool operator()(int, json::parse_event_t event, json& value) {
     using Event = json::parse_event_t;
     switch (event) {
-    case Event::key: note_member(escaped(value.get_ref<const std::string&>())); break;
-    case Event::value: note_element(); break;
+    case Event::key:
+      note_member(escaped(value.get_ref<const std::string&>()));
+      break;
+    case Event::value:
+      note_element();
+      break;
     case Event::object_start:
     case Event::array_start:
       note_element();
       open_.push_back({.is_array = event == Event::array_start, .pointer = open_.empty() ? "" : open_.back().member});
       break;
     case Event::object_end:
-    case Event::array_end: open_.pop_back(); break;
+    case Event::array_end:
+      open_.pop_back();
+      break;
     }
     return true;
   }
@@ -109,16 +116,19 @@ std::string what_of(const json::parse_error& error) {
 } // namespace
 
 Result<JsonFile> JsonFile::read(const std::string& path) {
-  const auto failed = [&](std::string_view why) { return Status::error(Code::invalid_argument, fmt::format("{}: {}", path, why)); };
+  const auto failed = [&](std::string_view why) {
+    return Status::error(Code::invalid_argument, fmt::format("{}: {}", path, why));
+  };
   std::error_code error;
   if (std::filesystem::is_directory(path, error))
     return failed("cannot be read: it is a directory");
   std::ifstream in(path, std::ios::binary);
   if (!in)
     return failed(fmt::format("cannot be read: {}", std::strerror(errno)));
-  std::string text(kMaxBytes + 1, '\0');
-  in.read(text.data(), static_cast<std::streamsize>(text.size()));
-  text.resize(static_cast<std::size_t>(in.gcount()));
+  std::string text;
+  std::array<char, 1 << 16> chunk;
+  while (text.size() <= kMaxBytes && (in.read(chunk.data(), chunk.size()), in.gcount() > 0))
+    text.append(chunk.data(), static_cast<std::size_t>(in.gcount()));
   if (in.bad())
     return failed("cannot be read");
   if (text.size() > kMaxBytes)
@@ -146,7 +156,8 @@ Status JsonFile::error(const std::string& pointer, std::string_view message) con
       line = found->second;
       break;
     }
-  return Status::error(Code::invalid_argument, fmt::format("{}:{}: {}{}{}", path_, line, pointer, pointer.empty() ? "" : ": ", message));
+  return Status::error(Code::invalid_argument,
+                       fmt::format("{}:{}: {}{}{}", path_, line, pointer, pointer.empty() ? "" : ": ", message));
 }
 
 } // namespace kiln::cli

@@ -16,7 +16,8 @@ public:
   static Result<JsonFile> read(const std::string& path);
 
   const nlohmann::json& root() const { return root_; }
-  /// `PATH:LINE: FIELD: message`, the field given as a JSON pointer (RFC 6901, as `/kernels/2/n`; "" is the whole file).
+  /// `PATH:LINE: FIELD: message`, the field given as a JSON pointer (RFC 6901, as `/kernels/2/n`; "" is the whole
+  /// file).
   Status error(const std::string& pointer, std::string_view message) const;
 
 private:

@@ -22,7 +22,8 @@ std::string missing_command(const CLI::App& app) {
   const std::vector<std::string> words = app.remaining();
   if (words.empty())
     return fmt::format("no command given: known are {}", known);
-  return fmt::format("unknown {} '{}': known commands are {}", words.front().starts_with('-') ? "option" : "command", words.front(), known);
+  return fmt::format("unknown {} '{}': known commands are {}", words.front().starts_with('-') ? "option" : "command",
+                     words.front(), known);
 }
 
 Exit usage_error(const CLI::App& app, const CLI::ParseError& error) {
@@ -32,7 +33,8 @@ Exit usage_error(const CLI::App& app, const CLI::ParseError& error) {
   std::string name = given->get_name();
   for (const CLI::App* parent = given->get_parent(); parent != nullptr; parent = parent->get_parent())
     name = parent->get_name() + " " + name;
-  report_error(fmt::format("{} (see {} --help)", given->get_require_subcommand_min() > 0 ? missing_command(*given) : error.what(), name));
+  report_error(fmt::format("{} (see {} --help)",
+                           given->get_require_subcommand_min() > 0 ? missing_command(*given) : error.what(), name));
   return Exit::usage;
 }
 

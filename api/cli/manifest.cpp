@@ -29,7 +29,8 @@ Result<std::string> field_text(const JsonFile& file, const std::string& pointer,
   return bad_value(file, pointer, value);
 }
 
-Result<std::string> checked_text(const JsonFile& file, const std::string& pointer, const OpSpec& op, const std::string& name, const json& value) {
+Result<std::string> checked_text(const JsonFile& file, const std::string& pointer, const OpSpec& op,
+                                 const std::string& name, const json& value) {
   Result<std::string> text = field_text(file, pointer, value);
   if (!text || name == "device")
     return text;
@@ -48,17 +49,18 @@ Result<FieldLists> field_lists(const JsonFile& file, const std::string& pointer,
     const std::string at = pointer + "/" + name;
     if (name != "device" && find_field(op, name) < 0)
       return file.error(at, fmt::format("unknown field of {}: known are op, {}device", op.name, [&] {
-        std::string names;
-        for (const FieldSpec& field : op.fields)
-          names += std::string(field.name) + ", ";
-        return names;
-      }()));
+                          std::string names;
+                          for (const FieldSpec& field : op.fields)
+                            names += std::string(field.name) + ", ";
+                          return names;
+                        }()));
     auto& [list_name, texts] = lists.emplace_back(name, std::vector<std::string>());
     const json values = value.is_array() ? value : json::array({value});
     if (values.empty())
       return file.error(at, "is an empty list: give a value");
     for (std::size_t i = 0; i < values.size(); ++i) {
-      Result<std::string> text = checked_text(file, value.is_array() ? fmt::format("{}/{}", at, i) : at, op, name, values[i]);
+      Result<std::string> text =
+          checked_text(file, value.is_array() ? fmt::format("{}/{}", at, i) : at, op, name, values[i]);
       if (!text)
         return text.status();
       texts.push_back(std::move(*text));
@@ -67,14 +69,17 @@ Result<FieldLists> field_lists(const JsonFile& file, const std::string& pointer,
   return lists;
 }
 
-Status append_kernels(const JsonFile& file, const std::string& pointer, const json& entry, std::vector<KernelDesc>& descs) {
+Status append_kernels(const JsonFile& file, const std::string& pointer, const json& entry,
+                      std::vector<KernelDesc>& descs) {
   if (!entry.is_object())
     return file.error(pointer, "is no object: give {\"op\": …, field: value, …}");
   if (!entry.contains("op") || !entry["op"].is_string())
-    return file.error(entry.contains("op") ? pointer + "/op" : pointer, fmt::format("needs \"op\" as a string: known are {}", known_op_names()));
+    return file.error(entry.contains("op") ? pointer + "/op" : pointer,
+                      fmt::format("needs \"op\" as a string: known are {}", known_op_names()));
   const OpSpec* op = find_op(entry["op"].get<std::string>());
   if (op == nullptr)
-    return file.error(pointer + "/op", fmt::format("unknown op '{}': known are {}", entry["op"].get<std::string>(), known_op_names()));
+    return file.error(pointer + "/op",
+                      fmt::format("unknown op '{}': known are {}", entry["op"].get<std::string>(), known_op_names()));
   const Result<FieldLists> lists = field_lists(file, pointer, *op, entry);
   if (!lists)
     return lists.status();
@@ -108,7 +113,8 @@ Result<std::vector<KernelDesc>> read_manifest(const std::string& path) {
     return file.status();
   const json& root = file->root();
   if (!root.is_object() || !root.contains("kernels") || !root["kernels"].is_array())
-    return file->error("", "is no manifest: it needs an object with a list \"kernels\" (a model's config.json goes with --model)");
+    return file->error(
+        "", "is no manifest: it needs an object with a list \"kernels\" (a model's config.json goes with --model)");
   for (const auto& [name, value] : root.items())
     if (name != "kernels")
       return file->error("/" + name, "unknown field: known is kernels");

@@ -34,16 +34,19 @@ public:
     const auto found = file_.root().find(name);
     if (found == file_.root().end() || found->is_null())
       return std::nullopt;
-    const bool in_range = found->is_number_unsigned() && found->get<std::uint64_t>() >= 1 && found->get<std::uint64_t>() <= kMaxSize;
+    const bool in_range =
+        found->is_number_unsigned() && found->get<std::uint64_t>() >= 1 && found->get<std::uint64_t>() <= kMaxSize;
     if (!in_range && status_.is_ok())
-      status_ = file_.error(std::string("/") + name, fmt::format("{}: allowed is an integer from 1 to {}", found->dump(), kMaxSize));
+      status_ = file_.error(std::string("/") + name,
+                            fmt::format("{}: allowed is an integer from 1 to {}", found->dump(), kMaxSize));
     return in_range ? found->get<std::int64_t>() : 1;
   }
   std::int64_t head_dim(std::int64_t hidden, std::int64_t heads) {
     if (const std::optional<std::int64_t> given = optional_size("head_dim"))
       return *given;
     if (hidden % heads != 0 && status_.is_ok())
-      status_ = file_.error("/num_attention_heads", fmt::format("{} does not divide hidden_size {}, and there is no head_dim", heads, hidden));
+      status_ = file_.error("/num_attention_heads",
+                            fmt::format("{} does not divide hidden_size {}, and there is no head_dim", heads, hidden));
     return hidden / heads;
   }
   std::string model_type() const {
@@ -60,12 +63,15 @@ private:
 };
 
 void append_gated_mlp(std::vector<Linear>& linears, std::int64_t hidden, std::int64_t intermediate) {
-  linears.insert(linears.end(), {{intermediate, hidden}, {2 * intermediate, hidden}, {hidden, intermediate}}); // gate or up, both, down
+  linears.insert(
+      linears.end(),
+      {{intermediate, hidden}, {2 * intermediate, hidden}, {hidden, intermediate}}); // gate or up, both, down
 }
 
 std::vector<Linear> llama(Config& config) {
   const std::int64_t hidden = config.size("hidden_size"), heads = config.size("num_attention_heads");
-  const std::int64_t kv_heads = config.optional_size("num_key_value_heads").value_or(heads), head = config.head_dim(hidden, heads);
+  const std::int64_t kv_heads = config.optional_size("num_key_value_heads").value_or(heads),
+                     head = config.head_dim(hidden, heads);
   std::vector<Linear> linears = {
       {heads * head, hidden},                  // q
       {kv_heads * head, hidden},               // k, v
@@ -90,7 +96,8 @@ std::vector<Linear> bert(Config& config) {
 /// Latent attention and experts, as in the model's published modelling code.
 std::vector<Linear> deepseek_v3(Config& config) {
   const std::int64_t hidden = config.size("hidden_size"), heads = config.size("num_attention_heads");
-  const std::int64_t nope = config.size("qk_nope_head_dim"), rope = config.size("qk_rope_head_dim"), value = config.size("v_head_dim");
+  const std::int64_t nope = config.size("qk_nope_head_dim"), rope = config.size("qk_rope_head_dim"),
+                     value = config.size("v_head_dim");
   const std::int64_t kv_rank = config.size("kv_lora_rank"), moe_intermediate = config.size("moe_intermediate_size");
   std::vector<Linear> linears;
   if (const std::optional<std::int64_t> q_rank = config.optional_size("q_lora_rank"))
@@ -98,9 +105,9 @@ std::vector<Linear> deepseek_v3(Config& config) {
   else
     linears = {{heads * (nope + rope), hidden}}; // q
   linears.insert(linears.end(), {
-                                    {kv_rank + rope, hidden},            // kv_a
-                                    {heads * (nope + value), kv_rank},   // kv_b
-                                    {hidden, heads * value},             // o
+                                    {kv_rank + rope, hidden},          // kv_a
+                                    {heads * (nope + value), kv_rank}, // kv_b
+                                    {hidden, heads * value},           // o
                                 });
   append_gated_mlp(linears, hidden, config.size("intermediate_size")); // the dense layers
   append_gated_mlp(linears, hidden, moe_intermediate);                 // each expert
@@ -126,8 +133,10 @@ constexpr SchemeRow kSchemes[] = {
 
 } // namespace
 
-Result<std::vector<KernelDesc>> model_kernels(const std::string& path, const std::string& scheme, std::span<const std::int64_t> tokens) {
-  const auto scheme_row = std::find_if(std::begin(kSchemes), std::end(kSchemes), [&](const SchemeRow& row) { return row.name == scheme; });
+Result<std::vector<KernelDesc>> model_kernels(const std::string& path, const std::string& scheme,
+                                              std::span<const std::int64_t> tokens) {
+  const auto scheme_row =
+      std::find_if(std::begin(kSchemes), std::end(kSchemes), [&](const SchemeRow& row) { return row.name == scheme; });
   if (scheme_row == std::end(kSchemes)) {
     std::string names;
     for (const SchemeRow& row : kSchemes)
@@ -141,7 +150,8 @@ Result<std::vector<KernelDesc>> model_kernels(const std::string& path, const std
     return file->error("", "is no config.json: it needs an object with model_type, hidden_size and so on");
 
   Config config(*file);
-  const auto model = std::find_if(std::begin(kModels), std::end(kModels), [&](const ModelRow& row) { return row.model_type == config.model_type(); });
+  const auto model = std::find_if(std::begin(kModels), std::end(kModels),
+                                  [&](const ModelRow& row) { return row.model_type == config.model_type(); });
   const std::vector<Linear> linears = (model == std::end(kModels) ? llama : model->linears)(config);
   if (!config.status())
     return config.status();

@@ -148,7 +148,8 @@ const DescrRow* find_descr(std::string_view descr) {
 /// Text of the header, or what is wrong in `why`.
 std::string read_header(std::FILE* file, std::string& why) {
   std::array<std::uint8_t, 8> start;
-  if (std::fread(start.data(), 1, start.size(), file) != start.size() || std::memcmp(start.data(), kMagic.data(), kMagic.size()) != 0) {
+  if (std::fread(start.data(), 1, start.size(), file) != start.size() ||
+      std::memcmp(start.data(), kMagic.data(), kMagic.size()) != 0) {
     why = "is not a .npy file";
     return {};
   }
@@ -180,14 +181,20 @@ std::string read_header(std::FILE* file, std::string& why) {
 
 std::string_view npy_descr(Dtype dtype) {
   switch (dtype) {
-  case Dtype::s8: return "|i1";
+  case Dtype::s8:
+    return "|i1";
   case Dtype::u8:
   case Dtype::e4m3:
-  case Dtype::e5m2: return "|u1";
-  case Dtype::s32: return "<i4";
-  case Dtype::f32: return "<f4";
-  case Dtype::bf16: return "<u2";
-  case Dtype::f16: return "<f2";
+  case Dtype::e5m2:
+    return "|u1";
+  case Dtype::s32:
+    return "<i4";
+  case Dtype::f32:
+    return "<f4";
+  case Dtype::bf16:
+    return "<u2";
+  case Dtype::f16:
+    return "<f2";
   }
   return {};
 }
@@ -216,11 +223,11 @@ Result<NpyArray> read_npy(const std::string& path) {
   const DescrRow* row = find_descr(header.descr);
   if (row == nullptr)
     return bad_file(path, fmt::format("has dtype '{}': allowed are {}", header.descr, [] {
-      std::vector<std::string_view> names;
-      for (const DescrRow& known : kDescrs)
-        names.push_back(known.descr);
-      return fmt::format("{}", fmt::join(names, ", "));
-    }()));
+                      std::vector<std::string_view> names;
+                      for (const DescrRow& known : kDescrs)
+                        names.push_back(known.descr);
+                      return fmt::format("{}", fmt::join(names, ", "));
+                    }()));
 
   const Result<std::uint64_t> bytes = bytes_of(header.shape, row->element_bytes);
   if (!bytes)
@@ -229,7 +236,8 @@ Result<NpyArray> read_npy(const std::string& path) {
   const std::uint64_t present = file_bytes >= position ? file_bytes - position : 0;
   if (present != *bytes)
     return bad_file(path, fmt::format("is {}: shape {} of {} takes {} bytes of data, the file has {}",
-                                      present < *bytes ? "cut short" : "too long", shape_text(header.shape), row->descr, *bytes, present));
+                                      present < *bytes ? "cut short" : "too long", shape_text(header.shape), row->descr,
+                                      *bytes, present));
   Result<Buffer> buffer = Buffer::allocate(*bytes);
   if (!buffer)
     return buffer.status();
@@ -239,7 +247,9 @@ Result<NpyArray> read_npy(const std::string& path) {
 }
 
 Status write_npy(const std::string& path, const Tensor& tensor) {
-  const auto failed = [&](std::string_view why) { return Status::error(Code::io, fmt::format("cannot write {}: {}", path, why)); };
+  const auto failed = [&](std::string_view why) {
+    return Status::error(Code::io, fmt::format("cannot write {}: {}", path, why));
+  };
   std::error_code error;
   // Through links, so that a link stays one.
   const std::filesystem::path destination = std::filesystem::weakly_canonical(path, error);
@@ -252,7 +262,8 @@ Status write_npy(const std::string& path, const Tensor& tensor) {
   std::string shape;
   for (const std::int64_t extent : tensor.shape)
     shape += fmt::format("{}, ", extent);
-  std::string header = fmt::format("{{'descr': '{}', 'fortran_order': False, 'shape': ({}), }}", npy_descr(tensor.dtype), shape);
+  std::string header =
+      fmt::format("{{'descr': '{}', 'fortran_order': False, 'shape': ({}), }}", npy_descr(tensor.dtype), shape);
   // numpy.lib.format: magic, version, length and header together are a multiple of 64 bytes, the last one a newline.
   const std::size_t before = kMagic.size() + 2 + 2;
   header.append(63 - (before + header.size()) % 64, ' ');

@@ -14,13 +14,16 @@ namespace {
 
 enum Int8MmTensor { kA, kB, kC };
 
-std::int64_t row_length(const Tensor& matrix) { return matrix.shape[1]; }
+std::int64_t row_length(const Tensor& matrix) {
+  return matrix.shape[1];
+}
 
 Result<Invocation> prepare_int8_mm(const Kernel& kernel, const KernelDesc& desc, std::span<Tensor> tensors) {
   const auto& plan = *static_cast<const int8_mm::Plan*>(kernel.plan());
   const auto b_layout = static_cast<int8_mm::BLayout>(desc.value[int8_mm::kBLayout]);
-  Result<int8_mm::Pack> made = int8_mm::Pack::make(plan.layout, tensors[kB].as<std::int8_t>(), row_length(tensors[kB]), b_layout,
-                                                   desc.value[int8_mm::kN], desc.value[int8_mm::kK], kernel.runtime().parallel);
+  Result<int8_mm::Pack> made =
+      int8_mm::Pack::make(plan.layout, tensors[kB].as<std::int8_t>(), row_length(tensors[kB]), b_layout,
+                          desc.value[int8_mm::kN], desc.value[int8_mm::kK], kernel.runtime().parallel);
   if (!made)
     return made.status();
   const auto pack = std::make_shared<const int8_mm::Pack>(std::move(*made));
@@ -34,9 +37,10 @@ Result<Invocation> prepare_int8_mm(const Kernel& kernel, const KernelDesc& desc,
 }
 
 void reference_int8_mm(const KernelDesc& desc, std::span<Tensor> tensors) {
-  int8_mm::reference(desc.value[int8_mm::kM], desc.value[int8_mm::kN], desc.value[int8_mm::kK], tensors[kA].as<std::int8_t>(),
-                     row_length(tensors[kA]), tensors[kB].as<std::int8_t>(), row_length(tensors[kB]),
-                     static_cast<int8_mm::BLayout>(desc.value[int8_mm::kBLayout]), tensors[kC].as<std::int32_t>(), row_length(tensors[kC]));
+  int8_mm::reference(desc.value[int8_mm::kM], desc.value[int8_mm::kN], desc.value[int8_mm::kK],
+                     tensors[kA].as<std::int8_t>(), row_length(tensors[kA]), tensors[kB].as<std::int8_t>(),
+                     row_length(tensors[kB]), static_cast<int8_mm::BLayout>(desc.value[int8_mm::kBLayout]),
+                     tensors[kC].as<std::int32_t>(), row_length(tensors[kC]));
 }
 
 constexpr OpRunner kRunners[] = {
@@ -46,7 +50,8 @@ constexpr OpRunner kRunners[] = {
 } // namespace
 
 const OpRunner& runner_of(OpId op) {
-  const auto runner = std::find_if(std::begin(kRunners), std::end(kRunners), [&](const OpRunner& row) { return row.op == op; });
+  const auto runner =
+      std::find_if(std::begin(kRunners), std::end(kRunners), [&](const OpRunner& row) { return row.op == op; });
   assert(runner != std::end(kRunners));
   return *runner;
 }
@@ -56,7 +61,8 @@ Result<std::vector<Tensor>> random_tensors(const KernelDesc& desc) {
   for (const TensorSpec& spec : find_op(desc.op)->tensors) {
     Result<Tensor> tensor = make_tensor(spec.dtype(desc), spec.shape(desc));
     if (!tensor)
-      return Status::error(tensor.status().code(), fmt::format("tensor {} of {}: {}", spec.name, desc.text(), tensor.status().message()));
+      return Status::error(tensor.status().code(),
+                           fmt::format("tensor {} of {}: {}", spec.name, desc.text(), tensor.status().message()));
     if (!spec.output)
       fill_random(*tensor, tensors.size());
     tensors.push_back(std::move(*tensor));

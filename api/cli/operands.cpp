@@ -9,7 +9,9 @@
 namespace kiln::cli {
 namespace {
 
-Status bad_word(const std::string& message) { return Status::error(Code::invalid_argument, message); }
+Status bad_word(const std::string& message) {
+  return Status::error(Code::invalid_argument, message);
+}
 
 std::string tensor_names(const OpSpec& op) {
   std::string names;
@@ -32,7 +34,8 @@ bool is_named(const NamedTexts& texts, std::string_view name) {
 Status add_file(Operands& operands, const std::string& name, const std::string& path) {
   const TensorSpec* tensor = find_tensor(*operands.op, name);
   if (tensor == nullptr)
-    return bad_word(fmt::format("{}: unknown tensor '{}': known are {}", operands.op->name, name, tensor_names(*operands.op)));
+    return bad_word(
+        fmt::format("{}: unknown tensor '{}': known are {}", operands.op->name, name, tensor_names(*operands.op)));
   if (is_named(operands.files, tensor->name))
     return bad_word(fmt::format("{}: tensor {} is given twice", operands.op->name, tensor->name));
   if (path.empty())
@@ -42,7 +45,9 @@ Status add_file(Operands& operands, const std::string& name, const std::string& 
 }
 
 /// Stands for a size that is not known yet: shape(desc) shows where it comes back. No field has such a value.
-std::int64_t placeholder(std::size_t field) { return -1'000'003 - static_cast<std::int64_t>(field); }
+std::int64_t placeholder(std::size_t field) {
+  return -1'000'003 - static_cast<std::int64_t>(field);
+}
 
 } // namespace
 
@@ -74,7 +79,8 @@ Result<KernelDesc> desc_from_words(std::span<const std::string> words) {
   if (!operands)
     return operands.status();
   if (!operands->files.empty())
-    return bad_word(fmt::format("{}=@{}: this command takes no tensors", operands->files.front().first, operands->files.front().second));
+    return bad_word(fmt::format("{}=@{}: this command takes no tensors", operands->files.front().first,
+                                operands->files.front().second));
   return desc_from_fields(operands->op->name, operands->fields);
 }
 
@@ -115,9 +121,10 @@ Result<KernelDesc> desc_from_shapes(const Operands& operands, const GivenShape& 
     if (op.fields[i].any_allowed && desc->value[i] == kAny)
       return bad_word(fmt::format("{}: {}=any: to run, give a number", op.name, op.fields[i].name));
   for (const TensorSpec& tensor : op.tensors)
-    if (const std::vector<std::int64_t>* given = given_shape(tensor.name); given != nullptr && *given != tensor.shape(*desc))
-      return bad_word(fmt::format("{}: tensor {} has shape {}: {} takes {}", op.name, tensor.name, shape_text(*given), desc->text(),
-                                  shape_text(tensor.shape(*desc))));
+    if (const std::vector<std::int64_t>* given = given_shape(tensor.name);
+        given != nullptr && *given != tensor.shape(*desc))
+      return bad_word(fmt::format("{}: tensor {} has shape {}: {} takes {}", op.name, tensor.name, shape_text(*given),
+                                  desc->text(), shape_text(tensor.shape(*desc))));
   return desc;
 }
 

@@ -29,8 +29,8 @@ Result<KernelDesc> desc_from_words(std::span<const std::string> words);
 
 /// The shape of the file given for a tensor, or null when none is.
 using GivenShape = std::function<const std::vector<std::int64_t>*(std::string_view tensor)>;
-/// The desc, with integer fields that were left out taken from the shapes of the given tensors. Every size is a number, and every given
-/// shape is the one that the desc asks for.
+/// The desc, with integer fields that were left out taken from the shapes of the given tensors. Every size is a number,
+/// and every given shape is the one that the desc asks for.
 Result<KernelDesc> desc_from_shapes(const Operands& operands, const GivenShape& given_shape);
 
 } // namespace kiln::cli

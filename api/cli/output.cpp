@@ -36,16 +36,23 @@ void print_line(std::string_view line) {
   std::fputc('\n', stdout);
 }
 
-bool flush_results() { return std::fflush(stdout) == 0 && std::ferror(stdout) == 0; }
+bool flush_results() {
+  return std::fflush(stdout) == 0 && std::ferror(stdout) == 0;
+}
 
-void report_error(std::string_view message) { fmt::print(stderr, "kiln: {}\n", on_one_line(message)); }
+void report_error(std::string_view message) {
+  fmt::print(stderr, "kiln: {}\n", on_one_line(message));
+}
 
 Exit report_error(const Status& status) {
   report_error(status.message());
   switch (status.code()) {
-  case Code::invalid_argument: return Exit::usage;
-  case Code::integrity: return Exit::integrity;
-  default: return Exit::failed;
+  case Code::invalid_argument:
+    return Exit::usage;
+  case Code::integrity:
+    return Exit::integrity;
+  default:
+    return Exit::failed;
   }
 }
 

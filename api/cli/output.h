@@ -44,11 +44,13 @@ private:
 struct CollectedLog {
   std::vector<std::string> lines;
   /// Log::Sink: called by one thread at a time.
-  static void sink(void* collected, LogLevel, const char* message) { static_cast<CollectedLog*>(collected)->lines.emplace_back(message); }
+  static void sink(void* collected, LogLevel, const char* message) {
+    static_cast<CollectedLog*>(collected)->lines.emplace_back(message);
+  }
 };
 
-std::string bytes_text(std::int64_t bytes);           ///< `16.0 KiB`
-std::string microseconds_text(double us);             ///< `12.3 µs`, `4.56 ms`
+std::string bytes_text(std::int64_t bytes);             ///< `16.0 KiB`
+std::string microseconds_text(double us);               ///< `12.3 µs`, `4.56 ms`
 std::string local_time_text(std::int64_t unix_seconds); ///< `2026-01-31 12:00:00`, `never` for 0
 
 } // namespace kiln::cli

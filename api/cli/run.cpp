@@ -50,8 +50,10 @@ Status take_arrays(const KernelDesc& desc, Arrays& arrays, const Operands& opera
       for (const auto& [name, file] : operands.files)
         if (name == op.tensors[i].name)
           path = file;
-      return Status::error(Code::invalid_argument, fmt::format("{}: has dtype '{}': tensor {} of {} is {}, which travels as '{}'", path,
-                                                               array->second.descr, op.tensors[i].name, desc.text(), name_of(tensors[i].dtype), descr));
+      return Status::error(Code::invalid_argument,
+                           fmt::format("{}: has dtype '{}': tensor {} of {} is {}, which travels as '{}'", path,
+                                       array->second.descr, op.tensors[i].name, desc.text(), name_of(tensors[i].dtype),
+                                       descr));
     }
     tensors[i].buffer = std::move(array->second.buffer);
   }
@@ -129,7 +131,9 @@ Command run_command(CLI::App& kiln) {
   CLI::App* app = kiln.add_subcommand("run", "Get a kernel and run it, on files or on random tensors");
   app->add_option("OP", options->words, "The op, then field=value, tensor=@in.npy, out=@out.npy")->required();
   app->add_flag("--check", options->check, "Compare with the reference op");
-  app->add_option("--repeat", options->repeat, "Timed calls, after one that is not timed")->check(CLI::Range(1, 1'000'000))->capture_default_str();
+  app->add_option("--repeat", options->repeat, "Timed calls, after one that is not timed")
+      ->check(CLI::Range(1, 1'000'000))
+      ->capture_default_str();
   app->add_flag("--json", options->json, "Print one JSON object");
   return {app, [options] { return run(*options); }};
 }

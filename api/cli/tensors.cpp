@@ -30,7 +30,9 @@ template <class T> Difference integer_difference(const Tensor& actual, const Ten
 
 } // namespace
 
-void Buffer::Free::operator()(std::uint8_t* p) const { std::free(p); }
+void Buffer::Free::operator()(std::uint8_t* p) const {
+  std::free(p);
+}
 
 Result<Buffer> Buffer::allocate(std::uint64_t bytes) {
   Buffer buffer;
@@ -44,7 +46,9 @@ Result<Buffer> Buffer::allocate(std::uint64_t bytes) {
   return buffer;
 }
 
-std::string shape_text(const std::vector<std::int64_t>& shape) { return fmt::format("[{}]", fmt::join(shape, ", ")); }
+std::string shape_text(const std::vector<std::int64_t>& shape) {
+  return fmt::format("[{}]", fmt::join(shape, ", "));
+}
 
 Result<std::uint64_t> bytes_of(const std::vector<std::int64_t>& shape, std::size_t element_bytes) {
   std::uint64_t bytes = element_bytes;
@@ -53,7 +57,9 @@ Result<std::uint64_t> bytes_of(const std::vector<std::int64_t>& shape, std::size
     fits = fits && extent >= 0 && !__builtin_mul_overflow(bytes, static_cast<std::uint64_t>(extent), &bytes);
   }
   if (!fits || bytes > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
-    return Status::error(Code::invalid_argument, fmt::format("shape {} is impossible: allowed are extents ≥ 0 and less than 2^63 bytes in all", shape_text(shape)));
+    return Status::error(Code::invalid_argument,
+                         fmt::format("shape {} is impossible: allowed are extents ≥ 0 and less than 2^63 bytes in all",
+                                     shape_text(shape)));
   return bytes;
 }
 
@@ -78,7 +84,8 @@ void fill_random(Tensor& tensor, std::uint64_t seed) {
 Difference difference(const Tensor& actual, const Tensor& expected) {
   switch (size_of(actual.dtype)) {
   case 1:
-    return actual.dtype == Dtype::u8 ? integer_difference<std::uint8_t>(actual, expected) : integer_difference<std::int8_t>(actual, expected);
+    return actual.dtype == Dtype::u8 ? integer_difference<std::uint8_t>(actual, expected)
+                                     : integer_difference<std::int8_t>(actual, expected);
   default:
     return integer_difference<std::int32_t>(actual, expected);
   }

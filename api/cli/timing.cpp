@@ -8,7 +8,9 @@
 namespace kiln::cli {
 namespace {
 
-double per_nanosecond(double amount, double us) { return us > 0 ? amount / (us * 1e3) : 0; }
+double per_nanosecond(double amount, double us) {
+  return us > 0 ? amount / (us * 1e3) : 0;
+}
 
 } // namespace
 
@@ -30,9 +32,13 @@ Result<Timing> time_calls(const Invocation& invocation, std::size_t calls, std::
   return Timing{*std::min_element(us.begin(), us.end()), *middle, us.size()};
 }
 
-double gops(const KernelDesc& desc, const Timing& timing) { return per_nanosecond(find_op(desc.op)->operations(desc), timing.min_us); }
+double gops(const KernelDesc& desc, const Timing& timing) {
+  return per_nanosecond(find_op(desc.op)->operations(desc), timing.min_us);
+}
 
-double gbps(const KernelDesc& desc, const Timing& timing) { return per_nanosecond(find_op(desc.op)->bytes(desc), timing.min_us); }
+double gbps(const KernelDesc& desc, const Timing& timing) {
+  return per_nanosecond(find_op(desc.op)->bytes(desc), timing.min_us);
+}
 
 Json run_report(const KernelDesc& desc, const Kernel& kernel, const Timing& timing) {
   const Implementation& implementation = kernel.implementation();
@@ -57,12 +63,15 @@ void print_run_report(const KernelDesc& desc, const Kernel& kernel, const Timing
   if (!implementation.builtin) {
     columns.row({"key", kernel.key().hex()});
     columns.row({"kernel", fmt::format("{}; compiled in {}, loaded in {}", name_of(kernel.source),
-                                       microseconds_text(static_cast<double>(kernel.compile_us)), microseconds_text(static_cast<double>(kernel.load_us)))});
+                                       microseconds_text(static_cast<double>(kernel.compile_us)),
+                                       microseconds_text(static_cast<double>(kernel.load_us)))});
   }
-  columns.row({"run", fmt::format("{} fastest, {} median of {}", microseconds_text(timing.min_us), microseconds_text(timing.median_us), timing.calls)});
+  columns.row({"run", fmt::format("{} fastest, {} median of {}", microseconds_text(timing.min_us),
+                                  microseconds_text(timing.median_us), timing.calls)});
   columns.row({"rate", fmt::format("{:.1f} GOPS, {:.2f} GB/s", gops(desc, timing), gbps(desc, timing))});
   if (check != nullptr)
-    columns.row({"check", fmt::format("{}; largest error {:g}, relative {:g}", check->ok ? "ok" : "FAILED", check->difference.max_abs, check->difference.relative)});
+    columns.row({"check", fmt::format("{}; largest error {:g}, relative {:g}", check->ok ? "ok" : "FAILED",
+                                      check->difference.max_abs, check->difference.relative)});
   columns.print();
 }
 

@@ -29,7 +29,9 @@ struct Options {
   bool json = false;
 };
 
-Status usage(std::string message) { return Status::error(Code::invalid_argument, std::move(message)); }
+Status usage(std::string message) {
+  return Status::error(Code::invalid_argument, std::move(message));
+}
 
 Result<std::vector<KernelDesc>> asked_descs(const Options& options) {
   if (options.model.empty() != options.scheme.empty() || options.model.empty() != options.tokens.empty())
@@ -153,8 +155,8 @@ Result<Exit> warmup(const Options& options) {
                 {"ms", ms},
                 {"results", list}});
   else
-    print_line(fmt::format("{} kernels for {} descs: {} hit, {} compiled, {} failed in {}", kernels.size(), descs->size(), hit, compiled, failed,
-                           microseconds_text(ms * 1e3)));
+    print_line(fmt::format("{} kernels for {} descs: {} hit, {} compiled, {} failed in {}", kernels.size(),
+                           descs->size(), hit, compiled, failed, microseconds_text(ms * 1e3)));
   return failed == 0 ? Exit::ok : Exit::failed;
 }
 
@@ -170,8 +172,10 @@ Command warmup_command(CLI::App& kiln) {
       ->delimiter(',')
       ->allow_extra_args(false)
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 31));
-  app->add_option("--target", options->target, "Another machine: what its `kiln info --target` prints, or a name that `kiln info` lists");
-  app->add_option("-j,--jobs", options->jobs, "Compile so many at once (default: the cores)")->check(CLI::Range(1, 1024));
+  app->add_option("--target", options->target,
+                  "Another machine: what its `kiln info --target` prints, or a name that `kiln info` lists");
+  app->add_option("-j,--jobs", options->jobs, "Compile so many at once (default: the cores)")
+      ->check(CLI::Range(1, 1024));
   app->add_flag("--json", options->json, "Print one JSON object");
   return {app, [options] { return warmup(*options); }};
 }
