@@ -10,8 +10,8 @@
 #include "backends/x86/rows.h"
 #include "tests/int8_mm_kernel_check.h"
 
-/// The vector paths of int8_mm on x86, kernel by kernel: those that this machine can execute against the reference, all of them for
-/// what emission promises.
+/// The vector paths of int8_mm on x86, kernel by kernel: those that this machine can execute against the reference, all
+/// of them for what emission promises.
 
 using namespace kiln;
 using namespace kiln::test;
@@ -20,7 +20,9 @@ namespace {
 
 const Implementation kRows[] = {x86::int8_mm_avx512vnni(), x86::int8_mm_avxvnni(), x86::int8_mm_avx2()};
 
-KernelDesc canonical(std::int64_t m, std::int64_t n, std::int64_t k) { return int8_mm::op().canonical(int8_mm::make_desc(m, n, k)); }
+KernelDesc canonical(std::int64_t m, std::int64_t n, std::int64_t k) {
+  return int8_mm::op().canonical(int8_mm::make_desc(m, n, k));
+}
 
 CodeObject compile(const Implementation& row, std::int64_t m, std::int64_t n, std::int64_t k) {
   Result<CodeObject> code = row.compile(canonical(m, n, k), Target{});
@@ -48,7 +50,8 @@ TEST_CASE("every m of every class, any n and k, between inaccessible pages") {
   constexpr unsigned kSeed = 20;
   INFO("seed ", kSeed);
   std::mt19937 random(kSeed);
-  // Classes up to 32 whole; of the unbounded one more than a period of every path's row split (13 · 14 rows), in odd steps.
+  // Classes up to 32 whole; of the unbounded one more than a period of every path's row split (13 · 14 rows), in odd
+  // steps.
   std::vector<std::int64_t> rows;
   for (std::int64_t m = 1; m <= 70; ++m)
     rows.push_back(m);
@@ -73,10 +76,14 @@ TEST_CASE("every remainder of n and k") {
     for (const std::int64_t m : {1, 2, 3, 6, 15, 31, 47}) {
       for (std::int64_t k = 0; k <= 67; ++k) {
         const std::int64_t n = 1 + random() % 40;
-        check_int8_mm_kernel(compile(row, m, n, k), {.m = m, .n = n, .k = k, .n_cut = n, .values = Values::random, .guard = Guard::after}, random);
+        check_int8_mm_kernel(compile(row, m, n, k),
+                             {.m = m, .n = n, .k = k, .n_cut = n, .values = Values::random, .guard = Guard::after},
+                             random);
       }
       for (std::int64_t n = 1; n <= 131; ++n)
-        check_int8_mm_kernel(compile(row, m, n, 37), {.m = m, .n = n, .k = 37, .n_cut = n, .values = Values::random, .guard = Guard::after}, random);
+        check_int8_mm_kernel(compile(row, m, n, 37),
+                             {.m = m, .n = n, .k = 37, .n_cut = n, .values = Values::random, .guard = Guard::after},
+                             random);
     }
   });
 }
@@ -91,7 +98,9 @@ TEST_CASE("a range of columns at a time, as several threads would") {
       const CodeObject code = compile(row, m, n, k);
       const std::int64_t step = int8_mm::Plan::from(code.plan)->n_step;
       for (const std::int64_t steps : {1, 2, 3})
-        check_int8_mm_kernel(code, {.m = m, .n = n, .k = k, .n_cut = steps * step, .values = Values::random, .guard = Guard::after}, random);
+        check_int8_mm_kernel(
+            code, {.m = m, .n = n, .k = k, .n_cut = steps * step, .values = Values::random, .guard = Guard::after},
+            random);
     }
   });
 }
@@ -102,7 +111,9 @@ TEST_CASE("sums wrap and never saturate") {
   constexpr std::int64_t k = std::int64_t{1} << 17;
   for_each_runnable([&](const Implementation& row) {
     for (const std::int64_t m : {1, 33})
-      check_int8_mm_kernel(compile(row, m, 17, k), {.m = m, .n = 17, .k = k, .n_cut = 17, .values = Values::all_lowest, .guard = Guard::after}, random);
+      check_int8_mm_kernel(compile(row, m, 17, k),
+                           {.m = m, .n = 17, .k = k, .n_cut = 17, .values = Values::all_lowest, .guard = Guard::after},
+                           random);
   });
 }
 

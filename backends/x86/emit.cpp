@@ -8,8 +8,8 @@ namespace kiln::x86 {
 namespace {
 
 // Constant, so that the bytes are the same wherever they are made.
-const asmjit::Environment kEnvironment(asmjit::Arch::kX64, asmjit::SubArch::kUnknown, asmjit::Vendor::kUnknown, asmjit::Platform::kLinux,
-                                       asmjit::PlatformABI::kGNU);
+const asmjit::Environment kEnvironment(asmjit::Arch::kX64, asmjit::SubArch::kUnknown, asmjit::Vendor::kUnknown,
+                                       asmjit::Platform::kLinux, asmjit::PlatformABI::kGNU);
 
 } // namespace
 
@@ -31,8 +31,8 @@ void Assembler::leave(std::initializer_list<asmjit::x86::Gp> callee_saved) {
   ret();
 }
 
-asmjit::Error Assembler::_emit(asmjit::InstId id, const asmjit::Operand_& o0, const asmjit::Operand_& o1, const asmjit::Operand_& o2,
-                               const asmjit::Operand_* more) {
+asmjit::Error Assembler::_emit(asmjit::InstId id, const asmjit::Operand_& o0, const asmjit::Operand_& o1,
+                               const asmjit::Operand_& o2, const asmjit::Operand_* more) {
   record(o0);
   record(o1);
   record(o2);
@@ -65,7 +65,8 @@ Result<CodeObject> Assembler::finish(Features features, std::vector<std::pair<st
   if (first_error_ == asmjit::kErrorOk)
     first_error_ = holder_.resolveUnresolvedLinks();
   if (first_error_ != asmjit::kErrorOk)
-    return Status::error(Code::compile_failed, fmt::format("asmjit: {}", asmjit::DebugUtils::errorAsString(first_error_)));
+    return Status::error(Code::compile_failed,
+                         fmt::format("asmjit: {}", asmjit::DebugUtils::errorAsString(first_error_)));
   if (holder_.hasUnresolvedLinks() || holder_.hasRelocEntries())
     return Status::error(Code::compile_failed, "asmjit: the code names an unbound label or needs relocation");
 
@@ -73,7 +74,8 @@ Result<CodeObject> Assembler::finish(Features features, std::vector<std::pair<st
   object.image.resize(holder_.codeSize());
   first_error_ = holder_.copyFlattenedData(object.image.data(), object.image.size());
   if (first_error_ != asmjit::kErrorOk)
-    return Status::error(Code::compile_failed, fmt::format("asmjit: {}", asmjit::DebugUtils::errorAsString(first_error_)));
+    return Status::error(Code::compile_failed,
+                         fmt::format("asmjit: {}", asmjit::DebugUtils::errorAsString(first_error_)));
   object.alignment = 64;
   object.entries = {{"main", 0}};
   object.arch = Arch::x86_64;

@@ -1,9 +1,10 @@
 #include "backends/x86/int8_mm_vex.h"
 #include "backends/x86/rows.h"
 
-/// int8_mm with vpmaddwd (s16 × s16 → s32, two products a lane, exact: vpmaddubsw would saturate) and vpaddd, for CPUs without VNNI.
-/// A is widened to s16 once per call into the workspace, B by vpmovsxbw on its way into a register, from a pack of pairs along K.
-/// What bounds it: two vpmaddwd a cycle; with them and their additions a step of a 6-row tile takes 26 vector operations of four pipes.
+/// int8_mm with vpmaddwd (s16 × s16 → s32, two products a lane, exact: vpmaddubsw would saturate) and vpaddd, for CPUs
+/// without VNNI. A is widened to s16 once per call into the workspace, B by vpmovsxbw on its way into a register, from
+/// a pack of pairs along K. What bounds it: two vpmaddwd a cycle; with them and their additions a step of a 6-row tile
+/// takes 26 vector operations of four pipes.
 namespace kiln::x86 {
 namespace {
 
@@ -19,21 +20,22 @@ public:
 
   void convert_rows() {
     const Ymm words = ymm0;
-    emit_rows(a_, shape_.k, shape_.row_stride, 16, 2, [&](const Gp& from, const Gp& to, int width, std::int64_t offset) {
-      const int at = static_cast<int>(offset);
-      if (width == 16) {
-        a_.vpmovsxbw(words, ptr(from, at));
-        a_.vmovdqu(ptr(to, 2 * at), words);
-      } else if (width == 8) {
-        a_.vpmovsxbw(Xmm(words.id()), ptr(from, at));
-        a_.vmovdqu(ptr(to, 2 * at), Xmm(words.id()));
-      } else {
-        for (int i = at; i < at + width; ++i) {
-          a_.movsx(eax, byte_ptr(from, i));
-          a_.mov(ptr(to, 2 * i), ax);
-        }
-      }
-    });
+    emit_rows(a_, shape_.k, shape_.row_stride, 16, 2,
+              [&](const Gp& from, const Gp& to, int width, std::int64_t offset) {
+                const int at = static_cast<int>(offset);
+                if (width == 16) {
+                  a_.vpmovsxbw(words, ptr(from, at));
+                  a_.vmovdqu(ptr(to, 2 * at), words);
+                } else if (width == 8) {
+                  a_.vpmovsxbw(Xmm(words.id()), ptr(from, at));
+                  a_.vmovdqu(ptr(to, 2 * at), Xmm(words.id()));
+                } else {
+                  for (int i = at; i < at + width; ++i) {
+                    a_.movsx(eax, byte_ptr(from, i));
+                    a_.mov(ptr(to, 2 * i), ax);
+                  }
+                }
+              });
   }
 
   void begin_row_tile() {
@@ -59,13 +61,15 @@ public:
 Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
   const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
   const VexTile tile = vex_tile_for(m_class);
-  const NestShape shape{.heights = heights_for(m_class, tile.rows),
+  const Heights heights = heights_for(m_class, tile.rows);
+  const NestShape shape{.heights = heights,
                         .panels = 1,
                         .layout = kLayout,
                         .k = k,
                         .row_stride = workspace_row_stride(2 * k),
                         .row_step = 4,
-                        .unroll = tile.unroll};
+                        .unroll = tile.unroll,
+                        .ahead = !heights.single_tile};
   Assembler a;
   Path path(a, shape, tile);
   emit_nest(a, shape, path);

@@ -3,9 +3,10 @@
 
 /// int8_mm with 512-bit vpdpbusd (u8 × s8 → s32, four products a lane, no saturation).
 ///
-/// A becomes u8 by a flipped sign bit, which adds 128: the accumulators begin at −128·Σ_k b. A's rows are flipped once per call into the
-/// workspace, at a stride that spreads them over the sets of L1 (rows 4096 bytes apart would share one set), so that the K loop holds
-/// nothing but loads and vpdpbusd, and so that a remainder of K needs no step of its own: the pack is zero beyond K.
+/// A becomes u8 by a flipped sign bit, which adds 128: the accumulators begin at −128·Σ_k b. A's rows are flipped once
+/// per call into the workspace, at a stride that spreads them over the sets of L1 (rows 4096 bytes apart would share
+/// one set), so that the K loop holds nothing but loads and vpdpbusd, and so that a remainder of K needs no step of its
+/// own: the pack is zero beyond K.
 namespace kiln::x86 {
 namespace {
 
@@ -14,31 +15,37 @@ using int8_mm::Call;
 using int8_mm::PackLayout;
 
 constexpr PackLayout kLayout{.n_block = 16, .k_block = 4};
-constexpr Features kFeatures{Feature::avx512f, Feature::avx512bw, Feature::avx512vnni, Feature::bmi2};
+constexpr Features kFeatures{Feature::avx512f, Feature::avx512bw, Feature::avx512vnni};
 
-/// A register tile of rows × panels vectors. What bounds it: two vpdpbusd a cycle of 4 to 5 cycles latency, so at least ten
-/// accumulators; two loads a cycle, of which a step of K takes rows + panels; 32 registers.
+/// A register tile of rows × panels vectors. What bounds it: two vpdpbusd a cycle of 4 to 5 cycles latency, so at least
+/// ten accumulators; two loads a cycle, of which a step of K takes rows + panels; 32 registers.
 struct Tile {
-  int rows;     ///< at most
-  int panels;   ///< of 16 columns, side by side
-  int sets;     ///< accumulators per element, for consecutive steps of K: hides latency where rows × panels is small
-  int unroll;   ///< steps of K in one turn of the loop, a multiple of sets
+  int rows;   ///< at most
+  int panels; ///< of 16 columns, side by side
+  int sets;   ///< accumulators per element, for consecutive steps of K: hides latency where rows × panels is small
+  int unroll; ///< steps of K in one turn of the loop, a multiple of sets
 };
 
 Tile tile_for(std::int64_t m_class) {
   switch (m_class) {
-  case 1: return {.rows = 1, .panels = 4, .sets = 4, .unroll = 4};
-  case 2: return {.rows = 2, .panels = 4, .sets = 2, .unroll = 4};
-  case 4: return {.rows = 4, .panels = 4, .sets = 1, .unroll = 1};
-  case 8: return {.rows = 8, .panels = 2, .sets = 1, .unroll = 1};
+  case 1:
+    return {.rows = 1, .panels = 4, .sets = 2, .unroll = 4};
+  case 2:
+    return {.rows = 2, .panels = 4, .sets = 2, .unroll = 4};
+  case 4:
+    return {.rows = 4, .panels = 4, .sets = 1, .unroll = 1};
+  case 8:
+    return {.rows = 8, .panels = 2, .sets = 1, .unroll = 1};
   // 14 rows fit the registers too, and measured no faster than 13.
-  default: return {.rows = 13, .panels = 2, .sets = 1, .unroll = 1};
+  default:
+    return {.rows = 13, .panels = 2, .sets = 1, .unroll = 1};
   }
 }
 
 class Path {
 public:
-  Path(Assembler& assembler, const NestShape& shape, const Tile& tile) : a_(assembler), shape_(shape), tile_(tile), lanes_(assembler.newLabel()) {}
+  Path(Assembler& assembler, const NestShape& shape, const Tile& tile)
+      : a_(assembler), shape_(shape), tile_(tile), lanes_(assembler.newLabel()) {}
 
   void convert_rows() {
     const Gp call = rdi, row = rax, lda = rcx, rows_left = rdx, out = rsi, k = r8, mask = r9;
@@ -141,7 +148,9 @@ public:
   }
 
 private:
-  Zmm acc(int row, int panel, int set = 0) const { return Zmm((set * shape_.heights.max + row) * tile_.panels + panel); }
+  Zmm acc(int row, int panel, int set = 0) const {
+    return Zmm((set * shape_.heights.max + row) * tile_.panels + panel);
+  }
   Zmm b(int panel) const { return Zmm(31 - panel); }
   Zmm bytes_of_a() const { return Zmm(31 - tile_.panels); }
   static KReg mask(int panel) { return KReg(1 + panel); }

@@ -1,9 +1,10 @@
 #include "backends/x86/int8_mm_vex.h"
 #include "backends/x86/rows.h"
 
-/// int8_mm with the VEX form of vpdpbusd on 256 bits, for CPUs without AVX-512. As in int8_mm_avx512vnni.cpp, A's sign bits are flipped into
-/// the workspace and the accumulators begin at −128·Σ_k b; the pack is the same.
-/// What bounds it: two vpdpbusd a cycle of 4 to 5 cycles latency; a tile of 6 rows has 12 accumulators and takes 8 loads for 12 of them.
+/// int8_mm with the VEX form of vpdpbusd on 256 bits, for CPUs without AVX-512. As in int8_mm_avx512vnni.cpp, A's sign
+/// bits are flipped into the workspace and the accumulators begin at −128·Σ_k b; the pack is the same. What bounds it:
+/// two vpdpbusd a cycle of 4 to 5 cycles latency; a tile of 6 rows has 12 accumulators and takes 8 loads for 12 of
+/// them.
 namespace kiln::x86 {
 namespace {
 
@@ -25,38 +26,39 @@ public:
     a_.mov(rax, sign_bits);
     a_.vmovq(Xmm(flip.id()), rax);
     a_.vpbroadcastq(flip, Xmm(flip.id()));
-    emit_rows(a_, shape_.k, shape_.row_stride, 32, 1, [&](const Gp& from, const Gp& to, int width, std::int64_t offset) {
-      const int at = static_cast<int>(offset);
-      switch (width) {
-      case 32:
-        a_.vpxor(bytes, flip, ptr(from, at));
-        a_.vmovdqu(ptr(to, at), bytes);
-        break;
-      case 16:
-        a_.vpxor(Xmm(bytes.id()), Xmm(flip.id()), ptr(from, at));
-        a_.vmovdqu(ptr(to, at), Xmm(bytes.id()));
-        break;
-      case 8:
-        a_.mov(rbx, ptr(from, at));
-        a_.xor_(rbx, rax);
-        a_.mov(ptr(to, at), rbx);
-        break;
-      case 4:
-        a_.mov(ebx, ptr(from, at));
-        a_.xor_(ebx, eax);
-        a_.mov(ptr(to, at), ebx);
-        break;
-      case 2:
-        a_.movzx(ebx, word_ptr(from, at));
-        a_.xor_(ebx, eax);
-        a_.mov(ptr(to, at), bx);
-        break;
-      default:
-        a_.movzx(ebx, byte_ptr(from, at));
-        a_.xor_(ebx, eax);
-        a_.mov(ptr(to, at), bl);
-      }
-    });
+    emit_rows(a_, shape_.k, shape_.row_stride, 32, 1,
+              [&](const Gp& from, const Gp& to, int width, std::int64_t offset) {
+                const int at = static_cast<int>(offset);
+                switch (width) {
+                case 32:
+                  a_.vpxor(bytes, flip, ptr(from, at));
+                  a_.vmovdqu(ptr(to, at), bytes);
+                  break;
+                case 16:
+                  a_.vpxor(Xmm(bytes.id()), Xmm(flip.id()), ptr(from, at));
+                  a_.vmovdqu(ptr(to, at), Xmm(bytes.id()));
+                  break;
+                case 8:
+                  a_.mov(rbx, ptr(from, at));
+                  a_.xor_(rbx, rax);
+                  a_.mov(ptr(to, at), rbx);
+                  break;
+                case 4:
+                  a_.mov(ebx, ptr(from, at));
+                  a_.xor_(ebx, eax);
+                  a_.mov(ptr(to, at), ebx);
+                  break;
+                case 2:
+                  a_.movzx(ebx, word_ptr(from, at));
+                  a_.xor_(ebx, eax);
+                  a_.mov(ptr(to, at), bx);
+                  break;
+                default:
+                  a_.movzx(ebx, byte_ptr(from, at));
+                  a_.xor_(ebx, eax);
+                  a_.mov(ptr(to, at), bl);
+                }
+              });
   }
 
   void begin_row_tile() {
@@ -88,13 +90,15 @@ public:
 Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
   const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
   const VexTile tile = vex_tile_for(m_class);
-  const NestShape shape{.heights = heights_for(m_class, tile.rows),
+  const Heights heights = heights_for(m_class, tile.rows);
+  const NestShape shape{.heights = heights,
                         .panels = 1,
                         .layout = kLayout,
                         .k = k,
                         .row_stride = workspace_row_stride(k),
                         .row_step = 4,
-                        .unroll = tile.unroll};
+                        .unroll = tile.unroll,
+                        .ahead = !heights.single_tile};
   Assembler a;
   Path path(a, shape, tile);
   emit_nest(a, shape, path);

@@ -13,7 +13,8 @@ using int8_mm::Call;
 namespace {
 
 /// Stack slots below the saved registers, bytes from rsp.
-constexpr int kTallCode = 0, kShortCode = 8, kShortTiles = 16, kTiles = 24, kWorkspace = 32, kColumnTiles = 40, kStreamBytes = 48, kFrame = 56;
+constexpr int kTallCode = 0, kShortCode = 8, kShortTiles = 16, kTiles = 24, kWorkspace = 32, kColumnTiles = 40,
+              kStreamBytes = 48, kFrame = 56;
 
 } // namespace
 
@@ -36,7 +37,9 @@ Heights heights_for(std::int64_t m_class, int max_height) {
   return heights;
 }
 
-std::int64_t workspace_row_stride(std::int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64 + 4; }
+std::int64_t workspace_row_stride(std::int64_t bytes) {
+  return ((bytes + 63) / 64 | 1) * 64 + 4;
+}
 
 Status supports_nest(const KernelDesc& desc, const Target&) {
   constexpr std::int64_t max_k = 1 << 26;
@@ -48,7 +51,8 @@ Status supports_nest(const KernelDesc& desc, const Target&) {
 }
 
 Nest::Nest(Assembler& assembler, const NestShape& shape)
-    : row_tile(assembler.newLabel()), a_(assembler), shape_(shape), column_tile_(assembler.newLabel()), table_(assembler.newLabel()) {
+    : row_tile(assembler.newLabel()), a_(assembler), shape_(shape), column_tile_(assembler.newLabel()),
+      table_(assembler.newLabel()) {
   for (int height = shape.heights.min; height <= shape.heights.max; ++height) {
     k_loop.push_back(a_.newLabel());
     store.push_back(a_.newLabel());
@@ -62,7 +66,8 @@ asmjit::x86::Mem panel_at(int p, int displacement) {
 asmjit::x86::Mem columns_at(const Gp& base, int p, int displacement) {
   if (p == 0)
     return ptr(base, displacement);
-  return p == 3 ? ptr(base, role::stream_columns_3, 0, displacement) : ptr(base, role::stream_columns, p - 1, displacement);
+  return p == 3 ? ptr(base, role::stream_columns_3, 0, displacement)
+                : ptr(base, role::stream_columns, p - 1, displacement);
 }
 
 void Nest::begin() {
@@ -153,7 +158,7 @@ void Nest::begin_column_tile() {
     a_.mov(role::tiles_left, ptr(rsp, kTiles));
   if (shape_.ahead) {
     a_.lea(role::ahead, ptr(role::b, shape_.advance() * shape_.layout.panel_bytes(shape_.k)));
-    a_.mov(role::ahead_step.r32(), 64);
+    a_.mov(role::ahead_step.r32(), shape_.step_bytes());
   }
 }
 
@@ -174,9 +179,12 @@ void Nest::dispatch() {
 void Nest::end_row_tile() {
   if (shape_.heights.single_tile)
     return;
+  if (shape_.ahead && shape_.panels == 1)
+    a_.xor_(role::ahead_step.r32(), role::ahead_step.r32());
   a_.dec(role::tiles_left);
-  if (shape_.ahead) {
-    // The first row tile fetched for the first stream, the second does for the other, those after it fetch nothing new.
+  if (shape_.ahead && shape_.panels == 2) {
+    // The first row tile fetched the next tile's first panel, the second does the other, those after it fetch nothing
+    // new.
     const Gp zero = rdi, other = rbx, first_done = rax;
     a_.lea(first_done, ptr(role::tiles_left, 1));
     a_.xor_(zero.r32(), zero.r32());

@@ -6,24 +6,27 @@
 #include "backends/x86/emit.h"
 #include "jit/ops/int8_mm.h"
 
-/// The loops around a register tile, common to the vector paths of int8_mm: A's rows are brought into the workspace once, then for each
-/// column tile every row tile runs through K. A column tile of B is thus read from memory once and is in L2 for the row tiles after the first.
+/// The loops around a register tile, common to the vector paths of int8_mm: A's rows are brought into the workspace
+/// once, then for each column tile every row tile runs through K. A column tile of B is thus read from memory once and
+/// is in L2 for the row tiles after the first.
 ///
-/// The panels of a column tile lie side by side, or apart: then the panels of a call are split into as many streams as a column tile has
-/// panels, and tile j takes panel j of each. Each stream is one contiguous walk through memory, which prefetchers follow from panel to panel,
-/// and several such walks read faster than one. Few rows gain by it; with many, the stores to C fall too often into one set of L1.
+/// The panels of a column tile lie side by side, or apart: then the panels of a call are split into as many streams as
+/// a column tile has panels, and tile j takes panel j of each. Each stream is one contiguous walk through memory, which
+/// prefetchers follow from panel to panel, and several such walks read faster than one. Few rows gain by it; with many,
+/// the stores to C fall too often into one set of L1.
 namespace kiln::x86 {
 
-/// Heights of the row tiles that serve a class of m: m rows become ⌈m / max⌉ tiles whose heights differ by at most one, so that no row
-/// is computed in vain and no tile is much lower than its neighbours.
+/// Heights of the row tiles that serve a class of m: m rows become ⌈m / max⌉ tiles whose heights differ by at most one,
+/// so that no row is computed in vain and no tile is much lower than its neighbours.
 struct Heights {
   int min = 1, max = 1;
   bool single_tile = true; ///< every m of the class is one tile
 };
 Heights heights_for(std::int64_t m_class, int max_height);
 
-/// Bytes from one row to the next in the workspace, for rows of `bytes`: an odd number of lines, so that rows fall into different sets of
-/// L1, and one step of K more, so that in a tile of rows at most one goes on to a new line in each step (+1 % at K = 4096 on Zen 5).
+/// Bytes from one row to the next in the workspace, for rows of `bytes`: an odd number of lines, so that rows fall into
+/// different sets of L1, and one step of K more, so that in a tile of rows at most one goes on to a new line in each
+/// step (+1 % at K = 4096 on Zen 5).
 std::int64_t workspace_row_stride(std::int64_t bytes);
 
 /// What the nest can serve: s8 rows, whose tile is addressed by 32-bit displacements.
@@ -31,14 +34,15 @@ Status supports_nest(const KernelDesc& desc, const Target& target);
 
 struct NestShape {
   Heights heights;
-  int panels = 1;              ///< of layout.n_block columns in a column tile: 1, 2, or with single tiles 4
+  int panels = 1; ///< of layout.n_block columns in a column tile: 1, 2, or with single tiles 4
   int8_mm::PackLayout layout;
   std::int64_t k = 0;
   std::int64_t row_stride = 0; ///< bytes of a row of A in the workspace
   int row_step = 4;            ///< bytes of A in the workspace that one step of K reads
   int unroll = 1;              ///< steps of K in one turn of the loop
   bool streams = false;        ///< the panels of a column tile lie apart
-  bool ahead = false;          ///< fetch the next column tile into L2 during the first two row tiles; two panels, not single tiles
+  bool ahead = false; ///< fetch a panel of the next column tile into L2 during each of the first row tiles; one or two
+                      ///< panels, not single tiles
 
   std::int64_t steps() const { return (k + layout.k_block - 1) / layout.k_block; }
   int step_bytes() const { return layout.n_block * layout.k_block; }
@@ -50,19 +54,20 @@ struct NestShape {
 /// Register roles of the nest (System V; rdi holds the Call on entry).
 namespace role {
 using namespace asmjit::x86;
-inline constexpr Gp b = rsi;          ///< the column tile's panel in the first stream
-inline constexpr Gp b_sums = rcx;     ///< of its first column
-inline constexpr Gp c = rdx;          ///< its row 0
-inline constexpr Gp n_left = r8;      ///< columns from here to the end of the call
-inline constexpr Gp ldc = r9;         ///< bytes
-inline constexpr Gp a_tile = r10;     ///< the row tile's first row in the workspace
-inline constexpr Gp c_row = r11;      ///< the next row of C to store
+inline constexpr Gp b = rsi;              ///< the column tile's panel in the first stream
+inline constexpr Gp b_sums = rcx;         ///< of its first column
+inline constexpr Gp c = rdx;              ///< its row 0
+inline constexpr Gp n_left = r8;          ///< columns from here to the end of the call
+inline constexpr Gp ldc = r9;             ///< bytes
+inline constexpr Gp a_tile = r10;         ///< the row tile's first row in the workspace
+inline constexpr Gp c_row = r11;          ///< the next row of C to store
 inline constexpr Gp a_k = rdi, b_k = rbx; ///< running along K; free outside the K loop
-inline constexpr Gp turns = rax;      ///< of the K loop, left; free outside it
-inline constexpr Gp stream[3] = {r12, r13, r14}; ///< from b to the tile's panel in stream 1, 2, 3, or to that of the last stream that has one
-inline constexpr Gp stream_columns = rbp; ///< bytes of C, and of b_sums, from one stream's first column to the next's
+inline constexpr Gp turns = rax;          ///< of the K loop, left; free outside it
+inline constexpr Gp stream[3] = {
+    r12, r13, r14}; ///< from b to the tile's panel in stream 1, 2, 3, or to that of the last stream that has one
+inline constexpr Gp stream_columns = rbp;   ///< bytes of C, and of b_sums, from one stream's first column to the next's
 inline constexpr Gp stream_columns_3 = r15; ///< three times that, with four panels
-inline constexpr Gp tiles_left = r15; ///< row tiles, unless single
+inline constexpr Gp tiles_left = r15;       ///< row tiles, unless single
 inline constexpr Gp ahead = r13, ahead_step = r14; ///< next line to fetch
 inline constexpr std::initializer_list<Gp> saved = {rbx, rbp, r12, r13, r14, r15};
 } // namespace role
@@ -91,7 +96,7 @@ public:
   void split_rows();     ///< how many tiles of which height, and where their code is
   void load_arguments(); ///< from the Call to the roles
   void begin_column_tile();
-  void dispatch();       ///< to the K loop of this row tile's height
+  void dispatch(); ///< to the K loop of this row tile's height
   void end_row_tile();
   void end_column_tile();
   void end();

@@ -6,17 +6,23 @@ using namespace asmjit::x86;
 
 VexTile vex_tile_for(std::int64_t m_class) {
   switch (m_class) {
-  case 1: return {.rows = 1, .sets = 4, .unroll = 4};
-  case 2: return {.rows = 2, .sets = 2, .unroll = 2};
-  case 4: return {.rows = 4, .sets = 1, .unroll = 1};
-  default: return {.rows = 6, .sets = 1, .unroll = 1};
+  case 1:
+    return {.rows = 1, .sets = 4, .unroll = 4};
+  case 2:
+    return {.rows = 2, .sets = 2, .unroll = 2};
+  case 4:
+    return {.rows = 4, .sets = 1, .unroll = 1};
+  default:
+    return {.rows = 6, .sets = 1, .unroll = 1};
   }
 }
 
 VexPath::VexPath(Assembler& assembler, const NestShape& shape, const VexTile& tile)
     : a_(assembler), shape_(shape), tile_(tile), lanes_(assembler.newLabel()) {}
 
-Ymm VexPath::acc(int row, int half, int set) const { return Ymm((set * shape_.heights.max + row) * 2 + half); }
+Ymm VexPath::acc(int row, int half, int set) const {
+  return Ymm((set * shape_.heights.max + row) * 2 + half);
+}
 
 void VexPath::begin_k(int height) {
   for (int set = 1; set < tile_.sets; ++set)

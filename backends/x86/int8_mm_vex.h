@@ -3,7 +3,8 @@
 
 #include "backends/x86/int8_mm_nest.h"
 
-/// What the two 256-bit paths of int8_mm share: a tile of rows × one panel of 16 columns in 16 registers, and its stores.
+/// What the two 256-bit paths of int8_mm share: a tile of rows × one panel of 16 columns in 16 registers, and its
+/// stores.
 namespace kiln::x86 {
 
 /// What bounds the tile: 16 registers, of which 12 hold 6 × 16 sums, 2 the panel, 1 the broadcast of A and 1 a product.
@@ -14,10 +15,10 @@ struct VexTile {
 };
 VexTile vex_tile_for(std::int64_t m_class);
 
-/// The rows of A, `width` bytes at a time: for each row, whole chunks in a loop, then one that ends at K and overlaps the last (every
-/// byte read is A's, and the bytes written twice are the same), or, when K is below `width`, pieces of 8, 4, 2 and 1.
-/// `convert(from, to, width, offset)` emits one chunk of `width` elements: those at `from` + offset, to `to` + offset · out_scale; rax and rbx
-/// are its own to use.
+/// The rows of A, `width` bytes at a time: for each row, whole chunks in a loop, then one that ends at K and overlaps
+/// the last (every byte read is A's, and the bytes written twice are the same), or, when K is below `width`, pieces of
+/// 8, 4, 2 and 1. `convert(from, to, width, offset)` emits one chunk of `width` elements: those at `from` + offset, to
+/// `to` + offset · out_scale; rax and rbx are its own to use.
 template <class Convert>
 void emit_rows(Assembler& a, std::int64_t k, std::int64_t row_stride, int width, int out_scale, Convert convert);
 
