@@ -286,6 +286,12 @@ TEST_CASE("results equal the reference for every remainder of M, N and K") {
              .lda_extra = static_cast<std::int64_t>(random() % 70),
              .ldc_extra = static_cast<std::int64_t>(random() % 20)});
   }
+  SUBCASE("chunks of K and blocks of columns") {
+    for (const std::int64_t k : {513, 1024, 1090, 8200})
+      for (const std::int64_t m : {17, 33, 50})
+        for (const std::int64_t n : {64, 70, 96, 130, 200})
+          check({.m = m, .n = n, .k = k, .at_end = m != 33, .ldc_extra = 3});
+  }
   SUBCASE("sums that wrap") { check({.m = 2, .n = 3, .k = 140000, .values = Values::lowest}); }
   if (tiles.emulator)
     CHECK(tiles.emulator->executed() > 0);
