@@ -47,7 +47,8 @@ public:
 
   /// `max_weight` bounds the sum of weights of resident nodes; the bound may be passed while every node is held.
   SharedTable(std::size_t max_weight, std::function<void()> on_empty) : max_weight_(max_weight), on_empty_(std::move(on_empty)) {
-    publish(std::make_unique<Slots>(kFewestSlots));
+    arrays_.push_back(std::make_unique<Slots>(kFewestSlots));
+    slots_.store(arrays_.back().get(), std::memory_order_release);
   }
   SharedTable(const SharedTable&) = delete;
   SharedTable& operator=(const SharedTable&) = delete;
@@ -78,7 +79,7 @@ public:
     bool resident = true; ///< false: for this caller only (a stand-in that the next get must not find)
   };
 
-  /// find(), or calls `make` (std::optional<Made>()) outside any lock and publishes what it gives. One thread makes a key; others
+  /// find(), or calls `make` (std::optional<Made>(), must not throw) outside any lock and publishes what it gives. One thread makes a key; others
   /// wait up to `patience`, then make for themselves. Null when make gave nothing (waiters then try for themselves).
   template <class Make> Node* get_or_make(const Key& key, Make&& make, std::chrono::milliseconds patience) {
     std::unique_lock lock(mutex_);
@@ -143,7 +144,8 @@ public:
   }
 
 private:
-  /// Open addressing, power-of-two. Older arrays are kept until the end: a reader may still walk one.
+  /// Open addressing, power-of-two. Older arrays stay allocated, since a reader may still walk one, and are used again for a table of
+  /// their size: such a reader sees nodes that it then compares, or misses and looks again under the lock.
   struct Slots {
     explicit Slots(std::size_t n) : mask(n - 1), slot(n) {}
     std::atomic<Node*>& at(std::size_t i) { return slot[i & mask]; }
@@ -214,19 +216,25 @@ private:
     }
   }
 
-  void publish(std::unique_ptr<Slots> slots) {
-    slots_.store(slots.get(), std::memory_order_release);
-    arrays_.push_back(std::move(slots));
-  }
-
-  /// A fresh array, at most a quarter full and without tombstones.
+  /// Another array, at most a quarter full and without tombstones.
   void rebuild() {
-    auto fresh = std::make_unique<Slots>(std::max(kFewestSlots, std::bit_ceil((resident_ + 1) * 4)));
+    Slots& old = *slots_.load(std::memory_order_relaxed);
+    const std::size_t size = std::max(kFewestSlots, std::bit_ceil((resident_ + 1) * 4));
+    Slots* other = nullptr;
+    for (const auto& array : arrays_)
+      if (array.get() != &old && array->slot.size() == size)
+        other = array.get();
+    if (other == nullptr) {
+      arrays_.push_back(std::make_unique<Slots>(size));
+      other = arrays_.back().get();
+    }
+    for (auto& slot : other->slot)
+      slot.store(nullptr, std::memory_order_relaxed);
     used_slots_ = 0;
-    for (const auto& slot : slots_.load(std::memory_order_relaxed)->slot)
+    for (const auto& slot : old.slot)
       if (Node* node = slot.load(std::memory_order_relaxed); node != nullptr && node != tombstone())
-        used_slots_ += place(*fresh, node);
-    publish(std::move(fresh));
+        used_slots_ += place(*other, node);
+    slots_.store(other, std::memory_order_release);
   }
 
   /// Second chance over the slots: a node used since the hand last passed is spared once; one that somebody holds always.

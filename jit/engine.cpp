@@ -33,13 +33,17 @@ struct Choice {
   Digest key;
 };
 
-/// The path that KILN_FORCE demands of this op; it holds for the ops that have it.
+/// The path that KILN_FORCE demands of this op. `op:path` holds in any case, a path alone for the ops that have it.
 std::optional<IsaPath> forced_path(const Config& config, OpId op, std::span<const Implementation> rows) {
   IsaPath path{};
-  if (config.forced_path(op, path))
-    for (const Implementation& row : rows)
-      if (row.op == op && row.isa == path)
-        return path;
+  if (!config.forced_path(op, path))
+    return std::nullopt;
+  for (const Config::Force& force : config.forced)
+    if (force.op == op)
+      return path;
+  for (const Implementation& row : rows)
+    if (row.op == op && row.isa == path)
+      return path;
   return std::nullopt;
 }
 
@@ -47,6 +51,8 @@ std::optional<IsaPath> forced_path(const Config& config, OpId op, std::span<cons
 std::string refusal(const Implementation& row, const KernelDesc& desc, const Target& target, const Config& config, std::optional<IsaPath> forced) {
   if (row.device != desc.device.kind)
     return "for another device";
+  if (row.device == DeviceKind::cpu && target.arch == Arch::nvptx)
+    return "for CPUs";
   if (!row.any_arch && row.arch != target.arch)
     return fmt::format("made for {}", name_of(row.arch));
   if (forced && row.isa != *forced)

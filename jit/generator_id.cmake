@@ -2,20 +2,19 @@
 # Makes NAME_generator_id.h for `target`: the digest of the generator's sources and of its library's version, part of every kernel's key.
 # Made at build time, so that an edited source never serves kernels of the old one. The files are digested by content and relative name:
 # equal on every architecture and machine.
-set(KILN_GENERATOR_ID_SCRIPT ${CMAKE_CURRENT_LIST_FILE})
-
 function(kiln_generator_id target name version)
   if(version STREQUAL "")
     message(FATAL_ERROR "the generator id of ${name} needs its library's version")
   endif()
+  set(script ${CMAKE_CURRENT_FUNCTION_LIST_FILE})
   # What every kernel depends on beside its generator: the interface between driver and kernel.
   file(GLOB interface CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/jit/ops/*.h ${PROJECT_SOURCE_DIR}/jit/code_object.h)
   set(header ${CMAKE_CURRENT_BINARY_DIR}/${name}_generator_id.h)
   add_custom_command(
     OUTPUT ${header}
     COMMAND ${CMAKE_COMMAND} -DNAME=${name} "-DVERSION=${version}" -DROOT=${PROJECT_SOURCE_DIR} "-DFILES=${ARGN};${interface}" -DHEADER=${header}
-            -P ${KILN_GENERATOR_ID_SCRIPT}
-    DEPENDS ${ARGN} ${interface} ${KILN_GENERATOR_ID_SCRIPT}
+            -P ${script}
+    DEPENDS ${ARGN} ${interface} ${script}
     COMMENT "Generator id of ${name}"
     VERBATIM)
   target_sources(${target} PRIVATE ${header})

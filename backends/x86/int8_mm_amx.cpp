@@ -2,6 +2,7 @@
 #include <cstddef>
 
 #include <fmt/format.h>
+#include <x86_generator_id.h>
 
 #include "backends/x86/emit.h"
 #include "backends/x86/rows.h"
@@ -65,9 +66,10 @@ enum Local : int {
   kRowsLeft = 40,       ///< rows from the current wide block on
   kRowC = 48,           ///< of the wide block: its first row of C in the block of columns
   kRowA = 56,           ///< and its tiles of A
-  kStagingBegin = 64,
-  kStagingEnd = 72,     ///< where `from` stands when all staged sums are in C
-  kFrameBytes = 80
+  kRowAStep = 64,       ///< to the tiles of the next wide block
+  kStagingBegin = 72,
+  kStagingEnd = 80,     ///< where `from` stands when all staged sums are in C
+  kFrameBytes = 88
 };
 
 class Emitter {
@@ -228,6 +230,12 @@ private:
       a_.mov(local(kStagingBegin), scratch_);
       a_.add(scratch_, kTileBytes);
       a_.mov(local(kStagingEnd), scratch_);
+      // With one block of columns, tiles are used once: all wide blocks take the same memory, which then stays in the cache.
+      a_.xor_(scratch_.r32(), scratch_.r32());
+      a_.mov(ka_, 2 * a_tile_row_bytes());
+      a_.cmp(field(offsetof(Call, n)), static_cast<std::int32_t>(block_pairs() * kPairColumns));
+      a_.cmovbe(ka_, scratch_);
+      a_.mov(local(kRowAStep), ka_);
     }
     Label block = a_.newLabel();
     a_.mov(b_, field(offsetof(Call, b)));
@@ -332,7 +340,8 @@ private:
     a_.mov(scratch_, ldc_bytes_);
     a_.shl(scratch_, 5);
     a_.add(local(kRowC), scratch_);
-    a_.add(local(kRowA), 2 * a_tile_row_bytes());
+    a_.mov(scratch_, local(kRowAStep));
+    a_.add(local(kRowA), scratch_);
     a_.sub(local(kRowsLeft), kWideRows);
     a_.cmp(local(kRowsLeft), kTileRows);
     a_.jg(block);
@@ -607,6 +616,7 @@ Implementation int8_mm_amx() {
   row.isa = IsaPath::amx;
   row.backend = BackendId::x86;
   row.generator = GeneratorId::asmjit;
+  row.generator_digest = k_x86_generator_digest;
   row.needs = Emitter::kNeeds;
   row.supports = [](const KernelDesc& desc, const Target&) -> Status {
     if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))

@@ -1,3 +1,5 @@
+#include <x86_generator_id.h>
+
 #include "backends/x86/int8_mm_vex.h"
 #include "backends/x86/rows.h"
 
@@ -87,6 +89,7 @@ Implementation int8_mm_avx2() {
           .isa = IsaPath::avx2,
           .backend = BackendId::x86,
           .generator = GeneratorId::asmjit,
+          .generator_digest = k_x86_generator_digest,
           .needs = kFeatures,
           .supports = supports_nest,
           .pack_layout = [](const KernelDesc&, const Target&) { return kLayout.id(); },

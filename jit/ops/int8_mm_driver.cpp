@@ -168,6 +168,10 @@ struct Run {
       out_of_memory = true;
       return;
     }
+    if (args.pack != nullptr && columns.begin == 0) { // the whole of a call that is not shared
+      columns_of(rows, columns, args.pack->panels(), args.pack->sums(), workspace);
+      return;
+    }
     const std::int64_t first_panel = columns.begin / plan.layout.n_block;
     if (args.pack != nullptr) {
       columns_of(rows, columns, args.pack->panels() + first_panel * plan.layout.panel_bytes(k), args.pack->sums() + columns.begin, workspace);
@@ -260,6 +264,7 @@ Result<Pack> Pack::allocate(PackLayout layout, std::int64_t n, std::int64_t k) {
   pack.data_.reset(static_cast<std::int8_t*>(allocate_pages(static_cast<std::size_t>(bytes))));
   if (!pack.data_)
     return Status::error(Code::out_of_memory, fmt::format("int8_mm: no memory for a pack of {} bytes (n={} k={})", bytes, n, k));
+  pack.sums_ = reinterpret_cast<std::int32_t*>(pack.data_.get() + layout.sums_offset(n, k));
   return pack;
 }
 
@@ -286,7 +291,7 @@ Result<Pack> Pack::make(PackLayout layout, const std::int8_t* b, std::int64_t ld
         const PackLayout& l = j.pack.layout_;
         const std::int64_t begin = static_cast<std::int64_t>(i) * kPanelsPerTask, end = std::min(j.panels, begin + kPanelsPerTask);
         pack_panels(l, j.b, j.ldb, j.b_layout, j.pack.n_, j.pack.k_, begin, end, j.pack.data_.get() + begin * l.panel_bytes(j.pack.k_),
-                    const_cast<std::int32_t*>(j.pack.sums()) + begin * l.n_block);
+                    j.pack.sums_ + begin * l.n_block);
       },
       &job);
   // The alignment gap after the sums is part of the file and its digest.

@@ -26,7 +26,7 @@ public:
   std::int64_t k() const { return k_; }
   std::int64_t bytes() const { return layout_.bytes(n_, k_); }
   const std::int8_t* panels() const { return data_.get(); }
-  const std::int32_t* sums() const { return reinterpret_cast<const std::int32_t*>(data_.get() + layout_.sums_offset(n_, k_)); }
+  const std::int32_t* sums() const { return sums_; }
 
 private:
   struct Free {
@@ -35,6 +35,7 @@ private:
   static Result<Pack> allocate(PackLayout layout, std::int64_t n, std::int64_t k);
   PackLayout layout_;
   std::int64_t n_ = 0, k_ = 0;
+  std::int32_t* sums_ = nullptr;              ///< into data_
   std::unique_ptr<std::int8_t[], Free> data_; ///< 64-byte aligned; on huge pages where the system has them
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <set>
+#include <utility>
 
 #include <llvm/MC/MCAsmInfo.h>
 #include <llvm/MC/MCContext.h>
@@ -84,12 +85,39 @@ Result<MachineCode> MachineCode::decode(Arch arch, ByteSpan image, std::vector<C
   return code;
 }
 
+namespace {
+
+/// The targets in a table of 32-bit offsets from itself; ends at the first entry that does not lead to code before it.
+std::vector<std::uint64_t> jump_table(ByteSpan image, std::uint64_t table) {
+  std::vector<std::uint64_t> targets;
+  for (std::uint64_t at = table; at + 4 <= image.size(); at += 4) {
+    const auto offset = static_cast<std::int32_t>(Reader(image.subspan(at, 4)).u32());
+    if (offset >= 0 || table < static_cast<std::uint64_t>(-std::int64_t{offset}))
+      break;
+    targets.push_back(table - static_cast<std::uint64_t>(-std::int64_t{offset}));
+  }
+  return targets;
+}
+
+} // namespace
+
 void MachineCode::follow_control_flow() {
   std::vector<std::uint64_t> to_visit;
   std::set<std::uint64_t> targets;
+  // Indirect jumps of both generators go through tables of 32-bit offsets from the table, whose address rip-relative lea takes.
+  std::vector<std::uint64_t> tables;
+  bool jumps_indirectly = false;
   for (const CodeObject::Entry& entry : entries_)
     to_visit.push_back(entry.offset);
-  while (!to_visit.empty()) {
+  while (!to_visit.empty() || (jumps_indirectly && !tables.empty())) {
+    if (to_visit.empty()) {
+      for (const std::uint64_t table : std::exchange(tables, {}))
+        for (const std::uint64_t target : jump_table(image_, table)) {
+          targets.insert(target);
+          to_visit.push_back(target);
+        }
+      continue;
+    }
     std::uint64_t at = to_visit.back();
     to_visit.pop_back();
     while (at < image_.size() && !instructions_.contains(at)) {
@@ -105,6 +133,12 @@ void MachineCode::follow_control_flow() {
         targets.insert(target);
         to_visit.push_back(target);
       }
+      const llvm::StringRef name = tools_->instructions->getName(next.inst.getOpcode());
+      jumps_indirectly |= analysis.isIndirectBranch(next.inst);
+      if (name == "LEA64r")
+        if (const auto target = analysis.evaluateMemoryOperandAddress(next.inst, tools_->subtarget.get(), at, next.size);
+            target && *target < image_.size())
+          tables.push_back(*target);
       const bool ends = analysis.isReturn(next.inst) || analysis.isUnconditionalBranch(next.inst) ||
                         analysis.isIndirectBranch(next.inst) ||
                         tools_->instructions->get(next.inst.getOpcode()).isTrap();
