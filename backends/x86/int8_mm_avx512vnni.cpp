@@ -38,7 +38,7 @@ Tile tile_for(std::int64_t m_class) {
   // Here arithmetic and memory take about as long as each other, and a prefetch gains 3 % (M = 3, weights of 1 MiB, Zen
   // 5). Where one of them dominates, fewer rows or more, it costs up to 4 %.
   case 4:
-    return {.rows = 4, .panels = 4, .sets = 1, .unroll = 1, .prefetch = 384};
+    return {.rows = 4, .panels = 4, .sets = 1, .unroll = 2, .prefetch = 384};
   case 8:
     return {.rows = 8, .panels = 2, .sets = 1, .unroll = 1};
   // 12 and 14 rows measured the same.
