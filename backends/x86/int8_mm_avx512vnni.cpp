@@ -185,7 +185,7 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
   Path path(a, shape, tile);
   emit_nest(a, shape, path);
   return a.finish(kFeatures, int8_mm::Plan{.layout = kLayout,
-                                           .m_step = tile.rows,
+                                           .m_step = 1, // heights adapt to any cut
                                            .n_step = shape.columns(),
                                            .workspace_fixed = 64, // the last row's copy ends in whole vectors
                                            .workspace_per_row = shape.row_stride}

@@ -41,10 +41,18 @@ Status check_pack(const Plan& plan, const Pack& pack, std::int64_t n, std::int64
   return {};
 }
 
-Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std::int64_t n, std::int64_t k) {
+/// Of the kernel's class, and a size at all: all that is computed from m below then stays within an int64.
+Status check_m(const Kernel& kernel, std::int64_t m) {
   const MRange range = kernel.m_range();
-  if (args.m != 0 && (args.m < range.min || args.m > range.max))
-    return bad("m", std::to_string(args.m), fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, range.max));
+  const std::int64_t most = std::min(range.max, op().fields[kM].max);
+  if (m != 0 && (m < range.min || m > most))
+    return bad("m", std::to_string(m), fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, most));
+  return {};
+}
+
+Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std::int64_t n, std::int64_t k) {
+  if (Status s = check_m(kernel, args.m); !s)
+    return s;
   if (Status s = check_matrix("a", "lda", args.a, args.m, k, args.lda); !s)
     return s;
   if (Status s = check_matrix("c", "ldc", args.c, args.m, n, args.ldc); !s)
@@ -102,8 +110,17 @@ Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int6
   Cut cut;
   const int threads = args.threads > 0 ? std::min(args.threads, runtime.parallel.threads()) : runtime.parallel.threads();
   if (threads > 1 && worth_threads(args.m, n, k)) {
-    cut.n_parts = std::min<std::int64_t>(threads, (n + plan.n_step - 1) / plan.n_step);
-    cut.m_parts = std::min(threads / cut.n_parts, most_row_parts(kernel, plan, args.m));
+    const std::int64_t most_n = std::min<std::int64_t>(threads, (n + plan.n_step - 1) / plan.n_step);
+    const std::int64_t most_m = std::min<std::int64_t>(threads, most_row_parts(kernel, plan, args.m));
+    // What is not cut, every thread goes through: all of B, or all of A, which costs a row's bytes about three times (read, converted,
+    // written to workspace).
+    if (3 * args.m > n) {
+      cut.m_parts = most_m;
+      cut.n_parts = std::min(threads / cut.m_parts, most_n);
+    } else {
+      cut.n_parts = most_n;
+      cut.m_parts = std::min(threads / cut.n_parts, most_m);
+    }
   }
   std::int64_t rows = args.m; // at most, of one call of the kernel
   if (cut.m_parts > 1)
@@ -216,9 +233,8 @@ Status run(const Kernel& kernel, const Args& args) {
 
 Result<std::uint64_t> workspace_bytes(const Kernel& kernel, const Args& args) {
   const Plan& plan = *static_cast<const Plan*>(kernel.plan());
-  const MRange range = kernel.m_range();
-  if (args.m != 0 && (args.m < range.min || args.m > range.max))
-    return bad("m", std::to_string(args.m), fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, range.max));
+  if (Status s = check_m(kernel, args.m); !s)
+    return s;
   const Cut cut = cut_call(kernel, plan, args, kernel.desc().value[kN], kernel.desc().value[kK]);
   return static_cast<std::uint64_t>(cut.tasks() * cut.task_bytes());
 }
@@ -317,12 +333,11 @@ Result<Pack> Pack::load(const std::string& path) {
       return damaged("it does not begin with KILNPACK");
   if (const std::uint32_t version = r.u32(); version != kPackVersion)
     return damaged(fmt::format("format version {}, known is {}", version, kPackVersion));
-  const std::string op = r.string(), layout_id = r.string();
+  const std::string op_name = r.string(), layout_id = r.string();
   const std::int64_t n = r.i64(), k = r.i64();
   const ByteSpan digest = r.blob();
   const Result<PackLayout> layout = PackLayout::parse(layout_id);
-  constexpr std::int64_t kMax = (std::int64_t{1} << 31) - 1;
-  if (!r.ok() || op != "int8_mm" || !layout || n < 0 || k < 0 || n > kMax || k > kMax || digest.size() != sizeof(Digest::bytes))
+  if (!r.ok() || op_name != op().name || !layout || n < 0 || k < 0 || n > op().fields[kN].max || k > op().fields[kK].max || digest.size() != sizeof(Digest::bytes))
     return damaged("its header");
   const std::size_t header_bytes = pack_header(*layout, n, k, {}).size();
   const ByteSpan data = ByteSpan(*file).subspan(header_bytes);

@@ -102,7 +102,7 @@ std::int64_t pack_whole(const Panel& p, BLayout b_layout) {
   return 0;
 }
 
-/// Σ_k of a packed panel. Runs of at most 128 rows are summed in 16 bits where k_block lanes of one column stay apart.
+/// Σ_k of a packed panel, which wraps. Runs of at most 256 k-groups are summed in 16 bits, where the k_block lanes of one column stay apart.
 void sum_panel(const std::int8_t* panel, std::int64_t k_groups, int n_block, int k_block, std::int32_t* sums) {
   std::fill_n(sums, n_block, 0);
   const int lanes = n_block * k_block;
@@ -116,7 +116,7 @@ void sum_panel(const std::int8_t* panel, std::int64_t k_groups, int n_block, int
         partial[i] = static_cast<std::int16_t>(partial[i] + panel[g * lanes + i]);
     for (int j = 0; j < n_block; ++j)
       for (int i = 0; i < k_block; ++i)
-        sums[j] += partial[j * k_block + i];
+        sums[j] = static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[j]) + static_cast<std::uint32_t>(partial[j * k_block + i]));
   }
 }
 
