@@ -5,10 +5,11 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <forward_list>
 #include <functional>
-#include <memory>
 #include <mutex>
 #include <optional>
+#include <unistd.h>
 #include <utility>
 #include <vector>
 
@@ -22,6 +23,9 @@ namespace kiln {
 ///
 /// Held references keep a value alive after its eviction and after close(). The table must outlive them: `on_empty` is called once,
 /// when close() has been called and the last reference is gone, and may destroy the table.
+///
+/// Survives fork at any moment: everything shared changes by single stores, each of which leaves what a child can go on with, and a
+/// child has a lock of its own. What other threads were about to make, or held, is never freed in the child.
 ///
 /// Key: copyable, ==, `std::uint64_t hash() const`. Value: movable; destroyed when the last reference goes.
 template <class Key, class Value> class SharedTable {
@@ -43,12 +47,16 @@ public:
     std::optional<Value> value_;
     std::size_t weight_ = 0;
     SharedTable* table_ = nullptr;
+    Node* next_free_ = nullptr;
   };
 
   /// `max_weight` bounds the sum of weights of resident nodes; the bound may be passed while every node is held.
   SharedTable(std::size_t max_weight, std::function<void()> on_empty) : max_weight_(max_weight), on_empty_(std::move(on_empty)) {
-    arrays_.push_back(std::make_unique<Slots>(kFewestSlots));
-    slots_.store(arrays_.back().get(), std::memory_order_release);
+    slots_.store(&arrays_.emplace_front(kFewestSlots), std::memory_order_release);
+  }
+  ~SharedTable() {
+    if (const Makers* makers = makers_; makers->process == ::getpid()) // a parent's lock may be held for good
+      delete makers;
   }
   SharedTable(const SharedTable&) = delete;
   SharedTable& operator=(const SharedTable&) = delete;
@@ -82,19 +90,18 @@ public:
   /// find(), or calls `make` (std::optional<Made>(), must not throw) outside any lock and publishes what it gives. One thread makes a key; others
   /// wait up to `patience`, then make for themselves. Null when make gave nothing (waiters then try for themselves).
   template <class Make> Node* get_or_make(const Key& key, Make&& make, std::chrono::milliseconds patience) {
-    std::unique_lock lock(mutex_);
+    Makers& makers = current_makers();
+    std::unique_lock lock(makers.mutex);
     const auto deadline = std::chrono::steady_clock::now() + patience;
     for (;;) {
       if (Node* node = find(key))
         return node;
-      if (!in_flight(key))
+      if (!makers.in_flight(key))
         break;
-      if (landed_.wait_until(lock, deadline) == std::cv_status::timeout)
+      if (makers.landed.wait_until(lock, deadline) == std::cv_status::timeout)
         break;
     }
-    const bool leads = !in_flight(key);
-    if (leads)
-      in_flight_.push_back(key);
+    const Lead lead(makers, key);
     lock.unlock();
     std::optional<Made> made = make();
     lock.lock();
@@ -103,10 +110,6 @@ public:
       node = made->resident ? find(key) : nullptr; // another may have landed it while we made ours
       if (node == nullptr)
         node = insert(key, std::move(*made));
-    }
-    if (leads) {
-      std::erase(in_flight_, key);
-      landed_.notify_all();
     }
     return node;
   }
@@ -136,10 +139,10 @@ public:
     std::uint64_t hits = 0;
   };
   Stats stats() const {
-    std::lock_guard lock(mutex_);
+    std::lock_guard lock(current_makers().mutex);
     Stats stats{resident_, weight_, evictions_, retired_hits_};
-    for (const auto& node : nodes_)
-      stats.hits += node->hits();
+    for (const Node& node : nodes_)
+      stats.hits += node.hits();
     return stats;
   }
 
@@ -163,27 +166,65 @@ private:
     return false;
   }
 
-  bool in_flight(const Key& key) const {
-    for (const Key& k : in_flight_)
-      if (k == key)
-        return true;
-    return false;
+  /// The threads of one process that make values. Its mutex guards the table's changes too.
+  struct Makers {
+    const pid_t process = ::getpid();
+    std::mutex mutex;
+    std::condition_variable landed;
+    std::vector<Key> keys;
+
+    bool in_flight(const Key& key) const { return std::find(keys.begin(), keys.end(), key) != keys.end(); }
+  };
+
+  /// A key in flight, unless another thread has it there already. Made and ended with the mutex held.
+  class Lead {
+  public:
+    Lead(Makers& makers, const Key& key) : makers_(makers), key_(key), leads_(!makers.in_flight(key)) {
+      if (leads_)
+        makers.keys.push_back(key);
+    }
+    Lead(const Lead&) = delete;
+    Lead& operator=(const Lead&) = delete;
+    ~Lead() {
+      if (!leads_)
+        return;
+      std::erase(makers_.keys, key_);
+      makers_.landed.notify_all();
+    }
+
+  private:
+    Makers& makers_;
+    const Key& key_;
+    const bool leads_;
+  };
+
+  Makers& current_makers() const {
+    Makers* makers = makers_.load(std::memory_order_acquire);
+    while (makers->process != ::getpid()) {
+      Makers* const fresh = new Makers;
+      if (makers_.compare_exchange_strong(makers, fresh, std::memory_order_acq_rel))
+        return *fresh;
+      delete fresh; // another thread of the child was first
+    }
+    return *makers;
   }
 
-  // The rest needs mutex_, but reclaim.
+  // The rest needs the mutex, but reclaim.
+
+  Node* take_free() {
+    Node* node = free_.load(std::memory_order_acquire);
+    // Only the holder of the mutex takes, so that the first node's successor stays what it is.
+    while (node != nullptr && !free_.compare_exchange_weak(node, node->next_free_, std::memory_order_acquire))
+      continue;
+    return node;
+  }
 
   Node* insert(const Key& key, Made made) {
-    Node* node = nullptr;
-    {
-      std::lock_guard lock(free_mutex_);
-      if (!free_.empty()) {
-        node = free_.back();
-        free_.pop_back();
-      }
-    }
+    if (made.resident && (used_slots_ + 1) * 2 > slots_.load(std::memory_order_relaxed)->slot.size())
+      rebuild();
+    Node* node = take_free();
     if (node == nullptr) {
-      nodes_.push_back(std::make_unique<Node>());
-      node = nodes_.back().get();
+      node = &nodes_.emplace_front();
       node->table_ = this;
     }
     alive_.fetch_add(1, std::memory_order_relaxed);
@@ -195,11 +236,9 @@ private:
     node->hash_.store(key.hash(), std::memory_order_relaxed);
     node->references_.store(made.resident ? 2 : 1, std::memory_order_release); // the table's and the caller's
     if (made.resident) {
-      if ((used_slots_ + 1) * 2 > slots_.load(std::memory_order_relaxed)->slot.size())
-        rebuild();
-      used_slots_ += place(*slots_.load(std::memory_order_relaxed), node);
-      ++resident_;
+      ++resident_; // first, lest a child count less than there is
       weight_ += made.weight;
+      used_slots_ += place(*slots_.load(std::memory_order_relaxed), node);
       evict(node);
     }
     return node;
@@ -221,20 +260,19 @@ private:
     Slots& old = *slots_.load(std::memory_order_relaxed);
     const std::size_t size = std::max(kFewestSlots, std::bit_ceil((resident_ + 1) * 4));
     Slots* other = nullptr;
-    for (const auto& array : arrays_)
-      if (array.get() != &old && array->slot.size() == size)
-        other = array.get();
-    if (other == nullptr) {
-      arrays_.push_back(std::make_unique<Slots>(size));
-      other = arrays_.back().get();
-    }
+    for (Slots& array : arrays_)
+      if (&array != &old && array.slot.size() == size)
+        other = &array;
+    if (other == nullptr)
+      other = &arrays_.emplace_front(size);
     for (auto& slot : other->slot)
       slot.store(nullptr, std::memory_order_relaxed);
-    used_slots_ = 0;
+    std::size_t used = 0;
     for (const auto& slot : old.slot)
       if (Node* node = slot.load(std::memory_order_relaxed); node != nullptr && node != tombstone())
-        used_slots_ += place(*other, node);
+        used += place(*other, node);
     slots_.store(other, std::memory_order_release);
+    used_slots_ = used;
   }
 
   /// Second chance over the slots: a node used since the hand last passed is spared once; one that somebody holds always.
@@ -253,7 +291,7 @@ private:
   }
 
   template <class Predicate> void drop_if(Predicate predicate) {
-    std::lock_guard lock(mutex_);
+    std::lock_guard lock(current_makers().mutex);
     Slots& slots = *slots_.load(std::memory_order_relaxed);
     for (std::size_t i = 0; i < slots.slot.size(); ++i) {
       Node* node = slots.at(i).load(std::memory_order_relaxed);
@@ -269,13 +307,12 @@ private:
     release(node);
   }
 
-  /// Without references nobody else can reach the value. Called with or without mutex_, hence a lock of its own.
+  /// Without references nobody else can reach the value. Called with or without the mutex; neither locks nor allocates.
   void reclaim(Node* node) {
     node->value_.reset();
-    {
-      std::lock_guard lock(free_mutex_);
-      free_.push_back(node);
-    }
+    node->next_free_ = free_.load(std::memory_order_relaxed);
+    while (!free_.compare_exchange_weak(node->next_free_, node, std::memory_order_release, std::memory_order_relaxed))
+      continue;
     one_less_alive();
   }
 
@@ -289,18 +326,15 @@ private:
 
   static constexpr std::size_t kFewestSlots = 64;
 
-  mutable std::mutex mutex_;
-  std::condition_variable landed_;
-  std::vector<Key> in_flight_;
-  std::vector<std::unique_ptr<Node>> nodes_;
-  std::vector<std::unique_ptr<Slots>> arrays_;
+  mutable std::atomic<Makers*> makers_{new Makers};
+  std::forward_list<Node> nodes_;
+  std::forward_list<Slots> arrays_;
   std::atomic<Slots*> slots_{nullptr};
   std::size_t used_slots_ = 0; ///< filled or tombstones
   std::size_t resident_ = 0, weight_ = 0, evictions_ = 0, hand_ = 0;
   std::uint64_t retired_hits_ = 0;
   const std::size_t max_weight_;
-  std::mutex free_mutex_;
-  std::vector<Node*> free_;
+  std::atomic<Node*> free_{nullptr}; ///< the first of those without a value
   std::atomic<std::size_t> alive_{1}; ///< values, resident or held, and one until close()
   const std::function<void()> on_empty_;
 };

@@ -145,6 +145,31 @@ TEST_CASE("a failure is everyone's own: waiters try for themselves, nothing stay
   owned.table->close();
 }
 
+TEST_CASE("a value goes to waste, not the key, when there is no memory for its node") {
+  struct Short { // a key that cannot be copied the second time: into its node
+    std::uint64_t id = 0;
+    int* copies = nullptr;
+    Short() = default;
+    Short(std::uint64_t i, int* c) : id(i), copies(c) {}
+    Short(const Short& other) = default;
+    Short& operator=(const Short& other) {
+      if (other.copies != nullptr && --*other.copies < 0)
+        throw std::bad_alloc();
+      id = other.id;
+      return *this;
+    }
+    bool operator==(const Short& other) const { return id == other.id; }
+    std::uint64_t hash() const { return id; }
+  };
+  int copies = 0;
+  SharedTable<Short, Value> table(10, nullptr);
+  const auto make = [] { return std::optional(SharedTable<Short, Value>::Made{Value(1), 1}); };
+  CHECK_THROWS_AS(table.get_or_make(Short(1, &copies), make, std::chrono::milliseconds(1)), std::bad_alloc);
+  const auto start = std::chrono::steady_clock::now();
+  SharedTable<Short, Value>::release(table.get_or_make(Short(1, nullptr), make, std::chrono::seconds(20)));
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(10)); // not waiting for the one that failed
+}
+
 TEST_CASE("patience ends: a second maker goes ahead when the first hangs") {
   Owned owned(10);
   std::atomic<bool> release_first{false}, first_is_in{false};
