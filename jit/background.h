@@ -6,29 +6,36 @@
 #include <mutex>
 #include <thread>
 
+#include "cache/status.h"
 #include "jit/desc.h"
+#include "jit/per_process.h"
 
 namespace kiln {
 
-/// One background thread that works through a list of descs in order. Started by the first add(). Thread-safe.
+/// One background thread that works through a list of descs in order. Started by the first add(). Thread-safe. A child made by fork begins
+/// with an empty list and a thread of its own.
 class Background {
 public:
+  /// `work` must not throw.
   explicit Background(std::function<void(const KernelDesc&)> work);
   ~Background(); ///< finishes the desc in progress, drops the rest
 
-  /// Ignored when already on the list.
-  void add(const KernelDesc& desc);
+  /// Ignored when already on the list. Code::out_of_memory when the system has no thread left.
+  Status add(const KernelDesc& desc);
   /// Waits until nothing is listed or in progress; false on time-out.
   bool wait_empty(std::chrono::milliseconds timeout);
 
 private:
-  void loop();
-  std::function<void(const KernelDesc&)> work_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<KernelDesc> list_; ///< the front is in progress
-  bool stop_ = false;
-  std::thread thread_;
+  struct Worker {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<KernelDesc> list; ///< the front is in progress
+    bool stop = false;
+    std::thread thread;
+  };
+  void loop(Worker& worker);
+  const std::function<void(const KernelDesc&)> work_;
+  PerProcess<Worker> worker_;
 };
 
 } // namespace kiln

@@ -99,7 +99,7 @@ struct Engine::State {
   PerfReporter perf;
   std::unique_ptr<Store> store;
   std::atomic<std::uint64_t> disk_hits{0}, compiled{0}, failed{0}, fallbacks{0}, compile_us{0};
-  std::atomic<bool> warned_no_executable_memory{false};
+  std::atomic<bool> refuses_executable_memory{false}; ///< the system: said once, found out once
   KernelTable table;
   std::unique_ptr<Background> background; ///< ends before anything it uses
 
@@ -111,7 +111,9 @@ struct Engine::State {
   Result<KernelTable::Made> make(const KernelDesc& canonical, MissPolicy on_miss);
   Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical);
   Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target, std::int64_t& us);
-  Result<KernelTable::Made> stand_in(const Choice& choice, const KernelDesc& canonical);
+  Status prefetch(const KernelDesc& canonical);
+  enum class Stay : bool { for_this_caller, resident };
+  Result<KernelTable::Made> stand_in(const Choice& choice, const KernelDesc& canonical, Stay stay);
   const Implementation* builtin_for(const KernelDesc& canonical) const;
 };
 
@@ -133,8 +135,8 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
   }
   State* const s = state.release();
   s->background = std::make_unique<Background>([s](const KernelDesc& canonical) {
-    if (const Result<KernelRef> kernel = s->lookup(canonical, MissPolicy::compile); !kernel)
-      s->log.warn(fmt::format("prefetch of {}: {}", canonical.text(), kernel.status().message()));
+    if (const Status status = s->prefetch(canonical); !status)
+      s->log.warn(fmt::format("prefetch of {}: {}", canonical.text(), status.message()));
   });
   return std::unique_ptr<Engine>(new Engine(s));
 }
@@ -168,11 +170,23 @@ Result<KernelRef> Engine::State::lookup(const KernelDesc& canonical, MissPolicy 
     }
     return std::nullopt;
   };
-  KernelNode* const node = table.get_or_make(canonical, make_or_remember, kCompilePatience);
+  // Who wants a kernel now, whichever, does not wait for another thread's compile.
+  const auto patience = on_miss == MissPolicy::fallback ? std::chrono::milliseconds(0) : kCompilePatience;
+  KernelNode* const node = table.get_or_make(canonical, make_or_remember, patience);
   if (node != nullptr)
     return KernelRef(node);
   ++failed;
   return failure;
+}
+
+/// In the background, whose thread must not end in an exception. KILN_MISS=error forbids compiling here too.
+Status Engine::State::prefetch(const KernelDesc& canonical) {
+  try {
+    const Result<KernelRef> kernel = lookup(canonical, config().miss == MissPolicy::error ? MissPolicy::error : MissPolicy::compile);
+    return kernel ? Status() : kernel.status();
+  } catch (const std::exception& e) {
+    return Status::error(Code::out_of_memory, e.what());
+  }
 }
 
 /// Disk, then the compiler. What is compiled is stored; a store that fails has said so in the log.
@@ -189,25 +203,29 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
     Result<Kernel> kernel = Kernel::builtin(runtime, *choice->implementation, canonical, "");
     return kernel ? Result<KernelTable::Made>(resident(std::move(*kernel))) : kernel.status();
   }
+  if (refuses_executable_memory)
+    return stand_in(*choice, canonical, Stay::resident);
   if (Result<Kernel> stored = from_disk(*choice, canonical)) {
     ++disk_hits;
     return resident(std::move(*stored));
   }
   if (on_miss == MissPolicy::error)
     return Status::error(Code::miss, fmt::format("{} ({}) is not cached and KILN_MISS=error forbids compiling it", canonical.text(), name_of(choice->implementation->isa)));
-  if (on_miss == MissPolicy::fallback && canonical.device.kind == DeviceKind::cpu) {
-    background->add(canonical);
-    return stand_in(*choice, canonical);
+  // Where the toggles leave nothing to fall back on (KILN_FORCE, KILN_DISABLE), the kernel is compiled now.
+  if (on_miss == MissPolicy::fallback && builtin_for(canonical) != nullptr) {
+    if (const Status status = background->add(canonical); !status)
+      log.warn(fmt::format("{} stays with its fallback: {}", canonical.text(), status.message()));
+    return stand_in(*choice, canonical, Stay::for_this_caller);
   }
   std::int64_t us = 0;
   Result<CodeObject> code = compile(*choice, canonical, target(), us);
   if (!code)
     return code.status();
   Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
-  if (!kernel && kernel.status().code() == Code::unsupported && builtin_for(canonical) != nullptr) {
-    if (!warned_no_executable_memory.exchange(true))
-      log.warn(fmt::format("{}; the reference kernels serve instead, slowly", kernel.status().message()));
-    return stand_in(*choice, canonical);
+  if (!kernel && kernel.status().code() == Code::unsupported) {
+    if (!refuses_executable_memory.exchange(true))
+      log.warn(fmt::format("{}; reference kernels serve instead, slowly, unless KILN_FORCE or KILN_DISABLE leaves them out", kernel.status().message()));
+    return stand_in(*choice, canonical, Stay::resident);
   }
   if (!kernel)
     return kernel.status();
@@ -263,22 +281,24 @@ Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc
   return code;
 }
 
-/// A builtin kernel that reads the same packs as the chosen one; for this caller only.
-Result<KernelTable::Made> Engine::State::stand_in(const Choice& choice, const KernelDesc& canonical) {
+/// A builtin kernel that reads the same packs as the chosen one.
+Result<KernelTable::Made> Engine::State::stand_in(const Choice& choice, const KernelDesc& canonical, Stay stay) {
   const Implementation* const row = builtin_for(canonical);
   if (row == nullptr)
-    return Status::error(Code::unsupported, fmt::format("{}: nothing can run it without compiling", canonical.text()));
+    return Status::error(Code::unsupported, fmt::format("{}: the system refuses executable memory, and KILN_FORCE or KILN_DISABLE leaves nothing that can do without", canonical.text()));
   const Implementation& chosen = *choice.implementation;
   Result<Kernel> kernel = Kernel::builtin(runtime, *row, canonical, chosen.pack_layout ? chosen.pack_layout(canonical, target()) : "");
   if (!kernel)
     return kernel.status();
   ++fallbacks;
-  return KernelTable::Made{std::move(*kernel), 0, false};
+  return KernelTable::Made{std::move(*kernel), sizeof(Kernel), stay == Stay::resident};
 }
 
+/// What may stand in for generated code under the present toggles; null when there is nothing.
 const Implementation* Engine::State::builtin_for(const KernelDesc& canonical) const {
+  const std::optional<IsaPath> forced = forced_path(config(), canonical.op, options.implementations);
   for (const Implementation& row : options.implementations)
-    if (row.op == canonical.op && row.builtin != nullptr)
+    if (row.op == canonical.op && row.builtin != nullptr && refusal(row, canonical, target(), config(), forced).empty())
       return &row;
   return nullptr;
 }
@@ -328,7 +348,8 @@ Status Engine::prefetch(std::span<const KernelDesc> descs) {
     if (Status status = check_desc(desc); !status)
       return status;
   for (const KernelDesc& desc : descs)
-    state_->background->add(find_op(desc.op)->canonical(desc));
+    if (Status status = state_->background->add(find_op(desc.op)->canonical(desc)); !status)
+      return status;
   return {};
 }
 

@@ -72,7 +72,8 @@ public:
   /// Makes sure that the cache on disk holds the desc's kernel for `target` (null: this machine); loads nothing.
   Result<Warmed> warmup(const KernelDesc& desc, const Target* target);
 
-  /// Queues descs for one background thread, which gets them one after another. Failures are logged.
+  /// Queues descs for one background thread, which gets them one after another (compiling where KILN_MISS is not `error`). Failures are
+  /// logged; an error when a desc is bad (then nothing is queued) or no thread can be started.
   Status prefetch(std::span<const KernelDesc> descs);
   /// Waits until the queue is empty; false on time-out.
   bool wait_prefetched(std::chrono::milliseconds timeout);

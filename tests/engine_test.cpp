@@ -3,24 +3,33 @@
 
 #include <atomic>
 #include <filesystem>
+#include <mutex>
 #include <thread>
 #include <vector>
 
 #include "jit/engine.h"
 #include "jit/ops/int8_mm_driver.h"
+#include "tests/child_process.h"
 
 /// The path of a call with a null backend: rows whose "kernels" return at once, so that everything above the hardware is tested anywhere.
 
 using namespace kiln;
+using namespace kiln::test;
+
+// The fork tests start threads in a child of a threaded parent, which is what Kiln promises to survive.
+extern "C" const char* __tsan_default_options();
+extern "C" const char* __tsan_default_options() { return "die_after_fork=0"; }
 
 namespace {
 
 std::atomic<int> compiles{0};
-std::atomic<bool> compile_fails{false};
+std::atomic<bool> compile_fails{false}, compile_hangs{false};
 
 Result<CodeObject> compile_return(const KernelDesc&, const Target& target) {
   ++compiles;
-  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  do
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  while (compile_hangs);
   if (compile_fails)
     return Status::error(Code::compile_failed, "the null backend was told to fail");
   CodeObject code;
@@ -67,7 +76,7 @@ struct Fixture {
 
   Fixture() {
     compiles = 0;
-    compile_fails = false;
+    compile_fails = compile_hangs = false;
     config.cache_dir = directory / "cache";
     config.key_dir = directory / "keys";
     config.threads = 1;
@@ -176,6 +185,105 @@ TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback runs the reference now and the co
   REQUIRE(e->wait_prefetched(std::chrono::seconds(10)));
   CHECK(source_of(*e, desc()) == Source::compiled);
   CHECK(e->stats().fallbacks == 1);
+}
+
+TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback does not wait for the compile in the background") {
+  config.miss = MissPolicy::fallback;
+  const auto e = engine();
+  compile_hangs = true;
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < 3; ++i)
+    CHECK(source_of(*e, desc()) == Source::builtin);
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(1)); // less than the patience of others
+  compile_hangs = false;
+  REQUIRE(e->wait_prefetched(std::chrono::seconds(10)));
+  CHECK(source_of(*e, desc()) == Source::compiled);
+  CHECK(compiles == 1);
+}
+
+TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback compiles at once where the toggles leave no fallback") {
+  config.miss = MissPolicy::fallback;
+  SUBCASE("another path is forced") { config.forced.push_back({OpId::none, IsaPath::portable}); }
+  SUBCASE("reference is disabled") { config.disabled_paths = {IsaPath::reference}; }
+  CHECK(source_of(*engine(), desc()) == Source::compiled);
+}
+
+TEST_CASE_FIXTURE(Fixture, "prefetch compiles nothing under KILN_MISS=error") {
+  config.miss = MissPolicy::error;
+  const auto e = engine();
+  const KernelDesc d = desc();
+  REQUIRE(e->prefetch({&d, 1}).is_ok());
+  REQUIRE(e->wait_prefetched(std::chrono::seconds(10)));
+  CHECK(compiles == 0);
+  CHECK(logged.size() == 1);
+}
+
+TEST_CASE_FIXTURE(Fixture, "without executable memory the reference serves, found out and said once") {
+  SUBCASE("nothing forced") {
+    CHECK(exit_status_in_child([&] {
+            if (!refuse_executable_mappings())
+              return 1;
+            const auto e = engine();
+            for (int i = 0; i < 3; ++i) {
+              const Result<KernelRef> kernel = e->get(desc(1 + 2 * i));
+              if (!kernel || (*kernel)->source != Source::builtin || !e->get(desc(1 + 2 * i)))
+                return 2;
+            }
+            return compiles == 1 && logged.size() == 1 && e->stats().kernels == 3 ? 0 : 3;
+          }) == 0);
+  }
+  SUBCASE("a path is forced: that or nothing") {
+    config.forced.push_back({OpId::none, IsaPath::portable});
+    CHECK(exit_status_in_child([&] {
+            if (!refuse_executable_mappings())
+              return 1;
+            const auto e = engine();
+            for (int i = 0; i < 3; ++i)
+              if (e->get(desc()).status().code() != Code::unsupported)
+                return 2;
+            return compiles == 1 && logged.size() == 1 ? 0 : 3;
+          }) == 0);
+  }
+}
+
+TEST_CASE_FIXTURE(Fixture, "a child made by fork gets, prefetches and ends its engine, whatever the parent's threads were doing") {
+  auto e = engine();
+  Result<KernelRef> held = e->get(desc());
+  REQUIRE(held.is_ok());
+  const KernelDesc before[] = {desc(1, 32)}, after[] = {desc(1, 48), desc(2, 48)};
+  REQUIRE(e->prefetch(before).is_ok()); // the parent has its background thread
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+#ifndef __SANITIZE_THREAD__ // which does not follow a fork among threads
+  max_code_bytes = 1;       // every get makes, evicts and frees
+  config.cache = CacheMode::off;
+  rows = {builtin_row()};
+  auto busy = engine();
+  for (int t = 0; t < 3; ++t)
+    threads.emplace_back([&, t] {
+      for (std::int64_t n = 1; !stop; ++n)
+        if (const Result<KernelRef> kernel = busy->get(desc(1, 1 + (n * 7 + t) % 500)); !kernel)
+          stop = true;
+    });
+#else
+  auto busy = engine();
+#endif
+  for (int i = 0; i < 30; ++i)
+    CHECK(exit_status_in_child([&] {
+            if (!e->get(desc()) || !e->prefetch(after).is_ok() || !e->wait_prefetched(std::chrono::seconds(30)))
+              return 1;
+            for (std::int64_t n = 1; n < 200; ++n)
+              if (!busy->get(desc(1, n)))
+                return 2;
+            busy.reset();
+            e.reset();
+            KernelRef(std::move(*held));
+            return 0;
+          }) == 0);
+  CHECK(!stop);
+  stop = true;
+  for (std::thread& thread : threads)
+    thread.join();
 }
 
 TEST_CASE_FIXTURE(Fixture, "prefetch compiles in the background") {

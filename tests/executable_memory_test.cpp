@@ -12,8 +12,6 @@
 #include <fcntl.h>
 #include <fstream>
 #include <linux/audit.h>
-#include <linux/filter.h>
-#include <linux/seccomp.h>
 #include <map>
 #include <random>
 #include <string>
@@ -29,7 +27,10 @@
 
 #include <doctest/doctest.h>
 
+#include "tests/child_process.h"
+
 using namespace kiln;
+using namespace kiln::test;
 
 // The fork tests start threads in a child of a threaded parent, which is what Kiln promises to survive.
 extern "C" const char* __tsan_default_options();
@@ -80,17 +81,6 @@ int forbidden_mappings() {
     found += writable && (executable || line.find("kiln-code") != std::string::npos);
   }
   return found;
-}
-
-/// The exit status of `body` in a child made by fork; 128 + signal when one killed it.
-template <class Body> int exit_status_in_child(Body body) {
-  const pid_t child = fork();
-  if (child == 0)
-    _exit(body());
-  int status = 0;
-  while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
-  }
-  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
 int code_file_descriptor() {
@@ -323,17 +313,7 @@ TEST_CASE("memory-deny-write-execute leaves loading as it is") {
 
 TEST_CASE("a system without executable mappings is told as unsupported") {
   CHECK(exit_status_in_child([] {
-          // mmap with PROT_EXEC fails with EPERM; everything else passes.
-          sock_filter filter[] = {
-              BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
-              BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_mmap, 0, 3),
-              BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, args[2])),
-              BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, PROT_EXEC, 0, 1),
-              BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
-              BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-          };
-          const sock_fprog program = {std::size(filter), filter};
-          if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0)
+          if (!refuse_executable_mappings())
             return 1;
           ExecutableMemory memory;
           const auto code = memory.load(function_returning(1), 64);

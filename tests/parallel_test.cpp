@@ -3,19 +3,20 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <limits>
 #include <set>
-#include <sys/wait.h>
 #include <thread>
 #include <unistd.h>
 #include <vector>
 
 #include <doctest/doctest.h>
 
+#include "tests/child_process.h"
+
 using namespace kiln;
+using namespace kiln::test;
 
 // The fork tests start threads in a child of a threaded parent, which is what Kiln promises to survive.
 extern "C" const char* __tsan_default_options();
@@ -35,16 +36,6 @@ bool runs_each_once(Parallel& parallel, std::size_t count) {
 
 std::ptrdiff_t thread_count() {
   return std::distance(std::filesystem::directory_iterator("/proc/self/task"), std::filesystem::directory_iterator());
-}
-
-template <class Body> int exit_status_in_child(Body body) {
-  const pid_t child = fork();
-  if (child == 0)
-    _exit(body());
-  int status = 0;
-  while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
-  }
-  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
 } // namespace

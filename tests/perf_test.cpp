@@ -1,7 +1,6 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include "jit/perf.h"
 
-#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -9,26 +8,19 @@
 #include <iterator>
 #include <string>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <doctest/doctest.h>
 #include <fmt/format.h>
 
+#include "tests/child_process.h"
+
 using namespace kiln;
+using namespace kiln::test;
+
+// A child's process id is new, and so are the names of its files: each case runs in one.
 
 namespace {
-
-/// A child's process id is new, and so are the names of its files: each case runs in one. Returns its exit status.
-template <class Body> int exit_status_in_child(Body body) {
-  const pid_t child = fork();
-  if (child == 0)
-    _exit(body());
-  int status = 0;
-  while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
-  }
-  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-}
 
 std::string contents(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
