@@ -83,8 +83,9 @@ Status read_desc(const kiln_desc* given, KernelDesc& out) {
     return s;
   if (given->device != KILN_DEVICE_CPU && given->device != KILN_DEVICE_CUDA)
     return Status::error(Code::invalid_argument, fmt::format("desc.device is {}: allowed is KILN_DEVICE_CPU (0) or KILN_DEVICE_CUDA (1)", given->device));
-  if (given->device_index < 0 || given->device_index > 255)
-    return Status::error(Code::invalid_argument, fmt::format("desc.device_index is {}: allowed is 0 to 255", given->device_index));
+  const std::int32_t last_index = given->device == KILN_DEVICE_CUDA ? 255 : 0;
+  if (given->device_index < 0 || given->device_index > last_index)
+    return Status::error(Code::invalid_argument, fmt::format("desc.device_index is {}: allowed is 0 to {}", given->device_index, last_index));
   out.device = {static_cast<DeviceKind>(given->device), static_cast<std::uint8_t>(given->device_index)};
   return {};
 }
@@ -158,7 +159,10 @@ using namespace kiln;
 
 extern "C" {
 
-const char* kiln_status_name(kiln_status status) { return name_of(static_cast<Code>(status)).data(); }
+const char* kiln_status_name(kiln_status status) {
+  const bool known = status >= KILN_OK && status <= KILN_INTERNAL;
+  return known ? name_of(static_cast<Code>(status)).data() : "unknown";
+}
 const char* kiln_last_error(void) { return last_error.c_str(); }
 const char* kiln_version(void) { return KILN_VERSION_TEXT; }
 

@@ -157,6 +157,15 @@ static void test_run(kiln_engine* engine) {
   CHECK_ERROR(kiln_run(other_kernel, &args.base), KILN_INVALID_ARGUMENT, "a pack of n=37 k=50");
   kiln_kernel_release(other_kernel);
 
+  kiln_int8_mm_desc any = the_desc();
+  any.m = KILN_ANY;
+  CHECK(kiln_get(engine, &any.base, &other_kernel) == KILN_OK);
+  args = the_args(pack);
+  args.m = INT64_MAX;
+  CHECK_ERROR(kiln_workspace_bytes(other_kernel, &args.base, &bytes), KILN_INVALID_ARGUMENT, "m is 9223372036854775807: allowed is 33 to 2147483647");
+  CHECK_ERROR(kiln_run(other_kernel, &args.base), KILN_INVALID_ARGUMENT, "m is 9223372036854775807");
+  kiln_kernel_release(other_kernel);
+
   kiln_kernel_info info = KILN_KERNEL_INFO_INIT;
   CHECK(kiln_kernel_get_info(kernel, &info) == KILN_OK);
   CHECK(strcmp(info.op, "int8_mm") == 0 && info.m_min == 5 && info.m_max == 8);
@@ -181,6 +190,9 @@ static void test_descs(kiln_engine* engine) {
   desc = the_desc();
   desc.base.device = 9;
   CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "desc.device is 9");
+  desc = the_desc();
+  desc.base.device_index = 1;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "device_index is 1: allowed is 0 to 0");
   desc = the_desc();
   desc.base.device = KILN_DEVICE_CUDA;
   CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_UNSUPPORTED, "another device");
@@ -354,6 +366,7 @@ int main(void) {
   CHECK(strcmp(kiln_version(), "0.1.0") == 0);
   CHECK(strcmp(kiln_status_name(KILN_INTEGRITY), "integrity") == 0);
   CHECK(strcmp(kiln_status_name((kiln_status)99), "unknown") == 0);
+  CHECK(strcmp(kiln_status_name((kiln_status)256), "unknown") == 0);
   CHECK_ERROR(kiln_engine_create(NULL, NULL), KILN_INVALID_ARGUMENT, "engine is null");
 
   kiln_engine* engine = NULL;
