@@ -92,7 +92,7 @@ class Info(CommandTest):
 
     def test_people_see_everything(self):
         text = self.kiln("info").stdout
-        for word in ("avx2", "portable", "reference", "KILN_MISS", "KILN_PERF", "neoverse-v1"):
+        for word in ("0 to 2147483647 or any", "nk, kn", "avx2", "portable", "reference", "KILN_MISS", "KILN_PERF", "neoverse-v1"):
             self.assertIn(word, text)
 
     def test_a_full_output_is_an_error(self):
@@ -184,6 +184,7 @@ class Files(CommandTest):
         self.refused("run", "int8_mm", "a=@a.npy", "n=2", "m=9", says=["tensor a has shape [3, 4]", "takes [9, 4]"])
         self.refused("run", "int8_mm", "a=@flat.npy", "m=3", "n=2", "k=4", says=["tensor a has shape [12]", "takes [3, 4]"])
         self.refused("run", "int8_mm", "a=@scalar.npy", "m=3", "n=2", "k=4", says="tensor a has shape []")
+        self.refused("run", "int8_mm", "a=@flat.npy", "n=2", "k=4", says=["tensor a has shape [12]", "takes [m, 4]"])
 
     def test_wrong_dtypes(self):
         self.write("a.npy", npy("<i4", (3, 4), bytes(48)))
@@ -204,7 +205,7 @@ class Files(CommandTest):
             npy("|i1", (3, 4), bytes(12), (9, 0)): "version 9.0: allowed are 1.0, 2.0, 3.0",
             npy("|i1", (3, 4), bytes(12), order="True"): "Fortran order",
             npy("|i1", (3, 4), bytes(12), order="Maybe"): "'fortran_order' cannot be read",
-            npy("|i1", (), bytes(12), shape_text="(-3, 4)"): "'shape' cannot be read",
+            npy("|i1", (), bytes(12), shape_text="(-3, 4)"): "'shape' cannot be read: allowed is a tuple of at most 32 extents",
             npy("|i1", (), bytes(12), shape_text="(3 4)"): "'shape' cannot be read",
             npy("|i1", (), bytes(12), shape_text="(3, 4"): "",
             npy("|i1", (), bytes(12), shape_text="(%s)" % ("1, " * 40)): "'shape' cannot be read",
@@ -266,7 +267,7 @@ class Warmup(CommandTest):
     def test_one_desc(self):
         self.assertEqual(1, self.json("warmup", *SHAPE)["compiled"])
         self.assertEqual(1, self.json("warmup", *SHAPE)["hit"])
-        self.assertIn("1 hit, 0 compiled, 0 failed", self.kiln("warmup", *SHAPE).stdout)
+        self.assertIn("1 kernel for 1 desc: 1 hit, 0 compiled, 0 failed", self.kiln("warmup", *SHAPE).stdout)
 
     def test_models(self):
         for config in sorted(MODELS.glob("*.json")):
@@ -298,6 +299,9 @@ class Warmup(CommandTest):
             '{"hidden_size": 99999999999999999999}': ["/hidden_size"],
             "[]": ["is no config.json"],
             '{"a":\n 1,,}': ["c.json:2: not JSON"],
+            '{"hidden_size": 64,\n "model_type": 7}': ["c.json:2: /model_type: 7: allowed is a string"],
+            '{\n "hidden_size": 1e999}': ["c.json:2: ", "1e999"],
+            '{"hidden_size": 64,\n "hidden_size": 65}': ["c.json:2: /hidden_size: is given twice"],
         }
         for text, says in cases.items():
             with self.subTest(text=text):
@@ -343,7 +347,9 @@ class Warmup(CommandTest):
         self.refused("warmup", "--model", config, "--scheme", "w8a8", "--tokens", "1,x", says="--tokens")
         self.refused("warmup", "--model", config, "--scheme", "w8a8", "--tokens=-1", says="--tokens")
         self.refused("warmup", "--model", config, "--scheme", "w8a8", "--tokens", "1", *SHAPE, says="either --model, a manifest or an op")
+        self.refused("warmup", "--model", config, "--scheme", "w8a8", "--tokens", "2147483648", says=["--tokens", "2147483647"])
         self.refused("warmup", *SHAPE, "--target", "vax", says=["target 'vax'", "sapphirerapids"])
+        self.refused("warmup", *SHAPE, "--target", "", says="target ''")
         self.refused("warmup", *SHAPE, "-j", "0", says="--jobs")
         self.refused("warmup", "int8_mm", "m=1", says="field n is missing")
 
@@ -420,12 +426,20 @@ class Cache(CommandTest):
         rows = self.json("cache", "stats")["rows"]
         report = self.json("cache", "verify", "--recompile")
         self.assertEqual((rows, 0), (report["ok"], report["bad"]))
-        self.assertEqual({"same": rows, "different": [], "skipped": 0}, report["recompiled"])
+        self.assertEqual({"same": rows, "different": [], "failed": [], "skipped": 0}, report["recompiled"])
         self.damage(key)
         report = self.json("cache", "verify", "--dry-run", expect=INTEGRITY)
         self.assertEqual((rows - 1, 1, [key], 0), (report["ok"], report["bad"], report["bad_keys"], report["removed"]))
         self.assertIn(key, self.kiln("cache", "verify", expect=INTEGRITY).stdout)
         self.assertEqual(0, self.json("cache", "verify")["bad"])
+
+    def test_recompiling_without_llvm_finds_no_difference(self):
+        self.json("run", *SHAPE, env={"KILN_FORCE": "portable"})
+        alone = shutil.copy(KILN, self.dir / "kiln")  # away from libkiln-llvm.so.0
+        done = subprocess.run([alone, "cache", "verify", "--recompile"], env=self.env, capture_output=True, text=True)
+        self.assertEqual(FAILED, done.returncode, done.stderr)
+        self.assertIn("0 to others, 0 of another version, 1 failed", done.stdout)
+        self.assertIn("libkiln-llvm.so.0", done.stderr)
 
     def test_a_damaged_row_is_compiled_again(self):
         key = self.json("run", *SHAPE)["key"]
@@ -544,6 +558,9 @@ class Doctor(CommandTest):
         (self.dir / "data" / "kiln" / "cache.key").chmod(0o644)
         done = self.kiln("doctor", expect=FAILED)
         self.assertRegex(done.stdout, r"(?m)^fail +cache key .*0600")
+
+    def test_unknown_variables(self):
+        self.assertRegex(self.kiln("doctor", env={"KILN_DISBALE": "amx"}).stdout, r"(?m)^warn +environment +KILN_DISBALE is no variable")
 
     def test_forbidden_compiling_is_no_failure(self):
         report = self.json("doctor", env={"KILN_MISS": "error"})

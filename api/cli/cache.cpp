@@ -178,6 +178,7 @@ Result<Exit> inspect(Engine& engine, const Options& options) {
 struct Recompiled {
   std::int64_t same = 0, skipped = 0; ///< skipped: made by another version, which nothing here can repeat
   std::vector<std::string> different;
+  std::vector<std::string> failed; ///< why each could not be compiled: without LLVM's shared object, say
 };
 
 /// Emission is deterministic, so a row of this version's generators must come out byte for byte.
@@ -199,7 +200,9 @@ Result<Recompiled> recompile(Engine& engine) {
     const Target target = {
         .arch = code->arch, .features = code->features, .sve_bits = code->vector_bits, .sme_bits = code->vector_bits};
     const Result<CodeObject> again = desc ? implementation->compile(*desc, target) : Result<CodeObject>(desc.status());
-    if (again && again->serialise() == row->code)
+    if (!again)
+      recompiled.failed.push_back(fmt::format("{}: {}", row->key.hex(), again.status().message()));
+    else if (again->serialise() == row->code)
       ++recompiled.same;
     else
       recompiled.different.push_back(row->key.hex());
@@ -225,7 +228,8 @@ Result<Exit> verify(Engine& engine, const Options& options) {
                    {"removed", options.dry_run ? 0 : verified->bad}};
     if (options.recompile)
       report["recompiled"] = {
-          {"same", recompiled.same}, {"different", recompiled.different}, {"skipped", recompiled.skipped}};
+          {"same", recompiled.same}, {"different", recompiled.different}, {"failed", recompiled.failed},
+          {"skipped", recompiled.skipped}};
     print_json(report);
   } else {
     print_line(fmt::format("{} authentic, {} bad{}", verified->ok, verified->bad,
@@ -235,12 +239,17 @@ Result<Exit> verify(Engine& engine, const Options& options) {
     for (const std::string& key : verified->bad_keys)
       print_line("  bad        " + key);
     if (options.recompile)
-      print_line(fmt::format("{} compiled again to the same bytes, {} to others, {} of another version",
-                             recompiled.same, recompiled.different.size(), recompiled.skipped));
+      print_line(fmt::format("{} compiled again to the same bytes, {} to others, {} of another version, {} failed",
+                             recompiled.same, recompiled.different.size(), recompiled.skipped,
+                             recompiled.failed.size()));
     for (const std::string& key : recompiled.different)
       print_line("  different  " + key);
   }
-  return verified->bad == 0 && recompiled.different.empty() ? Exit::ok : Exit::integrity;
+  for (const std::string& failure : recompiled.failed)
+    report_error(failure);
+  if (verified->bad > 0 || !recompiled.different.empty())
+    return Exit::integrity;
+  return recompiled.failed.empty() ? Exit::ok : Exit::failed;
 }
 
 Result<Exit> report_pruned(const Result<Store::Pruned>& pruned, const Options& options) {
@@ -249,8 +258,8 @@ Result<Exit> report_pruned(const Result<Store::Pruned>& pruned, const Options& o
   if (options.json)
     print_json({{"rows", pruned->rows}, {"bytes", pruned->bytes}, {"dry_run", options.dry_run}});
   else
-    print_line(fmt::format("{} {} kernels, {}", options.dry_run ? "would remove" : "removed", pruned->rows,
-                           bytes_text(pruned->bytes)));
+    print_line(fmt::format("{} {}, {}", options.dry_run ? "would remove" : "removed",
+                           count_text(pruned->rows, "kernel"), bytes_text(pruned->bytes)));
   return Exit::ok;
 }
 

@@ -1,3 +1,5 @@
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
@@ -76,6 +78,16 @@ void check_sqlite(Report& report) {
   report.add(version ? State::ok : State::fail, "SQLite", version ? *version : version.status().message());
 }
 
+/// A misspelt variable has no effect, and nobody says so.
+void check_environment(Report& report, const Config& config) {
+  for (char** entry = environ; entry != nullptr && *entry != nullptr; ++entry) {
+    const std::string_view text = *entry, name = text.substr(0, text.find('='));
+    const auto is_it = [&](const Config::Origin& known) { return known.name == name; };
+    if (name.starts_with("KILN_") && std::none_of(config.origins.begin(), config.origins.end(), is_it))
+      report.add(State::warn, "environment", fmt::format("{} is no variable of Kiln: `kiln info` lists them", name));
+  }
+}
+
 void check_directories(Report& report, const Config& config) {
   const Result<std::string> cache = private_directory(config.cache_dir, false);
   if (cache)
@@ -137,7 +149,7 @@ Result<KernelDesc> small_desc(const OpSpec& op) {
 void check_store(Report& report, Engine& engine, const KernelDesc& desc) {
   Store* store = engine.store();
   if (store == nullptr || engine.config().cache == CacheMode::off)
-    return report.add(State::warn, "cache", "off (KILN_CACHE, KILN_DISABLE): every process compiles for itself");
+    return report.add(State::warn, "cache", "off (KILN_CACHE, KILN_DISABLE, or what is logged below): every process compiles for itself");
   if (engine.config().cache == CacheMode::read_only)
     report.add(State::ok, "cache", "read-only (KILN_CACHE=ro)");
   else if (const Result<Engine::Warmed> warmed = engine.warmup(desc, nullptr); warmed)
@@ -192,6 +204,7 @@ Result<Exit> doctor(bool json) {
   Engine& engine = **made;
   Report report;
   report.add(State::ok, "machine", fmt::format("{}, {}", engine.machine().cpu_name, engine.machine().target.text()));
+  check_environment(report, engine.config());
   check_clock(report);
   check_sqlite(report);
   if (engine.config().cache != CacheMode::off) {

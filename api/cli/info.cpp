@@ -76,6 +76,7 @@ Json ops_json(const Engine& engine) {
       } else {
         one["min"] = field.min;
         one["max"] = field.max;
+        one["any"] = field.any_allowed;
         if (!field.required)
           one["default"] = field.default_value;
       }
@@ -109,6 +110,17 @@ Json info_json(Engine& engine) {
           {"known_targets", targets}};
 }
 
+/// What a field takes, its default first.
+std::string field_text(const FieldSpec& field) {
+  if (field.choices.empty())
+    return fmt::format("{} to {}{}", field.min, field.max, field.any_allowed ? " or any" : "");
+  std::string text(field.choices[static_cast<std::size_t>(field.default_value)]);
+  for (const std::string_view choice : field.choices)
+    if (choice != field.choices[static_cast<std::size_t>(field.default_value)])
+      text += fmt::format(", {}", choice);
+  return text;
+}
+
 void print_info(Engine& engine) {
   const Machine& machine = engine.machine();
   Columns facts;
@@ -120,6 +132,11 @@ void print_info(Engine& engine) {
   facts.row({"cache", engine.store() ? engine.store()->path() : "off"});
   facts.print();
   for (const OpSpec& op : op_table()) {
+    print_line(fmt::format("\n{}: fields", op.name));
+    Columns fields("  ");
+    for (const FieldSpec& field : op.fields)
+      fields.row({std::string(field.name), field_text(field)});
+    fields.print();
     print_line(fmt::format("\n{}: paths in order of preference", op.name));
     Columns paths("  ");
     for (const Implementation& row : engine.implementations()) {

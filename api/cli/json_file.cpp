@@ -59,7 +59,8 @@ std::string escaped(std::string_view key) {
 /// Follows the parser's events and notes the line of every key and element.
 class LineRecorder {
 public:
-  LineRecorder(const int& line, std::map<std::string, int>& lines) : line_(line), lines_(lines) {}
+  LineRecorder(const int& line, std::map<std::string, int>& lines, std::string& twice)
+      : line_(line), lines_(lines), twice_(twice) {}
 
   bool operator()(int, json::parse_event_t event, json& value) {
     using Event = json::parse_event_t;
@@ -94,7 +95,11 @@ private:
     if (open_.size() > kMaxDepth)
       return;
     open_.back().member = open_.back().pointer + "/" + name;
-    lines_.emplace(open_.back().member, line_);
+    const auto [place, is_new] = lines_.emplace(open_.back().member, line_);
+    if (!is_new && twice_.empty()) {
+      twice_ = open_.back().member;
+      place->second = line_;
+    }
   }
   void note_element() {
     if (!open_.empty() && open_.back().is_array)
@@ -103,14 +108,18 @@ private:
 
   const int& line_;
   std::map<std::string, int>& lines_;
+  std::string& twice_; ///< the first member that an object has twice
   std::vector<Open> open_;
 };
 
-/// nlohmann's texts are `[json.exception.parse_error.101] parse error at line 3, column 5: what`.
-std::string what_of(const json::parse_error& error) {
+/// nlohmann's texts are `[json.exception.parse_error.101] parse error at line 3, column 5: what` and
+/// `[json.exception.out_of_range.406] what`.
+std::string what_of(const json::exception& error) {
   const std::string text = error.what();
-  const std::size_t colon = text.find(": ");
-  return colon == std::string::npos ? text : text.substr(colon + 2);
+  const std::size_t colon = text.find(": "), bracket = text.find("] ");
+  if (colon != std::string::npos)
+    return text.substr(colon + 2);
+  return bracket == std::string::npos ? text : text.substr(bracket + 2);
 }
 
 } // namespace
@@ -136,16 +145,19 @@ Result<JsonFile> JsonFile::read(const std::string& path) {
 
   JsonFile file(path);
   int line = 1;
+  std::string twice;
   try {
     file.root_ = json::parse(CountingIterator(text.data(), &line), CountingIterator(text.data() + text.size(), &line),
-                             LineRecorder(line, file.lines_));
+                             LineRecorder(line, file.lines_, twice));
   } catch (const json::parse_error& parse_error) {
     const std::size_t taken = std::min(parse_error.byte > 0 ? parse_error.byte - 1 : 0, text.size());
     const auto at = 1 + std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(taken), '\n');
     return Status::error(Code::invalid_argument, fmt::format("{}:{}: not JSON: {}", path, at, what_of(parse_error)));
-  } catch (const json::exception& other) {
-    return failed(other.what());
+  } catch (const json::exception& other) { // a number that no type holds
+    return Status::error(Code::invalid_argument, fmt::format("{}:{}: {}", path, line, what_of(other)));
   }
+  if (!twice.empty())
+    return file.error(twice, "is given twice");
   return file;
 }
 

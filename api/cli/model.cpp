@@ -148,6 +148,9 @@ Result<std::vector<KernelDesc>> model_kernels(const std::string& path, const std
     return file.status();
   if (!file->root().is_object())
     return file->error("", "is no config.json: it needs an object with model_type, hidden_size and so on");
+  if (const auto type = file->root().find("model_type");
+      type != file->root().end() && !type->is_null() && !type->is_string())
+    return file->error("/model_type", fmt::format("{}: allowed is a string", type->dump()));
 
   Config config(*file);
   const auto model = std::find_if(std::begin(kModels), std::end(kModels),

@@ -65,7 +65,10 @@ public:
       else
         return fmt::format("the header has an unknown or repeated entry '{}'", *key);
       if (!fine)
-        return fmt::format("the header's entry '{}' cannot be read (structured dtypes are not supported)", *key);
+        return fmt::format("the header's entry '{}' cannot be read: allowed is {}", *key,
+                           *key == "descr"   ? "the name of one dtype, no list of fields"
+                           : *key == "shape" ? fmt::format("a tuple of at most {} extents ≥ 0", kMaxRank)
+                                             : "True or False");
       if (!take(',') && !next_is('}'))
         return "the header is not a dict";
     }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "api/cli/tensors.h"
 
@@ -47,6 +48,18 @@ Status add_file(Operands& operands, const std::string& name, const std::string& 
 /// Stands for a size that is not known yet: shape(desc) shows where it comes back. No field has such a value.
 std::int64_t placeholder(std::size_t field) {
   return -1'000'003 - static_cast<std::int64_t>(field);
+}
+
+/// The shape that a tensor of a partly known desc has, as `[m, 4096]`.
+std::string asked_text(const OpSpec& op, const std::vector<std::int64_t>& shape) {
+  std::vector<std::string> extents;
+  for (const std::int64_t extent : shape) {
+    extents.push_back(std::to_string(extent));
+    for (std::size_t i = 0; i < op.fields.size(); ++i)
+      if (extent == placeholder(i))
+        extents.back() = op.fields[i].name;
+  }
+  return fmt::format("[{}]", fmt::join(extents, ", "));
 }
 
 } // namespace
@@ -103,8 +116,11 @@ Result<KernelDesc> desc_from_shapes(const Operands& operands, const GivenShape& 
   for (const TensorSpec& tensor : op.tensors) {
     const std::vector<std::int64_t>* given = given_shape(tensor.name);
     const std::vector<std::int64_t> asked = tensor.shape(probe);
-    if (given == nullptr || given->size() != asked.size())
+    if (given == nullptr)
       continue;
+    if (given->size() != asked.size())
+      return bad_word(fmt::format("{0}: tensor {1} has shape {2}: {0} takes {3}", op.name, tensor.name,
+                                  shape_text(*given), asked_text(op, asked)));
     for (std::size_t i = 0; i < op.fields.size(); ++i) {
       const auto at = std::find(asked.begin(), asked.end(), placeholder(i));
       if (at == asked.end() || probe.value[i] != placeholder(i))

@@ -93,6 +93,10 @@ std::string bytes_text(std::int64_t bytes) {
   return fmt::format("{:.1f} TiB", value);
 }
 
+std::string count_text(std::int64_t count, std::string_view noun) {
+  return fmt::format("{} {}{}", count, noun, count == 1 ? "" : "s");
+}
+
 std::string microseconds_text(double us) {
   if (us < 1e3)
     return fmt::format("{:.2f} µs", us);

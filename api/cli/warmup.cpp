@@ -23,7 +23,8 @@ namespace {
 
 struct Options {
   std::vector<std::string> words;
-  std::string model, scheme, target;
+  std::string model, scheme;
+  std::optional<std::string> target;
   std::vector<std::int64_t> tokens;
   int jobs = 0;
   bool json = false;
@@ -109,8 +110,8 @@ std::vector<Outcome> warm(Engine& engine, const std::vector<KernelDesc>& kernels
 
 Result<Exit> warmup(const Options& options) {
   std::optional<Target> target;
-  if (!options.target.empty()) {
-    const Result<Target> parsed = Target::parse(options.target);
+  if (options.target) {
+    const Result<Target> parsed = Target::parse(*options.target);
     if (!parsed)
       return parsed.status();
     target = *parsed;
@@ -155,8 +156,8 @@ Result<Exit> warmup(const Options& options) {
                 {"ms", ms},
                 {"results", list}});
   else
-    print_line(fmt::format("{} kernels for {} descs: {} hit, {} compiled, {} failed in {}", kernels.size(),
-                           descs->size(), hit, compiled, failed, microseconds_text(ms * 1e3)));
+    print_line(fmt::format("{} for {}: {} hit, {} compiled, {} failed in {}", count_text(std::ssize(kernels), "kernel"),
+                           count_text(std::ssize(*descs), "desc"), hit, compiled, failed, microseconds_text(ms * 1e3)));
   return failed == 0 ? Exit::ok : Exit::failed;
 }
 
@@ -171,7 +172,7 @@ Command warmup_command(CLI::App& kiln) {
   app->add_option("--tokens", options->tokens, "Numbers of tokens per call, as 1,16,128")
       ->delimiter(',')
       ->allow_extra_args(false)
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 31));
+      ->check(CLI::Range(std::int64_t{1}, std::int64_t{INT32_MAX}));
   app->add_option("--target", options->target,
                   "Another machine: what its `kiln info --target` prints, or a name that `kiln info` lists");
   app->add_option("-j,--jobs", options->jobs, "Compile so many at once (default: the cores)")
