@@ -18,7 +18,7 @@
  * - Handles are opaque. Whoever receives a handle through an out parameter owns one reference and gives it up with the release or
  *   destroy call named there. Releasing NULL does nothing.
  * - A call that fails returns a status other than KILN_OK, leaves its out parameters NULL (or untouched when they are not pointers),
- *   writes no output tensor, and stores a message for kiln_last_error() on the calling thread.
+ *   writes no output tensor (but see kiln_run), and stores a message for kiln_last_error() on the calling thread.
  * - Every function may be called from any thread at any time, except that a handle must not be used during or after its last release.
  * - No call throws, aborts, installs signal handlers, or changes the floating-point state.
  * - Structs that a caller fills begin with their size and, where they belong to an op, the op. They may grow at the end in later versions:
@@ -102,7 +102,8 @@ typedef struct kiln_engine_options {
  * Errors: a malformed environment variable or option (KILN_INVALID_ARGUMENT). */
 KILN_API kiln_status kiln_engine_create(const kiln_engine_options* options, kiln_engine** engine);
 
-/* Waits for a background compile in progress. Kernels and packs that are still held stay valid and can still run. */
+/* Waits for a background compile in progress. Kernels and packs that are still held stay valid and can still run; they then still call
+ * options.parallel_for. */
 KILN_API void kiln_engine_destroy(kiln_engine* engine);
 
 /* ---------------------------------------------------------------- descs: what to compute */
@@ -153,7 +154,8 @@ typedef struct kiln_int8_mm_desc {
 typedef struct kiln_kernel kiln_kernel;
 
 /* The kernel for a desc: from memory (no lock), from disk, or compiled now. Release with kiln_kernel_release.
- * One thread compiles a kernel, the others wait for it. Errors: KILN_INVALID_ARGUMENT, KILN_UNSUPPORTED (KILN_FORCE or
+ * One thread compiles a kernel, the others wait for it. Under KILN_MISS=fallback a kernel that would have to be compiled is compiled in the
+ * background, and the caller gets a slow one (KILN_BUILTIN) that reads the same packs: get again for the compiled one. Errors: KILN_INVALID_ARGUMENT, KILN_UNSUPPORTED (KILN_FORCE or
  * KILN_DISABLE leave nothing that can do it), KILN_COMPILE_FAILED, KILN_MISS, KILN_OUT_OF_MEMORY. */
 KILN_API kiln_status kiln_get(kiln_engine* engine, const kiln_desc* desc, kiln_kernel** kernel);
 
@@ -239,7 +241,8 @@ typedef struct kiln_int8_mm_args {
 #define KILN_INT8_MM_ARGS_INIT \
   {{sizeof(kiln_int8_mm_args), KILN_OP_INT8_MM, 0}, 0, 0, 0, 0, 0, 0, KILN_B_NK, 0, 0, 0, 0, 0}
 
-/* Runs; returns when the output is complete. No lock, lookup or allocation (the first call of a thread may grow its arena). */
+/* Runs; returns when the output is complete. No lock, lookup or allocation (the first call of a thread may grow its arena).
+ * KILN_OUT_OF_MEMORY, when a thread's arena cannot grow, may leave part of the output written; with a workspace it does not occur. */
 KILN_API kiln_status kiln_run(const kiln_kernel* kernel, const kiln_args* args);
 
 /* How much workspace kiln_run would use for these args (pointers are not read). */
@@ -247,7 +250,8 @@ KILN_API kiln_status kiln_workspace_bytes(const kiln_kernel* kernel, const kiln_
 
 /* ---------------------------------------------------------------- ahead of time */
 
-/* Gets the kernels of these descs on one background thread, in order; returns at once. Failures are logged. */
+/* Gets the kernels of these descs on one background thread, in order; returns at once. Failures are logged. Under KILN_MISS=error kernels
+ * come from disk only. */
 KILN_API kiln_status kiln_prefetch(kiln_engine* engine, const kiln_desc* const* descs, size_t count);
 /* Waits until the prefetch list is empty, at most timeout_ms; KILN_BUSY when it is not. */
 KILN_API kiln_status kiln_prefetch_wait(kiln_engine* engine, int64_t timeout_ms);

