@@ -155,8 +155,8 @@ typedef struct kiln_kernel kiln_kernel;
 
 /* The kernel for a desc: from memory (no lock), from disk, or compiled now. Release with kiln_kernel_release.
  * One thread compiles a kernel, the others wait for it. Under KILN_MISS=fallback a kernel that would have to be compiled is compiled in the
- * background, and the caller gets a slow one (KILN_BUILTIN) that reads the same packs: get again for the compiled one. Errors: KILN_INVALID_ARGUMENT, KILN_UNSUPPORTED (KILN_FORCE or
- * KILN_DISABLE leave nothing that can do it), KILN_COMPILE_FAILED, KILN_MISS, KILN_OUT_OF_MEMORY. */
+ * background, and the caller gets a slow one (KILN_BUILTIN) that reads the same packs: get again for the compiled one.
+ * Errors: KILN_INVALID_ARGUMENT, KILN_UNSUPPORTED (KILN_FORCE or KILN_DISABLE leave nothing that can do it), KILN_COMPILE_FAILED, KILN_MISS, KILN_OUT_OF_MEMORY. */
 KILN_API kiln_status kiln_get(kiln_engine* engine, const kiln_desc* desc, kiln_kernel** kernel);
 
 KILN_API void kiln_kernel_retain(kiln_kernel* kernel);
@@ -194,10 +194,11 @@ typedef struct kiln_pack kiln_pack;
 
 /* Packs B of an int8_mm desc (its m is ignored). `b` is read during the call only; ldb ≥ n (KILN_B_KN) or ≥ k (KILN_B_NK). */
 KILN_API kiln_status kiln_pack_create(kiln_engine* engine, const kiln_desc* desc, const void* b, int64_t ldb, kiln_pack** pack);
-/* Writes the pack to a new file and renames it to `path`. The file names op, layout, sizes and carries a checksum. */
+/* Writes the pack to a new file and renames it to `path`. The file names op, layout, sizes and carries a checksum.
+ * Errors: KILN_NOT_FOUND (no such directory), KILN_IO. */
 KILN_API kiln_status kiln_pack_save(const kiln_pack* pack, const char* path);
 /* Loads what kiln_pack_save wrote, on a machine and under toggles whose kernels read this layout (else KILN_INVALID_ARGUMENT that names both).
- * Errors: KILN_IO, KILN_INTEGRITY. */
+ * Errors: KILN_NOT_FOUND, KILN_IO, KILN_INTEGRITY. */
 KILN_API kiln_status kiln_pack_load(kiln_engine* engine, const kiln_desc* desc, const char* path, kiln_pack** pack);
 KILN_API void kiln_pack_retain(kiln_pack* pack);
 KILN_API void kiln_pack_release(kiln_pack* pack);

@@ -47,7 +47,8 @@ Status sqlite_error(const std::string& path, sqlite3* handle, int code) {
                                                                             : Code::io;
   // The handle's message tells more than the code's, but only while it is about the same error.
   const char* text = handle && sqlite3_extended_errcode(handle) == code ? sqlite3_errmsg(handle) : sqlite3_errstr(code);
-  return Status::error(kind, fmt::format("{}: {} (SQLite error {})", path, text, code));
+  const char* remedy = kind == Code::integrity ? ": remove it, and kernels are compiled again" : "";
+  return Status::error(kind, fmt::format("{}: {} (SQLite error {}){}", path, text, code, remedy));
 }
 
 std::uint32_t big_endian(const std::uint8_t* bytes) {

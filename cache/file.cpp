@@ -66,6 +66,10 @@ Result<Bytes> read_file(const std::string& path) {
 }
 
 Status write_file_atomically(const std::string& path, std::initializer_list<ByteSpan> parts) {
+  // The rename would put a file in the place of a device or a pipe.
+  struct stat info{};
+  if (::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode))
+    return Status::error(Code::io, fmt::format("{}: cannot write: not a regular file", path));
   std::string temporary = path + ".XXXXXX";
   const Descriptor file{::mkostemp(temporary.data(), O_CLOEXEC)};
   if (file.fd < 0)

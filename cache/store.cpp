@@ -681,11 +681,15 @@ std::filesystem::path absolute_path(const std::string& path) {
   return absolute.has_filename() ? absolute : absolute.parent_path();
 }
 
-/// Compares the paths with every link resolved as far as they exist.
-bool is_inside(const std::string& path, const std::string& directory) {
+/// With every link resolved as far as the path exists; as it is written where this user may not look.
+std::filesystem::path resolved_path(const std::string& path) {
   std::error_code error;
-  const std::filesystem::path inner = std::filesystem::weakly_canonical(absolute_path(path), error);
-  const std::filesystem::path outer = std::filesystem::weakly_canonical(absolute_path(directory), error);
+  const std::filesystem::path absolute = absolute_path(path), resolved = std::filesystem::weakly_canonical(absolute, error);
+  return error ? absolute.lexically_normal() : resolved;
+}
+
+bool is_inside(const std::string& path, const std::string& directory) {
+  const std::filesystem::path inner = resolved_path(path), outer = resolved_path(directory);
   return std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end()).first == outer.end();
 }
 

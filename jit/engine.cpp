@@ -15,6 +15,8 @@ namespace {
 
 /// How long a thread waits for another's compile before it compiles for itself.
 constexpr std::chrono::milliseconds kCompilePatience{2000};
+/// How long a warm-up waits for others to be done with the cache.
+constexpr std::chrono::seconds kWarmupPatience{5};
 
 std::int64_t microseconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start).count();
@@ -111,6 +113,7 @@ struct Engine::State {
   Result<KernelTable::Made> make(const KernelDesc& canonical, MissPolicy on_miss);
   Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical);
   Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target, std::int64_t& us);
+  Status keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us);
   Status prefetch(const KernelDesc& canonical);
   enum class Stay : bool { for_this_caller, resident };
   Result<KernelTable::Made> stand_in(const Choice& choice, const KernelDesc& canonical, Stay stay);
@@ -221,6 +224,8 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   Result<CodeObject> code = compile(*choice, canonical, target(), us);
   if (!code)
     return code.status();
+  if (const Status status = keep(*choice, canonical, *code, us); !status)
+    log.debug(fmt::format("{} was not stored: {}", canonical.text(), status.message()));
   Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
   if (!kernel && kernel.status().code() == Code::unsupported) {
     if (!refuses_executable_memory.exchange(true))
@@ -265,20 +270,23 @@ Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc
     log.debug(fmt::format("compiled {} ({}) in {} us, {} bytes", canonical.text(), name_of(row.isa), us, code->image.size()));
   if (!config().dump_dir.empty())
     dump_code(config().dump_dir, choice.key, row.isa, canonical, *code, options.disassemble, log);
-  if (store) {
-    StoreRow stored;
-    stored.key = choice.key;
-    stored.op = find_op(canonical.op)->name;
-    stored.desc = canonical.text();
-    stored.isa = name_of(row.isa);
-    stored.target = fmt::format("{}:{}", name_of(code->arch), code->features.text());
-    stored.generator = row.generator_digest;
-    stored.code = code->serialise();
-    stored.compile_us = us;
-    if (const Status status = store->put(stored); !status)
-      log.debug(fmt::format("{} was not stored: {}", stored.desc, status.message()));
-  }
   return code;
+}
+
+/// Stores what `compile` made, where there is a store.
+Status Engine::State::keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us) {
+  if (!store)
+    return {};
+  StoreRow row;
+  row.key = choice.key;
+  row.op = find_op(canonical.op)->name;
+  row.desc = canonical.text();
+  row.isa = name_of(choice.implementation->isa);
+  row.target = fmt::format("{}:{}", name_of(code.arch), code.features.text());
+  row.generator = choice.implementation->generator_digest;
+  row.code = code.serialise();
+  row.compile_us = us;
+  return store->put(row);
 }
 
 /// A builtin kernel that reads the same packs as the chosen one.
@@ -312,8 +320,11 @@ Result<Choice> Engine::State::choose(const KernelDesc& canonical, const Target& 
     const std::string reason = refusal(row, canonical, for_target, config(), forced);
     if (reason.empty())
       return choice_of(row, canonical, for_target);
-    reasons += fmt::format("; {}: {}", name_of(row.isa), reason);
+    if (!forced || row.isa == *forced)
+      reasons += fmt::format("; {}: {}", name_of(row.isa), reason);
   }
+  if (forced)
+    reasons = fmt::format(" by {}, which KILN_FORCE demands{}", name_of(*forced), reasons.empty() ? "; it has no such path" : reasons);
   return Status::error(Code::unsupported, fmt::format("nothing computes {} here{}", canonical.text(), reasons));
 }
 
@@ -334,12 +345,18 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
   if (state_->store->get(choice->key))
     return Warmed::hit;
   std::int64_t us = 0;
-  if (const Result<CodeObject> code = state_->compile(*choice, canonical, for_target, us); !code) {
+  const Result<CodeObject> code = state_->compile(*choice, canonical, for_target, us);
+  if (!code) {
     ++state_->failed;
     return code.status();
   }
-  if (!state_->store->get(choice->key))
-    return Status::error(Code::io, fmt::format("{} was compiled but could not be stored in {}", canonical.text(), state_->store->path()));
+  // Many may warm one cache at once. A host would not wait for them; whoever warms up has nothing better to do.
+  const auto give_up = std::chrono::steady_clock::now() + kWarmupPatience;
+  Status kept = state_->keep(*choice, canonical, *code, us);
+  while (kept.code() == Code::busy && std::chrono::steady_clock::now() < give_up)
+    kept = state_->keep(*choice, canonical, *code, us);
+  if (!kept)
+    return Status::error(kept.code(), fmt::format("{} was compiled but could not be stored: {}", canonical.text(), kept.message()));
   return Warmed::compiled;
 }
 

@@ -1,4 +1,5 @@
 """The kiln command as its users see it: results, JSON, files, exit codes and messages. Usage: cli_test.py KILN MODELS_DIRECTORY"""
+import contextlib
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 KILN = ""
@@ -352,6 +354,16 @@ class Warmup(CommandTest):
         self.refused("warmup", *SHAPE, "--target", "", says="target ''")
         self.refused("warmup", *SHAPE, "-j", "0", says="--jobs")
         self.refused("warmup", "int8_mm", "m=1", says="field n is missing")
+
+    def test_a_busy_cache_is_waited_for(self):
+        self.kiln("warmup", *SHAPE)
+        with contextlib.closing(sqlite3.connect(self.dir / "cache" / "kernels.db", isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            waiting = subprocess.Popen([KILN, "warmup", "int8_mm", "m=1", "n=2", "k=3", "--json"], env=self.env, stdout=subprocess.PIPE, text=True)
+            time.sleep(0.3)  # far beyond what a lookup waits for
+            other.execute("ROLLBACK")
+        self.assertEqual(1, json.loads(waiting.communicate(timeout=60)[0])["compiled"])
+        self.assertEqual(OK, waiting.returncode)
 
     def test_another_machine(self):
         here = self.json("run", *SHAPE)["key"]

@@ -61,6 +61,8 @@ Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std:
     return bad("threads", std::to_string(args.threads), "0 or more");
   if (args.pack != nullptr)
     return args.b == nullptr ? check_pack(plan, *args.pack, n, k) : bad("b", "given beside b_pack", "one of the two");
+  if (args.b == nullptr && n > 0 && k > 0)
+    return bad("b", "null, and so is b_pack", "one of the two");
   const bool nk = args.b_layout == BLayout::nk;
   return check_matrix("b", "ldb", args.b, nk ? n : k, nk ? k : n, args.ldb);
 }
