@@ -292,6 +292,17 @@ TEST_CASE("results equal the reference for every remainder of M, N and K") {
         for (const std::int64_t n : {64, 70, 96, 130, 200})
           check({.m = m, .n = n, .k = k, .at_end = m != 33, .ldc_extra = 3});
   }
+  SUBCASE("rows that become tiles during the block before") {
+    // One row or two for each pair of panels, one block of columns or more, and calls with too few columns to finish the copy.
+    for (const std::int64_t m : {48, 49, 64, 65, 97, 113})
+      for (const std::int64_t n : {512, 550, 1024})
+        check({.m = m, .n = n, .k = 256, .at_end = m % 2 == 0, .lda_extra = m % 3 * 7, .ldc_extra = 2});
+    for (const std::int64_t m : {70, 100})
+      check({.m = m, .n = 1104, .k = 1024, .lda_extra = 5});
+    for (const std::int64_t split : {64, 448, 512})
+      check({.m = 100, .n = 600, .k = 320, .split = split});
+    check({.m = 100, .n = 1200, .k = 1024, .split = 1088});
+  }
   SUBCASE("sums that wrap") { check({.m = 2, .n = 3, .k = 140000, .values = Values::lowest}); }
   if (tiles.emulator)
     CHECK(tiles.emulator->executed() > 0);

@@ -11,7 +11,8 @@
 // int8_mm on AMX. A tile holds 16 rows of 64 bytes: 16 × 64 of A, 64 × 16 of B (a panel's 16 rows of k4), 16 × 16 sums.
 //
 //   per block of columns                       its panels stay in L2
-//     per 32 rows, the last block shorter      A's rows become tiles of 1 KiB in the workspace, which stay in L1 up to K = 1024
+//     per 32 rows, the last block shorter      A's rows become tiles of 1 KiB in the workspace, which stay in L1 up to K = 1024;
+//                                              where it can be, the 32 rows before carry this copy in the steps of their products
 //       per pair of panels                     wide: 2 × 2 tiles of sums, 4 tile loads per 4 products
 //     the last 1…16 rows
 //       per 4 panels                           narrow: 1 × 4 tiles of sums
@@ -23,9 +24,10 @@
 //   them a second time against zeros. K < 61 has one product on shorter tiles.
 // - N: the pack is zero beyond N; sums of a panel that N cuts go through the workspace and a masked store.
 //
-// What bounds it, measured on an Emerald Rapids Xeon: a product takes 20 cycles on random values (16 on zeros), a tile load 8 from L1 and
-// 20–25 from L2, so that one of the two operands must come from L1. Rows 4096 bytes apart fall into one set of L1: hence the copy of A.
-// C's lines come from L2 or L3 only to be overwritten, through the same fill buffers as the operands: hence the staged sums.
+// Measured on an Emerald Rapids Xeon: a product takes 20 cycles on random values (16 on zeros), a tile load 8 from L1 and 20–25 from L2,
+// so that one of the two operands must come from L1. Rows 4096 bytes apart fall into one set of L1: hence the copy of A. Storing the sums
+// at once was 10 % slower than passing them to C during the next steps; the likely reason is that C's lines, most of them not in L1, hold
+// up the tile loads behind them. Fetching C's lines ahead (prefetchw, prefetcht0…2) was slower too, by 4–8 %.
 namespace kiln::x86 {
 namespace {
 
@@ -69,7 +71,12 @@ enum Local : int {
   kRowAStep = 64,       ///< to the tiles of the next wide block
   kStagingBegin = 72,
   kStagingEnd = 80,     ///< where `from` stands when all staged sums are in C
-  kFrameBytes = 88
+  kAheadRows = 88,      ///< rows of the next wide block whose copy is still due: 0, its tiles are there
+  kAheadFrom = 96,      ///< the next of them in A, or 0 for no copy ahead
+  kAheadSecond = 104,   ///< the first row in A of that block's second tile of rows
+  kAheadTo = 112,       ///< bytes from where `ka` walks to the tiles of the row at kAheadFrom
+  kCall = 120,
+  kFrameBytes = 136
 };
 
 class Emitter {
@@ -79,6 +86,8 @@ public:
   Result<CodeObject> emit() {
     a_.enter(kSaved);
     a_.sub(rsp, kFrameBytes);
+    if (rows_ahead() > 0)
+      a_.mov(local(kCall), call_);
     configure_tiles();
     column_blocks();
     // The caller's configuration is its own to keep (its tiles are not: a call may destroy them). Without one this loads zeros, which is
@@ -125,8 +134,20 @@ private:
     const std::int64_t block_bytes = k_ <= 1024 ? 1 << 20 : 512 << 10, group_bytes = std::max<std::int64_t>(1, kGroupPanels * panel_bytes_);
     return 2 * std::clamp<std::int64_t>(block_bytes / group_bytes, 1, 64);
   }
-  /// Panels that would drive the 32 rows of A out of a 48 KiB L1 are loaded as data that L1 need not keep.
-  bool streams_panels(int rows) const { return rows == kTileRows || kWideRows * k_ + 2 * panel_bytes_ > 48 << 10; }
+  /// Rows of the next wide block that become tiles during each pair of panels of this one, so that all 32 do during one block of columns;
+  /// 0 where each block copies its own rows first.
+  int rows_ahead() const {
+    const std::int64_t pairs = std::min(n_ / kPairColumns, block_pairs());
+    if (m_class_ != kAny || tail_elements() != 0 || !defers() || pairs < kWideRows / kMostRowsAhead)
+      return 0;
+    return pairs >= kWideRows ? 1 : kMostRowsAhead;
+  }
+  static constexpr int kMostRowsAhead = 2;
+  /// Panels that would drive the 32 rows of A out of a 48 KiB L1 are loaded as data that L1 need not keep; likewise where the next rows'
+  /// tiles are written meanwhile: up to 10 % faster for K = 256…512.
+  bool streams_panels(int rows) const {
+    return rows == kTileRows || rows_ahead() > 0 || kWideRows * k_ + 2 * panel_bytes_ > 48 << 10;
+  }
 
   Mem field(std::size_t offset) const { return qword_ptr(call_, static_cast<std::int32_t>(offset)); }
   Mem local(Local offset) const { return qword_ptr(rsp, offset); }
@@ -230,11 +251,14 @@ private:
       a_.mov(local(kStagingBegin), scratch_);
       a_.add(scratch_, kTileBytes);
       a_.mov(local(kStagingEnd), scratch_);
-      // With one block of columns, tiles are used once: all wide blocks take the same memory, which then stays in the cache.
-      a_.xor_(scratch_.r32(), scratch_.r32());
+      // With one block of columns, tiles are used once: all wide blocks take the same memory, which then stays in the cache, or two
+      // memories in turn where they copy ahead.
       a_.mov(ka_, 2 * a_tile_row_bytes());
-      a_.cmp(field(offsetof(Call, n)), static_cast<std::int32_t>(block_pairs() * kPairColumns));
-      a_.cmovbe(ka_, scratch_);
+      if (rows_ahead() == 0) {
+        a_.xor_(scratch_.r32(), scratch_.r32());
+        a_.cmp(field(offsetof(Call, n)), static_cast<std::int32_t>(block_pairs() * kPairColumns));
+        a_.cmovbe(ka_, scratch_);
+      }
       a_.mov(local(kRowAStep), ka_);
     }
     Label block = a_.newLabel();
@@ -291,16 +315,22 @@ private:
     a_.add(scratch_, kTilesOfA);
     a_.mov(local(kRowA), scratch_);
     a_.mov(from_, local(kStagingEnd));
+    if (rows_ahead() > 0)
+      a_.mov(local(kAheadRows), kWideRows);
     a_.bind(block);
     a_.mov(second_, local(kRowsLeft));
     a_.sub(second_, kTileRows);
     at_most(second_, kTileRows);
     if (k_ > 0) {
-      // A's rows become tiles when their first block of columns is due, and are then still in L1.
+      // A's rows become tiles before or when their first block of columns is due.
       Label copied = a_.newLabel();
       a_.mov(scratch_, local(kBlockB));
       a_.cmp(scratch_, field(offsetof(Call, b)));
       a_.jne(copied);
+      if (rows_ahead() > 0) {
+        a_.cmp(local(kAheadRows), 0);
+        a_.je(copied);
+      }
       a_.mov(ka_, field(offsetof(Call, m)));
       a_.sub(ka_, local(kRowsLeft));
       a_.mov(kb_, local(kRowA));
@@ -313,6 +343,8 @@ private:
       a_.call(copy_tile_);
       a_.bind(copied);
     }
+    if (rows_ahead() > 0)
+      begin_ahead();
     a_.imul(second_, ldc_bytes_);
     a_.mov(a_rows_, local(kRowA));
     a_.mov(b_, local(kBlockB));
@@ -342,6 +374,13 @@ private:
     a_.add(local(kRowC), scratch_);
     a_.mov(scratch_, local(kRowAStep));
     a_.add(local(kRowA), scratch_);
+    if (rows_ahead() > 0) {
+      Label blocks = a_.newLabel();
+      a_.cmp(field(offsetof(Call, n)), static_cast<std::int32_t>(block_pairs() * kPairColumns));
+      a_.ja(blocks);
+      a_.neg(local(kRowAStep));
+      a_.bind(blocks);
+    }
     a_.sub(local(kRowsLeft), kWideRows);
     a_.cmp(local(kRowsLeft), kTileRows);
     a_.jg(block);
@@ -350,10 +389,84 @@ private:
     a_.bind(done);
   }
 
+  /// Sets what the wide block copies of the next one: nothing behind the last one, in a later block of columns (the tiles are there), or
+  /// when the call has too few columns to finish it.
+  void begin_ahead() {
+    const Gp left = ka_, row = kb_;
+    Label none = a_.newLabel();
+    a_.mov(local(kAheadRows), kWideRows);
+    a_.mov(local(kAheadFrom), 0);
+    a_.mov(left, local(kRowsLeft));
+    a_.sub(left, kWideRows + kTileRows);
+    a_.jle(none);
+    a_.mov(scratch_, local(kBlockB));
+    a_.cmp(scratch_, field(offsetof(Call, b)));
+    a_.jne(none);
+    a_.cmp(local(kPairs), kWideRows / rows_ahead());
+    a_.jb(none);
+    a_.mov(row, field(offsetof(Call, m)));
+    a_.sub(row, left);
+    a_.sub(row, kTileRows);
+    at_most(left, kTileRows);
+    a_.add(left, row);
+    for (const Gp& reg : {row, left}) {
+      a_.imul(reg, field(offsetof(Call, lda)));
+      a_.add(reg, field(offsetof(Call, a)));
+    }
+    a_.mov(local(kAheadFrom), row);
+    a_.mov(local(kAheadSecond), left);
+    a_.mov(scratch_, local(kRowAStep));
+    a_.mov(local(kAheadTo), scratch_);
+    a_.bind(none);
+  }
+
+  /// A line of each of the block's rows that are copied ahead.
+  void copy_ahead() {
+    Label none = a_.newLabel();
+    a_.test(ahead_from_, ahead_from_);
+    a_.jz(none);
+    const auto line = [](int i) { return asmjit::x86::zmm(static_cast<std::uint32_t>(4 + i)); };
+    for (int i = 0; i < rows_ahead(); ++i)
+      a_.vmovdqu64(line(i), i == 0 ? ptr(ahead_from_) : ptr(ahead_from_, ahead_lda_));
+    for (int i = 0; i < rows_ahead(); ++i)
+      a_.vmovdqa64(ptr(ka_, ahead_to_, 0, i * kTileRowBytes), line(i));
+    a_.add(ahead_from_, kTileRowBytes);
+    a_.bind(none);
+  }
+
+  void next_rows_ahead() {
+    const Gp from = scratch_, rows = ka_, step = kb_;
+    Label none = a_.newLabel(), same_tile = a_.newLabel();
+    a_.mov(from, local(kAheadFrom));
+    a_.test(from, from);
+    a_.jz(none);
+    a_.imul(step, field(offsetof(Call, lda)), rows_ahead());
+    a_.add(from, step);
+    a_.add(local(kAheadTo), rows_ahead() * kTileRowBytes);
+    a_.mov(rows, local(kAheadRows));
+    a_.sub(rows, rows_ahead());
+    a_.cmovz(from, rows);
+    a_.mov(local(kAheadRows), rows);
+    a_.cmp(rows, kTileRows);
+    a_.jne(same_tile);
+    a_.mov(from, local(kAheadSecond));
+    a_.add(local(kAheadTo), static_cast<std::int32_t>(a_tile_row_bytes() - kTileBytes));
+    a_.bind(same_tile);
+    a_.mov(local(kAheadFrom), from);
+    a_.bind(none);
+  }
+
   /// 32 rows × 1 or 2 panels; `cut` columns in the last panel, 0 for all.
   void wide(int panels, int cut) {
+    const bool ahead = panels == 2 && cut == 0 && rows_ahead() > 0;
     a_.mov(ka_, a_rows_);
     a_.mov(kb_, b_);
+    if (ahead) {
+      a_.mov(ahead_from_, local(kAheadFrom));
+      if (rows_ahead() > 1)
+        a_.mov(ahead_lda_, field(offsetof(Call, lda)));
+      a_.mov(ahead_to_, local(kAheadTo));
+    }
     for (int i = 0; i < 2 * panels; ++i)
       a_.tilezero(sums(i));
     if (full_steps() > 0) {
@@ -361,7 +474,7 @@ private:
       if (full_steps() > 1)
         a_.mov(counter_, full_steps());
       a_.bind(step);
-      wide_step(panels, true);
+      wide_step(panels, true, ahead);
       if (full_steps() > 1 || tail_elements() != 0) {
         a_.add(ka_, kTileBytes);
         a_.add(kb_, kTileBytes);
@@ -374,7 +487,13 @@ private:
     if (tail_elements() != 0) {
       if (tail_step_back() != 0)
         a_.sub(kb_, tail_step_back());
-      wide_step(panels, false);
+      wide_step(panels, false, false);
+    }
+    if (ahead) {
+      a_.mov(call_, local(kCall));
+      if (rows_ahead() > 1)
+        a_.mov(a_rows_, local(kRowA));
+      next_rows_ahead();
     }
     if (panels == 2 && cut == 0) {
       stage_sums();
@@ -390,7 +509,7 @@ private:
   }
 
   /// Each tile is loaded just before its first product, so that the products of one step overlap the loads of the next.
-  void wide_step(int panels, bool copies) {
+  void wide_step(int panels, bool copies, bool ahead) {
     load_b(tile_b(0), 0, kWideRows);
     load_a(tile_a(0), 0);
     a_.tdpbssd(sums(0), tile_a(0), tile_b(0));
@@ -409,18 +528,20 @@ private:
       a_.add(from_, staged_rows_per_step() * kTileRowBytes);
       a_.bind(none);
     }
+    if (ahead)
+      copy_ahead();
     load_a(tile_a(1), static_cast<std::int32_t>(a_tile_row_bytes()));
     a_.tdpbssd(sums(panels), tile_a(1), tile_b(0));
     if (panels == 2)
       a_.tdpbssd(sums(panels + 1), tile_a(1), tile_b(1));
   }
 
-  // Sums of a pair of panels reach C during the steps of the next pair. Stored at once, their 64 lines, most of them not in L1, take
-  // every fill buffer, and the tile loads behind them wait. The first steps give the sums time to get to the staging tiles.
+  // Sums of a pair of panels reach C during the steps of the next pair, as evenly as the steps allow (the opening comment says why).
+  // Where steps are left, the first ones give the sums time to get to the staging tiles.
   bool defers() const { return full_steps() >= 4; }
   static constexpr int kWaitSteps = 4;
   /// Of each tile: a power of two, so that 16 rows are done in the steps that are left.
-  int staged_rows_per_step() const { return full_steps() >= 16 + kWaitSteps ? 1 : full_steps() >= 8 + kWaitSteps ? 2 : 4; }
+  int staged_rows_per_step() const { return full_steps() >= 16 ? 1 : full_steps() >= 8 ? 2 : 4; }
   int staged_wait_steps() const {
     return static_cast<int>(std::min<std::int64_t>(kWaitSteps, full_steps() - kTileRows / staged_rows_per_step()));
   }
@@ -606,6 +727,9 @@ private:
   const Gp counter_ = asmjit::x86::r13, scratch_ = asmjit::x86::rax;
   const Gp from_ = asmjit::x86::r10, to_ = asmjit::x86::r12; ///< staged sums and their place in C
   const Gp to_second_ = asmjit::x86::r11;                    ///< `second_` for them
+  // During the steps of a pair of panels, which need none of the registers that these are otherwise:
+  const Gp ahead_from_ = scratch_, ahead_to_ = call_;        ///< kAheadFrom, walking along the row, and kAheadTo
+  const Gp ahead_lda_ = a_rows_;
 };
 
 } // namespace
@@ -626,7 +750,7 @@ Implementation int8_mm_amx() {
     return {};
   };
   row.declines = [](const KernelDesc& desc, const Target&) -> std::string {
-    // Measured: equal within 3 % at M = 1…8 with weights in L3, 6 % behind at M = 1 with weights from memory, ahead from M = 2 in L2.
+    // Measured: equal within 4 % at M = 1…8 with weights in L3, 6 % behind at M = 1 with weights from memory, ahead from M = 2 in L2.
     return desc.value[int8_mm::kM] >= 0 && desc.value[int8_mm::kM] <= 1 ? "M ≤ 1: memory bound, and avx512vnni needs no tile state" : "";
   };
   row.pack_layout = [](const KernelDesc&, const Target&) { return Emitter::kLayout.id(); };
