@@ -127,19 +127,20 @@ Result<HostOptions> host_options(const kiln_engine_options* given) {
   if (o.cache_dir != nullptr) {
     if (o.cache_dir[0] != '/')
       return Status::error(Code::invalid_argument, fmt::format("options.cache_dir is '{}': allowed is an absolute path", o.cache_dir));
-    host.cache_dir = o.cache_dir;
+    host.settings.cache_dir = o.cache_dir;
   }
   if (o.cache_mode != nullptr) {
     const std::string_view mode = o.cache_mode;
     if (mode != "rw" && mode != "ro" && mode != "off")
       return Status::error(Code::invalid_argument, fmt::format("options.cache_mode is '{}': allowed is rw, ro or off", mode));
-    host.cache_mode = mode == "rw" ? CacheMode::read_write : mode == "ro" ? CacheMode::read_only : CacheMode::off;
+    host.settings.cache = mode == "rw" ? CacheMode::read_write : mode == "ro" ? CacheMode::read_only : CacheMode::off;
   }
   if (o.threads < 0 || o.threads > 4096)
     return Status::error(Code::invalid_argument, fmt::format("options.threads is {}: allowed is 0 to 4096", o.threads));
   if (o.reserved != 0)
     return Status::error(Code::invalid_argument, fmt::format("options.reserved is {}: allowed is 0", o.reserved));
-  host.threads = o.threads;
+  if (o.threads > 0)
+    host.settings.threads = o.threads;
   host.parallel_for = o.parallel_for;
   host.parallel_context = o.parallel_context;
   if (o.log_sink != nullptr) {

@@ -6,6 +6,8 @@
 #include <filesystem>
 #include <optional>
 
+#include <set>
+
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
@@ -234,7 +236,7 @@ std::string xdg_directory(GetVariable get, const char* variable, std::string_vie
 
 } // namespace
 
-Result<Config> Config::from_environment(const char* (*get)(const char* name)) {
+Result<Config> Config::from_environment(const char* (*get)(const char* name), const HostSettings& host) {
   Config config;
   if (os::runs_privileged()) {
     get = [](const char*) -> const char* { return nullptr; };
@@ -247,6 +249,19 @@ Result<Config> Config::from_environment(const char* (*get)(const char* name)) {
       if (Status status = variable.parse(config, variable.name, text); !status)
         return status;
 
+  std::set<std::string_view> set_by_host;
+  if (host.cache_dir) {
+    config.cache_dir = *host.cache_dir;
+    set_by_host.insert("KILN_CACHE_DIR");
+  }
+  if (host.cache) {
+    config.cache = *host.cache;
+    set_by_host.insert("KILN_CACHE");
+  }
+  if (host.threads && (config.threads == 0 || *host.threads < config.threads)) {
+    config.threads = *host.threads;
+    set_by_host.insert("KILN_THREADS");
+  }
   if (config.cache != CacheMode::off && (config.cache_dir.empty() || config.key_dir.empty())) {
     config.cache = CacheMode::off;
     config.warnings.push_back(fmt::format("the kernel cache is off: there is no place for {}; set HOME{}",
@@ -254,8 +269,10 @@ Result<Config> Config::from_environment(const char* (*get)(const char* name)) {
                                           config.cache_dir.empty() ? " or KILN_CACHE_DIR" : " or XDG_DATA_HOME"));
   }
   for (const Variable& variable : kVariables)
-    config.origins.push_back(
-        {variable.name, variable.shown(config), value_of(get, variable.name).empty() ? "default" : "environment"});
+    config.origins.push_back({variable.name, variable.shown(config),
+                              set_by_host.contains(variable.name)            ? "host"
+                              : value_of(get, variable.name).empty() ? "default"
+                                                                     : "environment"});
   return config;
 }
 

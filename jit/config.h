@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -13,6 +14,13 @@ namespace kiln {
 
 enum class MissPolicy : std::uint8_t { compile, error, fallback };
 enum class PerfMode : std::uint8_t { off, map, jitdump };
+
+/// Settings that a host may make in place of the environment's.
+struct HostSettings {
+  std::optional<std::string> cache_dir; ///< absolute
+  std::optional<CacheMode> cache;
+  std::optional<int> threads; ///< the smaller of it and KILN_THREADS holds
+};
 
 /// DESIGN's environment table as a value. `from_environment` is the only reader of the environment in Kiln.
 struct Config {
@@ -46,7 +54,8 @@ struct Config {
   std::vector<std::string> warnings;
 
   /// Reads through `get` (as ::getenv). Errors (a malformed KILN_FORCE, KILN_CACHE, KILN_THREADS…) name variable, value and what is allowed.
-  static Result<Config> from_environment(const char* (*get)(const char* name));
+  /// What the host sets itself goes over the environment.
+  static Result<Config> from_environment(const char* (*get)(const char* name), const HostSettings& host = {});
 
   bool disables(const Implementation& implementation) const;
   /// The path forced for this op: its own, else the one for every op that has it (the caller knows which have). False when there is none.

@@ -276,6 +276,29 @@ static void test_packs(kiln_engine* engine, const char* directory) {
   kiln_pack_release(pack);
 }
 
+/* The packs of one path are refused by the kernels of another that reads a different layout. */
+static void test_pack_of_another_layout(const kiln_engine_options* options) {
+  kiln_engine *by_llvm = NULL, *by_reference = NULL;
+  setenv("KILN_FORCE", "portable", 1);
+  CHECK(kiln_engine_create(options, &by_llvm) == KILN_OK);
+  setenv("KILN_FORCE", "reference", 1);
+  CHECK(kiln_engine_create(options, &by_reference) == KILN_OK);
+  unsetenv("KILN_FORCE");
+  kiln_int8_mm_desc desc = the_desc();
+  kiln_pack* pack = NULL;
+  kiln_kernel* kernel = NULL;
+  CHECK(kiln_pack_create(by_llvm, &desc.base, b, K, &pack) == KILN_OK);
+  CHECK(kiln_get(by_reference, &desc.base, &kernel) == KILN_OK);
+  kiln_int8_mm_args args = the_args(pack);
+  poison();
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "a pack of layout n16k");
+  CHECK(is_untouched());
+  kiln_kernel_release(kernel);
+  kiln_pack_release(pack);
+  kiln_engine_destroy(by_llvm);
+  kiln_engine_destroy(by_reference);
+}
+
 static void test_ahead_of_time(kiln_engine* engine) {
   kiln_int8_mm_desc one = the_desc(), two = the_desc();
   one.m = 1;
@@ -360,6 +383,7 @@ int main(void) {
     return 2;
   snprintf(cache, sizeof cache, "%s/cache", directory);
   snprintf(keys, sizeof keys, "%s/data", directory);
+  unsetenv("HOME"); /* the options' cache directory is place enough */
   setenv("XDG_DATA_HOME", keys, 1);
   make_inputs();
 
@@ -395,6 +419,7 @@ int main(void) {
   test_run(engine);
   test_descs(engine);
   test_packs(engine, directory);
+  test_pack_of_another_layout(&options);
   test_ahead_of_time(engine);
   test_threads(engine);
   test_host_threads(engine);
