@@ -22,7 +22,8 @@ Status b_layout_of(std::int32_t value, BLayout& out) {
 Status desc_from_c(const kiln_desc* given, KernelDesc& out) {
   kiln_int8_mm_desc copy;
   const kiln_int8_mm_desc* read = nullptr;
-  if (Status s = read_sized("kiln_int8_mm_desc", given, given->size, offsetof(kiln_int8_mm_desc, b_layout), copy, read); !s)
+  if (Status s = read_sized("kiln_int8_mm_desc", given, given->size, offsetof(kiln_int8_mm_desc, b_layout), copy, read);
+      !s)
     return s;
   const kiln_int8_mm_desc& d = *read;
   BLayout b_layout{};
@@ -42,7 +43,9 @@ class CPack final : public AnyPack {
 public:
   explicit CPack(Pack pack) : pack_(std::move(pack)), layout_(pack_.layout().id()) {}
   Status save(const std::string& path) const override { return pack_.save(path); }
-  Info info() const override { return {"int8_mm", layout_.c_str(), pack_.n(), pack_.k(), static_cast<std::uint64_t>(pack_.bytes())}; }
+  Info info() const override {
+    return {"int8_mm", layout_.c_str(), pack_.n(), pack_.k(), static_cast<std::uint64_t>(pack_.bytes())};
+  }
   const Pack& pack() const { return pack_; }
 
 private:
@@ -53,7 +56,9 @@ private:
 Status args_from_c(const kiln_args* given, Args& out) {
   kiln_int8_mm_args copy;
   const kiln_int8_mm_args* read = nullptr;
-  if (Status s = read_sized("kiln_int8_mm_args", given, given->size, offsetof(kiln_int8_mm_args, workspace), copy, read); !s)
+  if (Status s =
+          read_sized("kiln_int8_mm_args", given, given->size, offsetof(kiln_int8_mm_args, workspace), copy, read);
+      !s)
     return s;
   const kiln_int8_mm_args& a = *read;
   if (Status s = b_layout_of(a.b_layout, out.b_layout); !s)
@@ -102,8 +107,9 @@ Result<std::unique_ptr<AnyPack>> pack_from_c(Engine& engine, const KernelDesc& d
   const Result<PackLayout> layout = layout_for(engine, desc);
   if (!layout)
     return layout.status();
-  Result<Pack> pack = Pack::make(*layout, static_cast<const std::int8_t*>(b), ldb, static_cast<BLayout>(desc.value[kBLayout]), desc.value[kN],
-                                 desc.value[kK], engine.runtime().parallel);
+  Result<Pack> pack =
+      Pack::make(*layout, static_cast<const std::int8_t*>(b), ldb, static_cast<BLayout>(desc.value[kBLayout]),
+                 desc.value[kN], desc.value[kK], engine.runtime().parallel);
   if (!pack)
     return pack.status();
   return std::unique_ptr<AnyPack>(std::make_unique<CPack>(std::move(*pack)));
@@ -118,13 +124,16 @@ Result<std::unique_ptr<AnyPack>> load_pack_from_c(Engine& engine, const KernelDe
     return pack.status();
   if (!(pack->layout() == *layout) || pack->n() != desc.value[kN] || pack->k() != desc.value[kK])
     return Status::error(Code::invalid_argument,
-                         fmt::format("{}: a pack of layout {} n={} k={}: allowed here is layout {} n={} k={}", path, pack->layout().id(), pack->n(),
-                                     pack->k(), layout->id(), desc.value[kN], desc.value[kK]));
+                         fmt::format("{}: a pack of layout {} n={} k={}: allowed here is layout {} n={} k={}", path,
+                                     pack->layout().id(), pack->n(), pack->k(), layout->id(), desc.value[kN],
+                                     desc.value[kK]));
   return std::unique_ptr<AnyPack>(std::make_unique<CPack>(std::move(*pack)));
 }
 
 } // namespace
 
-COp c_int8_mm() { return {OpId::int8_mm, desc_from_c, run_from_c, workspace_from_c, pack_from_c, load_pack_from_c}; }
+COp c_int8_mm() {
+  return {OpId::int8_mm, desc_from_c, run_from_c, workspace_from_c, pack_from_c, load_pack_from_c};
+}
 
 } // namespace kiln

@@ -57,10 +57,16 @@ template <class Body> kiln_status guarded(Body body) noexcept {
   }
 }
 
-Status null_argument(const char* name) { return Status::error(Code::invalid_argument, fmt::format("{} is null", name)); }
+Status null_argument(const char* name) {
+  return Status::error(Code::invalid_argument, fmt::format("{} is null", name));
+}
 
-KernelNode* node_of(kiln_kernel* kernel) { return reinterpret_cast<KernelNode*>(kernel); }
-const Kernel& kernel_of(const kiln_kernel* kernel) { return reinterpret_cast<const KernelNode*>(kernel)->value(); }
+KernelNode* node_of(kiln_kernel* kernel) {
+  return reinterpret_cast<KernelNode*>(kernel);
+}
+const Kernel& kernel_of(const kiln_kernel* kernel) {
+  return reinterpret_cast<const KernelNode*>(kernel)->value();
+}
 
 Status known_op(std::int32_t op, const COp*& row) {
   row = find_c_op(op);
@@ -73,7 +79,8 @@ Status read_desc(const kiln_desc* given, KernelDesc& out) {
   if (given == nullptr)
     return null_argument("desc");
   if (given->size < sizeof(kiln_desc))
-    return Status::error(Code::invalid_argument, fmt::format("desc.size is {}: set it with the op's _INIT macro", given->size));
+    return Status::error(Code::invalid_argument,
+                         fmt::format("desc.size is {}: set it with the op's _INIT macro", given->size));
   const COp* row = nullptr;
   if (Status s = known_op(given->op, row); !s)
     return s;
@@ -82,10 +89,13 @@ Status read_desc(const kiln_desc* given, KernelDesc& out) {
   if (Status s = row->desc(given, out); !s)
     return s;
   if (given->device != KILN_DEVICE_CPU && given->device != KILN_DEVICE_CUDA)
-    return Status::error(Code::invalid_argument, fmt::format("desc.device is {}: allowed is KILN_DEVICE_CPU (0) or KILN_DEVICE_CUDA (1)", given->device));
+    return Status::error(
+        Code::invalid_argument,
+        fmt::format("desc.device is {}: allowed is KILN_DEVICE_CPU (0) or KILN_DEVICE_CUDA (1)", given->device));
   const std::int32_t last_index = given->device == KILN_DEVICE_CUDA ? 255 : 0;
   if (given->device_index < 0 || given->device_index > last_index)
-    return Status::error(Code::invalid_argument, fmt::format("desc.device_index is {}: allowed is 0 to {}", given->device_index, last_index));
+    return Status::error(Code::invalid_argument,
+                         fmt::format("desc.device_index is {}: allowed is 0 to {}", given->device_index, last_index));
   out.device = {static_cast<DeviceKind>(given->device), static_cast<std::uint8_t>(given->device_index)};
   return {};
 }
@@ -109,9 +119,11 @@ Status check_run(const kiln_kernel* kernel, const kiln_args* args, const COp*& r
   if (args == nullptr)
     return null_argument("args");
   if (args->size < sizeof(kiln_args))
-    return Status::error(Code::invalid_argument, fmt::format("args.size is {}: set it with the op's _INIT macro", args->size));
+    return Status::error(Code::invalid_argument,
+                         fmt::format("args.size is {}: set it with the op's _INIT macro", args->size));
   if (args->op != static_cast<std::int32_t>(kernel_of(kernel).desc().op))
-    return Status::error(Code::invalid_argument, fmt::format("args.op is {}: the kernel computes {}", args->op, kernel_of(kernel).op().name));
+    return Status::error(Code::invalid_argument,
+                         fmt::format("args.op is {}: the kernel computes {}", args->op, kernel_of(kernel).op().name));
   return known_op(args->op, row);
 }
 
@@ -126,13 +138,15 @@ Result<HostOptions> host_options(const kiln_engine_options* given) {
   const kiln_engine_options& o = *read;
   if (o.cache_dir != nullptr) {
     if (o.cache_dir[0] != '/')
-      return Status::error(Code::invalid_argument, fmt::format("options.cache_dir is '{}': allowed is an absolute path", o.cache_dir));
+      return Status::error(Code::invalid_argument,
+                           fmt::format("options.cache_dir is '{}': allowed is an absolute path", o.cache_dir));
     host.settings.cache_dir = o.cache_dir;
   }
   if (o.cache_mode != nullptr) {
     const std::string_view mode = o.cache_mode;
     if (mode != "rw" && mode != "ro" && mode != "off")
-      return Status::error(Code::invalid_argument, fmt::format("options.cache_mode is '{}': allowed is rw, ro or off", mode));
+      return Status::error(Code::invalid_argument,
+                           fmt::format("options.cache_mode is '{}': allowed is rw, ro or off", mode));
     host.settings.cache = mode == "rw" ? CacheMode::read_write : mode == "ro" ? CacheMode::read_only : CacheMode::off;
   }
   if (o.threads < 0 || o.threads > 4096)
@@ -164,8 +178,12 @@ const char* kiln_status_name(kiln_status status) {
   const bool known = status >= KILN_OK && status <= KILN_INTERNAL;
   return known ? name_of(static_cast<Code>(status)).data() : "unknown";
 }
-const char* kiln_last_error(void) { return last_error.c_str(); }
-const char* kiln_version(void) { return KILN_VERSION_TEXT; }
+const char* kiln_last_error(void) {
+  return last_error.c_str();
+}
+const char* kiln_version(void) {
+  return KILN_VERSION_TEXT;
+}
 
 kiln_status kiln_engine_create(const kiln_engine_options* options, kiln_engine** engine) {
   return guarded([&]() -> Status {
@@ -184,7 +202,9 @@ kiln_status kiln_engine_create(const kiln_engine_options* options, kiln_engine**
   });
 }
 
-void kiln_engine_destroy(kiln_engine* engine) { delete engine; }
+void kiln_engine_destroy(kiln_engine* engine) {
+  delete engine;
+}
 
 kiln_status kiln_get(kiln_engine* engine, const kiln_desc* desc, kiln_kernel** kernel) {
   return guarded([&]() -> Status {
@@ -349,14 +369,16 @@ kiln_status kiln_prefetch_wait(kiln_engine* engine, int64_t timeout_ms) {
       return null_argument("engine");
     constexpr std::int64_t kMost = 24ll * 3600 * 1000;
     if (timeout_ms < 0 || timeout_ms > kMost)
-      return Status::error(Code::invalid_argument, fmt::format("timeout_ms is {}: allowed is 0 to {}", timeout_ms, kMost));
+      return Status::error(Code::invalid_argument,
+                           fmt::format("timeout_ms is {}: allowed is 0 to {}", timeout_ms, kMost));
     if (!engine->engine->wait_prefetched(std::chrono::milliseconds(timeout_ms)))
       return Status::error(Code::busy, fmt::format("the prefetch list is not empty after {} ms", timeout_ms));
     return {};
   });
 }
 
-kiln_status kiln_warmup(kiln_engine* engine, const kiln_desc* const* descs, size_t count, const char* target, kiln_warmup_result* result) {
+kiln_status kiln_warmup(kiln_engine* engine, const kiln_desc* const* descs, size_t count, const char* target,
+                        kiln_warmup_result* result) {
   return guarded([&]() -> Status {
     if (engine == nullptr)
       return null_argument("engine");
@@ -412,6 +434,8 @@ kiln_status kiln_get_stats(kiln_engine* engine, kiln_stats* stats) {
   });
 }
 
-const char* kiln_cache_path(kiln_engine* engine) { return engine != nullptr ? engine->cache_path.c_str() : ""; }
+const char* kiln_cache_path(kiln_engine* engine) {
+  return engine != nullptr ? engine->cache_path.c_str() : "";
+}
 
 } // extern "C"

@@ -7,7 +7,8 @@
 
 namespace kiln {
 Result<std::unique_ptr<Engine>> make_engine(const HostOptions& host) {
-  Result<Config> config = Config::from_environment([](const char* name) -> const char* { return std::getenv(name); }, host.settings);
+  Result<Config> config =
+      Config::from_environment([](const char* name) -> const char* { return std::getenv(name); }, host.settings);
   if (!config)
     return config.status();
   EngineOptions options;

@@ -8,7 +8,8 @@
 
 namespace kiln {
 
-/// Where table and engine meet: an engine over the implementation table on this machine, as the C API and the command make it.
+/// Where table and engine meet: an engine over the implementation table on this machine, as the C API and the command
+/// make it.
 struct HostOptions {
   HostSettings settings;
   ParallelForFn parallel_for = nullptr;

@@ -8,7 +8,8 @@
 #include <cstring>
 #include <vector>
 
-/// Inline assembly throughout: a compiler would fold, spill or vectorise differently what must be exactly these instructions.
+/// Inline assembly throughout: a compiler would fold, spill or vectorise differently what must be exactly these
+/// instructions.
 namespace kiln::bench {
 namespace {
 
@@ -26,8 +27,8 @@ alignas(64) constexpr std::array<std::uint8_t, 4096> kNoise = [] {
 #define SIXTEEN(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15)
 #define FOURTEEN(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13)
 
-#define VECTOR_CLOBBERS                                                                                               \
-  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", \
+#define VECTOR_CLOBBERS                                                                                                \
+  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13",  \
       "xmm14", "xmm15"
 
 // As many accumulators as registers allow: latency 4–5 times two pipes is at most ten.
@@ -35,8 +36,9 @@ alignas(64) constexpr std::array<std::uint8_t, 4096> kNoise = [] {
 __attribute__((target("avx512f"))) void run_vnni512(std::uint64_t steps) {
 #define CLEAR(i) "vpxord %%zmm" #i ", %%zmm" #i ", %%zmm" #i "\n"
 #define DOT(i) "vpdpbusd %%zmm31, %%zmm30, %%zmm" #i "\n"
-  asm volatile("vmovdqa64 (%1), %%zmm30\n vmovdqa64 64(%1), %%zmm31\n" SIXTEEN(CLEAR) ".p2align 6\n"
-               "1:\n" SIXTEEN(DOT) SIXTEEN(DOT) "dec %0\n jnz 1b\n vzeroupper"
+  asm volatile("vmovdqa64 (%1), %%zmm30\n vmovdqa64 64(%1), %%zmm31\n" SIXTEEN(
+                   CLEAR) ".p2align 6\n"
+                          "1:\n" SIXTEEN(DOT) SIXTEEN(DOT) "dec %0\n jnz 1b\n vzeroupper"
                : "+r"(steps)
                : "r"(kNoise.data())
                : VECTOR_CLOBBERS, "xmm30", "xmm31", "cc");
@@ -47,22 +49,24 @@ __attribute__((target("avx512f"))) void run_vnni512(std::uint64_t steps) {
 __attribute__((target("avx2"))) void run_vnni256(std::uint64_t steps) {
 #define CLEAR(i) "vpxor %%ymm" #i ", %%ymm" #i ", %%ymm" #i "\n"
 #define DOT(i) "%{vex%} vpdpbusd %%ymm15, %%ymm14, %%ymm" #i "\n"
-  asm volatile("vmovdqa (%1), %%ymm14\n vmovdqa 32(%1), %%ymm15\n" FOURTEEN(CLEAR) ".p2align 6\n"
-               "1:\n" FOURTEEN(DOT) FOURTEEN(DOT) "dec %0\n jnz 1b\n vzeroupper"
+  asm volatile("vmovdqa (%1), %%ymm14\n vmovdqa 32(%1), %%ymm15\n" FOURTEEN(
+                   CLEAR) ".p2align 6\n"
+                          "1:\n" FOURTEEN(DOT) FOURTEEN(DOT) "dec %0\n jnz 1b\n vzeroupper"
                : "+r"(steps)
                : "r"(kNoise.data())
                : VECTOR_CLOBBERS, "cc");
 #undef DOT
 }
 
-/// A product is added two instructions late, from the register that is written next: of some 200,000 random orders, with up to five
-/// registers for products, none was faster on Zen 5.
+/// A product is added two instructions late, from the register that is written next: of some 200,000 random orders,
+/// with up to five registers for products, none was faster on Zen 5.
 __attribute__((target("avx2"))) void run_madd256(std::uint64_t steps) {
-#define MADD_ADD(product, older, sum) \
+#define MADD_ADD(product, older, sum)                                                                                  \
   "vpmaddwd %%ymm15, %%ymm14, %%ymm" #product "\n vpaddd %%ymm" #older ", %%ymm" #sum ", %%ymm" #sum "\n"
 #define FOUR_PAIRS(s0, s1, s2, s3) MADD_ADD(10, 11, s0) MADD_ADD(11, 12, s1) MADD_ADD(12, 13, s2) MADD_ADD(13, 10, s3)
-  asm volatile("vmovdqa (%1), %%ymm14\n vmovdqa 32(%1), %%ymm15\n" FOURTEEN(CLEAR) ".p2align 6\n"
-               "1:\n" FOUR_PAIRS(0, 1, 2, 3) FOUR_PAIRS(4, 5, 6, 7) "dec %0\n jnz 1b\n vzeroupper"
+  asm volatile("vmovdqa (%1), %%ymm14\n vmovdqa 32(%1), %%ymm15\n" FOURTEEN(
+                   CLEAR) ".p2align 6\n"
+                          "1:\n" FOUR_PAIRS(0, 1, 2, 3) FOUR_PAIRS(4, 5, 6, 7) "dec %0\n jnz 1b\n vzeroupper"
                : "+r"(steps)
                : "r"(kNoise.data())
                : VECTOR_CLOBBERS, "cc");
@@ -71,7 +75,8 @@ __attribute__((target("avx2"))) void run_madd256(std::uint64_t steps) {
 #undef CLEAR
 }
 
-/// Palette 1, eight tiles of 16 rows × 64 bytes (Intel SDM, LDTILECFG). Four accumulators: 52 cycles of latency, one tile per 16.
+/// Palette 1, eight tiles of 16 rows × 64 bytes (Intel SDM, LDTILECFG). Four accumulators: 52 cycles of latency, one
+/// tile per 16.
 void run_amx(std::uint64_t steps) {
   struct alignas(64) Config {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -137,7 +142,10 @@ template <int streams> __attribute__((target("avx512f"))) void read512(const voi
   for (std::size_t i = 0; i < stride; i += 1024 / streams)
     for (int stream = 0; stream < streams; ++stream)
       for (int line = 0; line < 16 / streams; ++line)
-        asm volatile("vmovdqa64 %0, %%zmm0" : : "m"(*(at + i + static_cast<std::size_t>(stream) * stride + line * 64)) : "xmm0");
+        asm volatile("vmovdqa64 %0, %%zmm0"
+                     :
+                     : "m"(*(at + i + static_cast<std::size_t>(stream) * stride + line * 64))
+                     : "xmm0");
 }
 
 template <int ahead> __attribute__((target("avx512f"))) void read512_prefetched(const void* data, std::size_t bytes) {
@@ -155,7 +163,10 @@ template <int streams> __attribute__((target("avx2"))) void read256(const void* 
   for (std::size_t i = 0; i < stride; i += 1024 / streams)
     for (int stream = 0; stream < streams; ++stream)
       for (int half = 0; half < 32 / streams; ++half)
-        asm volatile("vmovdqa %0, %%ymm0" : : "m"(*(at + i + static_cast<std::size_t>(stream) * stride + half * 32)) : "xmm0");
+        asm volatile("vmovdqa %0, %%ymm0"
+                     :
+                     : "m"(*(at + i + static_cast<std::size_t>(stream) * stride + half * 32))
+                     : "xmm0");
 }
 
 } // namespace
@@ -169,13 +180,16 @@ void run_clock_chain(std::uint64_t links) {
 
 std::span<const ComputeLoop> compute_loops() {
   static const std::vector<ComputeLoop> loops = [] {
-    // Zen 5: software optimisation guide 58455, two multiply and four add pipes; an add that consumes a product keeps it from
-    // two pairs a cycle (1.99 with adds of anything else, 1.85 at best with them). Golden Cove: uops.info; vpaddd shares
-    // ports 0 and 1 with vpmaddwd and has port 5 beside: three operations for two pairs.
+    // Zen 5: software optimisation guide 58455, two multiply and four add pipes; an add that consumes a product keeps
+    // it from two pairs a cycle (1.99 with adds of anything else, 1.85 at best with them). Golden Cove: uops.info;
+    // vpaddd shares ports 0 and 1 with vpmaddwd and has port 5 beside: three operations for two pairs.
     std::vector<ComputeLoop> list;
-    const auto pipes = [](double zen5, double golden_cove) { return cpu().zen5 ? zen5 : cpu().golden_cove ? golden_cove : 0.0; };
+    const auto pipes = [](double zen5, double golden_cove) {
+      return cpu().zen5 ? zen5 : cpu().golden_cove ? golden_cove : 0.0;
+    };
     if (cpu().amx)
-      list.push_back({"amx", "tdpbssd, random tiles", 4 * 2 * 16 * 16 * 64, pipes(0, 2 * 16 * 16 * 64 / 16.0), run_amx});
+      list.push_back(
+          {"amx", "tdpbssd, random tiles", 4 * 2 * 16 * 16 * 64, pipes(0, 2 * 16 * 16 * 64 / 16.0), run_amx});
     if (cpu().avx512vnni)
       list.push_back({"avx512vnni", "vpdpbusd zmm", 32 * 2 * 64, 128 * pipes(2, 2), run_vnni512});
     if (cpu().avxvnni)

@@ -9,8 +9,9 @@
 /// x86-64; a loop that the CPU lacks instructions for is not offered.
 namespace kiln::bench {
 
-/// Runs a chain of `links` dependent 64-bit `imul`, three cycles each on every x86-64 core since 2008 (Intel optimisation manual, Agner
-/// Fog's tables). Not a chain of `add`: cores of 2023 and later fold those. Clock = 3 · links / seconds.
+/// Runs a chain of `links` dependent 64-bit `imul`, three cycles each on every x86-64 core since 2008 (Intel
+/// optimisation manual, Agner Fog's tables). Not a chain of `add`: cores of 2023 and later fold those. Clock = 3 ·
+/// links / seconds.
 void run_clock_chain(std::uint64_t links);
 inline constexpr double kCyclesPerLink = 3;
 
@@ -19,7 +20,8 @@ struct ComputeLoop {
   std::string_view isa;         ///< of the Kiln path whose limit this is
   std::string_view instruction; ///< what it repeats
   double operations;            ///< a step of the loop: multiply and add each count one
-  double operations_per_cycle;  ///< that this core can do (its manual, unless a comment says otherwise), 0 where it is not known
+  double operations_per_cycle;  ///< that this core can do (its manual, unless a comment says otherwise), 0 where it is
+                                ///< not known
   void (*run)(std::uint64_t steps);
 };
 /// Those that this CPU can run.

@@ -2,11 +2,12 @@
 ///
 ///   bench_int8_mm [--only GROUP,…] [--json FILE] [--plot FILE.svg] [--smoke]
 ///
-/// Groups: calibration, gemm, cold, warm, scale, paths, walk. Limits are measured beside each figure: a register-only loop of the path's own
-/// multiply-add, and plain reads: of the weights alone when they are cold, of as many bytes as the call touches when they are warm. Both sides get packed weights on huge pages, equal threads and
-/// nothing to set up; the peer is the faster of oneDNN's matmul and inner product. Figures are medians over rounds of the ratio
-/// within a round. --smoke takes a second: it checks the calibrations against the clock, loosely, and one shape against oneDNN's result.
-/// Exit code: 0 all figures reached, 1 one fell short or failed, 2 usage.
+/// Groups: calibration, gemm, cold, warm, scale, paths, walk. Limits are measured beside each figure: a register-only
+/// loop of the path's own multiply-add, and plain reads: of the weights alone when they are cold, of as many bytes as
+/// the call touches when they are warm. Both sides get packed weights on huge pages, equal threads and nothing to set
+/// up; the peer is the faster of oneDNN's matmul and inner product. Figures are medians over rounds of the ratio within
+/// a round. --smoke takes a second: it checks the calibrations against the clock, loosely, and one shape against
+/// oneDNN's result. Exit code: 0 all figures reached, 1 one fell short or failed, 2 usage.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -72,8 +73,11 @@ struct Shape {
   std::int64_t m, n, k;
   double operations() const { return 2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k); }
   std::size_t weight_bytes() const { return static_cast<std::size_t>(n * k); }
-  /// Everything that a call must touch, in pages: at 1024² it is what decides whether the call still fits an L2 cache of 1 MiB.
-  std::size_t touched_bytes() const { return (weight_bytes() + static_cast<std::size_t>(m * k + 4 * m * n) + 4095) / 4096 * 4096; }
+  /// Everything that a call must touch, in pages: at 1024² it is what decides whether the call still fits an L2 cache
+  /// of 1 MiB.
+  std::size_t touched_bytes() const {
+    return (weight_bytes() + static_cast<std::size_t>(m * k + 4 * m * n) + 4095) / 4096 * 4096;
+  }
   std::string text() const { return fmt::format("{}×{}×{}", m, n, k); }
 };
 
@@ -89,8 +93,8 @@ struct Tensors {
   Shape shape;
   HugeBuffer a, b, c, peer_c;
   explicit Tensors(const Shape& s)
-      : shape(s), a(static_cast<std::size_t>(s.m * s.k)), b(s.weight_bytes()), c(static_cast<std::size_t>(4 * s.m * s.n)),
-        peer_c(static_cast<std::size_t>(4 * s.m * s.n)) {
+      : shape(s), a(static_cast<std::size_t>(s.m * s.k)), b(s.weight_bytes()),
+        c(static_cast<std::size_t>(4 * s.m * s.n)), peer_c(static_cast<std::size_t>(4 * s.m * s.n)) {
     fill_random(a, 1);
     fill_random(b, 2);
   }
@@ -167,7 +171,8 @@ const ReadLoop& fastest_reader(const std::function<Contender(const ReadLoop&)>& 
   for (const ReadLoop& loop : read_loops())
     contenders.push_back(contender(loop));
   const std::vector<Series> series = race(contenders, options);
-  const auto best = std::min_element(series.begin(), series.end(), [](const Series& a, const Series& b) { return a.median() < b.median(); });
+  const auto best = std::min_element(series.begin(), series.end(),
+                                     [](const Series& a, const Series& b) { return a.median() < b.median(); });
   return read_loops()[static_cast<std::size_t>(best - series.begin())];
 }
 
@@ -178,8 +183,12 @@ const ComputeLoop& loop_of(const std::string& isa) {
   return *loop;
 }
 
-double gops(double operations, const Series& series) { return operations / series.median() / 1e9; }
-double gbps(double bytes, const Series& series) { return bytes / series.median() / 1e9; }
+double gops(double operations, const Series& series) {
+  return operations / series.median() / 1e9;
+}
+double gbps(double bytes, const Series& series) {
+  return bytes / series.median() / 1e9;
+}
 
 struct Bench {
   Report& report;
@@ -207,18 +216,23 @@ void calibration(Bench& bench) {
     // Random tiles make the core draw so much power that its clock falls while they run: no bound there.
     const bool bound = loop.operations_per_cycle > 0 && loop.isa != "amx";
     const double promised = loop.operations_per_cycle;
-    bench.report.add({"calibration", fmt::format("{}: of {:g} operations a cycle", loop.instruction, promised),
-                      promised > 0 ? per_cycle / promised : per_cycle, "", bound ? Figure::Bound::at_least : Figure::Bound::none, 0.95,
-                      fmt::format("{:.0f} GOPS at {:.2f} GHz", gops(operations, seconds), chain_cycles / series[0].median() / 1e9)});
+    bench.report.add(
+        {"calibration", fmt::format("{}: of {:g} operations a cycle", loop.instruction, promised),
+         promised > 0 ? per_cycle / promised : per_cycle, "", bound ? Figure::Bound::at_least : Figure::Bound::none,
+         0.95,
+         fmt::format("{:.0f} GOPS at {:.2f} GHz", gops(operations, seconds), chain_cycles / series[0].median() / 1e9)});
   }
   for (const std::size_t mib : {1, 16}) {
     const HugeBuffer buffer(mib << 20);
     fill_random(buffer, 1);
-    const auto contender = [&](const ReadLoop& loop) { return timed(std::string(loop.name), [&] { loop.run(buffer.as<void>(), buffer.size()); }); };
+    const auto contender = [&](const ReadLoop& loop) {
+      return timed(std::string(loop.name), [&] { loop.run(buffer.as<void>(), buffer.size()); });
+    };
     const ReadLoop& loop = fastest_reader(contender, {.rounds = 9});
     const Contender only[] = {contender(loop)};
     bench.report.add({"calibration", fmt::format("read {} MiB again and again", mib),
-                      gbps(static_cast<double>(buffer.size()), race(only, {.rounds = 15})[0]), "GB/s", Figure::Bound::none, 0, std::string(loop.name)});
+                      gbps(static_cast<double>(buffer.size()), race(only, {.rounds = 15})[0]), "GB/s",
+                      Figure::Bound::none, 0, std::string(loop.name)});
   }
 }
 
@@ -228,8 +242,8 @@ struct Peers {
   Peers(const Tensors& t, int threads, int copies = 1)
       : matmul(OneDnn::Primitive::matmul, t.shape.m, t.shape.n, t.shape.k, t.a.as<std::int8_t>(), t.b.as<std::int8_t>(),
                t.peer_c.as<std::int32_t>(), threads, copies),
-        inner_product(OneDnn::Primitive::inner_product, t.shape.m, t.shape.n, t.shape.k, t.a.as<std::int8_t>(), t.b.as<std::int8_t>(),
-                      t.peer_c.as<std::int32_t>(), threads, copies) {}
+        inner_product(OneDnn::Primitive::inner_product, t.shape.m, t.shape.n, t.shape.k, t.a.as<std::int8_t>(),
+                      t.b.as<std::int8_t>(), t.peer_c.as<std::int32_t>(), threads, copies) {}
 };
 
 /// What the rows about one shape on one core have in common.
@@ -238,8 +252,8 @@ struct RaceResult {
   const Series& peer() const { return matmul.median() <= inner_product.median() ? matmul : inner_product; }
 };
 
-RaceResult race_on_one_core(const Tensors& t, KilnMm& kiln, const std::vector<HugeBuffer>& read_buffers, const ReadLoop& reader,
-                            const RaceOptions& options) {
+RaceResult race_on_one_core(const Tensors& t, KilnMm& kiln, const std::vector<HugeBuffer>& read_buffers,
+                            const ReadLoop& reader, const RaceOptions& options) {
   Peers peers(t, 1, static_cast<int>(read_buffers.size()));
   kiln.run();
   peers.matmul.run();
@@ -247,11 +261,11 @@ RaceResult race_on_one_core(const Tensors& t, KilnMm& kiln, const std::vector<Hu
   std::size_t copy = 0;
   RaceOptions with_copies = options;
   with_copies.on_round = [&](int round) { copy = static_cast<std::size_t>(round) % read_buffers.size(); };
-  const Contender contenders[] = {compute_contender(loop_of(kiln.isa())),
-                                  timed("read", [&] { reader.run(read_buffers[copy].as<void>(), t.shape.touched_bytes()); }),
-                                  timed("Kiln", [&] { kiln.run(copy); }),
-                                  timed("oneDNN matmul", [&] { peers.matmul.run(static_cast<int>(copy)); }),
-                                  timed("oneDNN inner product", [&] { peers.inner_product.run(static_cast<int>(copy)); })};
+  const Contender contenders[] = {
+      compute_contender(loop_of(kiln.isa())),
+      timed("read", [&] { reader.run(read_buffers[copy].as<void>(), t.shape.touched_bytes()); }),
+      timed("Kiln", [&] { kiln.run(copy); }), timed("oneDNN matmul", [&] { peers.matmul.run(static_cast<int>(copy)); }),
+      timed("oneDNN inner product", [&] { peers.inner_product.run(static_cast<int>(copy)); })};
   std::vector<Series> series = race(contenders, with_copies);
   return {series[0], series[1], series[2], series[3], series[4]};
 }
@@ -273,14 +287,17 @@ void gemm(Bench& bench) {
     const Tensors t(shape);
     const Packs packs = make_packs(engine.get(), t, 1);
     KilnMm kiln(engine.get(), t, packs);
-    const RaceResult r = race_on_one_core(t, kiln, make_read_buffers(shape.touched_bytes(), 1), read_loops()[0], {.rounds = 25, .sample_seconds = 4e-3});
+    const RaceResult r = race_on_one_core(t, kiln, make_read_buffers(shape.touched_bytes(), 1), read_loops()[0],
+                                          {.rounds = 25, .sample_seconds = 4e-3});
     const Series limit = compute_limit(r.compute, loop_of(kiln.isa()), shape.operations());
     const double reach = kiln.isa() == "amx" ? 0.80 : 0.93;
-    bench.ratio("gemm", fmt::format("{} of {} peak, 1 core", shape.text(), kiln.isa()), time_ratio(limit, r.kiln), reach,
-                fmt::format("{:.0f} of {:.0f} GOPS; best of each {:.3f}", gops(shape.operations(), r.kiln), gops(shape.operations(), limit),
-                            limit.best() / r.kiln.best()));
+    bench.ratio("gemm", fmt::format("{} of {} peak, 1 core", shape.text(), kiln.isa()), time_ratio(limit, r.kiln),
+                reach,
+                fmt::format("{:.0f} of {:.0f} GOPS; best of each {:.3f}", gops(shape.operations(), r.kiln),
+                            gops(shape.operations(), limit), limit.best() / r.kiln.best()));
     bench.ratio("gemm", fmt::format("{} × oneDNN", shape.text()), time_ratio(r.peer(), r.kiln), 1.0,
-                fmt::format("{} {:.0f} GOPS; best of each {:.3f}", r.peer().name, gops(shape.operations(), r.peer()), r.peer().best() / r.kiln.best()));
+                fmt::format("{} {:.0f} GOPS; best of each {:.3f}", r.peer().name, gops(shape.operations(), r.peer()),
+                            r.peer().best() / r.kiln.best()));
     bench.plot.push_back({"gemm", shape.text(), time_ratio(limit, r.kiln), time_ratio(limit, r.peer()), reach});
   }
   unpin(bench.cpus);
@@ -316,19 +333,21 @@ void cold(Bench& bench) {
     const ReadLoop& reader = fastest_reader(read, {.rounds = 5, .sample_seconds = 1e-2});
     if (threads == 1)
       pin_to(bench.cpus[0]);
-    const Contender contenders[] = {read(reader), timed("Kiln", [&] { kiln.run(turn++ % copies); }),
-                                    timed("oneDNN matmul", [&] { peers.matmul.run(static_cast<int>(turn++ % copies)); }),
-                                    timed("oneDNN inner product", [&] { peers.inner_product.run(static_cast<int>(turn++ % copies)); })};
+    const Contender contenders[] = {
+        read(reader), timed("Kiln", [&] { kiln.run(turn++ % copies); }),
+        timed("oneDNN matmul", [&] { peers.matmul.run(static_cast<int>(turn++ % copies)); }),
+        timed("oneDNN inner product", [&] { peers.inner_product.run(static_cast<int>(turn++ % copies)); })};
     const std::vector<Series> series = race(contenders, options);
     unpin(bench.cpus);
     const Series& peer = series[2].median() <= series[3].median() ? series[2] : series[3];
     const double bytes = static_cast<double>(shape.weight_bytes());
     bench.ratio("cold", fmt::format("{} of read bandwidth, {} core{}", shape.text(), threads, threads > 1 ? "s" : ""),
                 time_ratio(series[0], series[1]), 0.95,
-                fmt::format("{:.1f} of {:.1f} GB/s ({}), {} {:.1f}; best of each {:.3f}", gbps(bytes, series[1]), gbps(bytes, series[0]), reader.name,
-                            peer.name, gbps(bytes, peer), series[0].best() / series[1].best()));
-    bench.plot.push_back({fmt::format("cold, {} core{}", threads, threads > 1 ? "s" : ""), shape.text(), time_ratio(series[0], series[1]),
-                          time_ratio(series[0], peer), 0.95});
+                fmt::format("{:.1f} of {:.1f} GB/s ({}), {} {:.1f}; best of each {:.3f}", gbps(bytes, series[1]),
+                            gbps(bytes, series[0]), reader.name, peer.name, gbps(bytes, peer),
+                            series[0].best() / series[1].best()));
+    bench.plot.push_back({fmt::format("cold, {} core{}", threads, threads > 1 ? "s" : ""), shape.text(),
+                          time_ratio(series[0], series[1]), time_ratio(series[0], peer), 0.95});
   }
 }
 
@@ -340,9 +359,13 @@ void warm(Bench& bench) {
     const int copies = size == 1024 ? 8 : 3;
     const std::vector<HugeBuffer> buffers = make_read_buffers(Shape{32, size, size}.touched_bytes(), copies);
     std::size_t copy = 0;
-    const ReadLoop& reader =
-        fastest_reader([&](const ReadLoop& loop) { return timed(std::string(loop.name), [&] { loop.run(buffers[copy].as<void>(), Shape{1, size, size}.touched_bytes()); }); },
-                       {.rounds = 9, .on_round = [&](int round) { copy = static_cast<std::size_t>(round) % buffers.size(); }});
+    const ReadLoop& reader = fastest_reader(
+        [&](const ReadLoop& loop) {
+          return timed(std::string(loop.name), [&] {
+            loop.run(buffers[copy].as<void>(), Shape{1, size, size}.touched_bytes());
+          });
+        },
+        {.rounds = 9, .on_round = [&](int round) { copy = static_cast<std::size_t>(round) % buffers.size(); }});
     const Tensors weights({1, size, size});
     const Packs packs = make_packs(engine.get(), weights, copies);
     for (const std::int64_t m : {1, 2, 3, 4, 8, 16, 17, 32}) {
@@ -353,14 +376,18 @@ void warm(Bench& bench) {
       const Series compute = compute_limit(r.compute, loop_of(kiln.isa()), shape.operations());
       const Series limit = slower("limit", compute, r.read);
       const bool by_reading = r.read.median() > compute.median();
-      bench.ratio("warm", fmt::format("{} of {}", shape.text(), by_reading ? "read bandwidth" : kiln.isa() + " peak"), time_ratio(limit, r.kiln), 0.88,
-                  fmt::format("{:.0f} of {:.0f} GOPS, read {:.0f} GB/s; best of each {:.3f}", gops(shape.operations(), r.kiln),
-                              gops(shape.operations(), limit), gbps(static_cast<double>(shape.touched_bytes()), r.read), limit.best() / r.kiln.best()));
+      bench.ratio("warm", fmt::format("{} of {}", shape.text(), by_reading ? "read bandwidth" : kiln.isa() + " peak"),
+                  time_ratio(limit, r.kiln), 0.88,
+                  fmt::format("{:.0f} of {:.0f} GOPS, read {:.0f} GB/s; best of each {:.3f}",
+                              gops(shape.operations(), r.kiln), gops(shape.operations(), limit),
+                              gbps(static_cast<double>(shape.touched_bytes()), r.read), limit.best() / r.kiln.best()));
       bench.ratio("warm", fmt::format("{} × oneDNN", shape.text()), time_ratio(r.peer(), r.kiln), 1.0,
-                  fmt::format("{} {:.0f} GOPS; best of each {:.3f}", r.peer().name, gops(shape.operations(), r.peer()), r.peer().best() / r.kiln.best()));
+                  fmt::format("{} {:.0f} GOPS; best of each {:.3f}", r.peer().name, gops(shape.operations(), r.peer()),
+                              r.peer().best() / r.kiln.best()));
       if (m == 1 && size == 1024)
         bench.ratio("warm", fmt::format("{} × oneDNN's matmul", shape.text()), time_ratio(r.matmul, r.kiln), 1.2,
-                    fmt::format("{:.0f} GOPS; best of each {:.3f}", gops(shape.operations(), r.matmul), r.matmul.best() / r.kiln.best()));
+                    fmt::format("{:.0f} GOPS; best of each {:.3f}", gops(shape.operations(), r.matmul),
+                                r.matmul.best() / r.kiln.best()));
       bench.plot.push_back({"warm", shape.text(), time_ratio(limit, r.kiln), time_ratio(limit, r.peer()), 0.88});
     }
   }
@@ -380,7 +407,8 @@ void scale(Bench& bench) {
   const ComputeLoop& loop = loop_of(one.isa());
   Team team({bench.cpus[0], bench.cpus[1]});
   const Contender contenders[] = {compute_contender(loop),
-                                  {"2 cores", [&](int calls) {
+                                  {"2 cores",
+                                   [&](int calls) {
                                      return team.run([&](std::size_t) {
                                        for (int i = 0; i < calls; ++i)
                                          loop.run(kLoopSteps);
@@ -395,12 +423,15 @@ void scale(Bench& bench) {
   for (std::size_t i = 0; i < s[0].seconds.size(); ++i)
     fractions.push_back(s[2].seconds[i] / s[3].seconds[i] / (2 * s[0].seconds[i] / s[1].seconds[i]));
   const Series& peer = s[4].median() <= s[5].median() ? s[4] : s[5];
-  bench.ratio("scale", fmt::format("{} on 2 cores, of the loop's scaling", shape.text()), Series::quantile(fractions, 0.5), 0.95,
-              fmt::format("{:.2f} × one core, loop {:.2f} ×; {:.0f} GOPS, {} {:.0f}", time_ratio(s[2], s[3]), 2 * time_ratio(s[0], s[1]),
-                          gops(shape.operations(), s[3]), peer.name, gops(shape.operations(), peer)));
+  bench.ratio("scale", fmt::format("{} on 2 cores, of the loop's scaling", shape.text()),
+              Series::quantile(fractions, 0.5), 0.95,
+              fmt::format("{:.2f} × one core, loop {:.2f} ×; {:.0f} GOPS, {} {:.0f}", time_ratio(s[2], s[3]),
+                          2 * time_ratio(s[0], s[1]), gops(shape.operations(), s[3]), peer.name,
+                          gops(shape.operations(), peer)));
 }
 
-/// `portable` as on a machine whose widest vectors are AVX2: only the inside of the library can be told of another machine.
+/// `portable` as on a machine whose widest vectors are AVX2: only the inside of the library can be told of another
+/// machine.
 struct PortableOnAvx2 {
   std::unique_ptr<kiln::Engine> engine;
   std::optional<KernelRef> kernel;
@@ -419,8 +450,14 @@ struct PortableOnAvx2 {
     const KernelDesc desc = int8_mm::make_desc(t.shape.m, t.shape.n, t.shape.k);
     kernel = take(engine->get(desc));
     const int8_mm::PackLayout layout = take(int8_mm::PackLayout::parse(take(engine->pack_layout(desc))));
-    pack = take(int8_mm::Pack::make(layout, t.b.as<std::int8_t>(), t.shape.k, int8_mm::BLayout::nk, t.shape.n, t.shape.k, engine->runtime().parallel));
-    args = {.m = t.shape.m, .a = t.a.as<std::int8_t>(), .lda = t.shape.k, .pack = &*pack, .c = t.c.as<std::int32_t>(), .ldc = t.shape.n};
+    pack = take(int8_mm::Pack::make(layout, t.b.as<std::int8_t>(), t.shape.k, int8_mm::BLayout::nk, t.shape.n,
+                                    t.shape.k, engine->runtime().parallel));
+    args = {.m = t.shape.m,
+            .a = t.a.as<std::int8_t>(),
+            .lda = t.shape.k,
+            .pack = &*pack,
+            .c = t.c.as<std::int32_t>(),
+            .ldc = t.shape.n};
   }
 
   void run() {
@@ -456,32 +493,37 @@ void paths(Bench& bench) {
     const Series limit = compute_limit(s[0], loop, shape.operations());
     const double reach = path == "amx" ? 0.80 : path == "avx512vnni" ? 0.93 : 0.85;
     bench.ratio("paths", fmt::format("{}: {} of its peak", path, shape.text()), time_ratio(limit, s[1]), reach,
-                fmt::format("{:.0f} of {:.0f} GOPS; best of each {:.3f}", gops(shape.operations(), s[1]), gops(shape.operations(), limit),
-                            limit.best() / s[1].best()));
+                fmt::format("{:.0f} of {:.0f} GOPS; best of each {:.3f}", gops(shape.operations(), s[1]),
+                            gops(shape.operations(), limit), limit.best() / s[1].best()));
     if (path == "amx") // torch 2.11 with oneDNN 3 on the Xeon of the project's notes: 1.13 TOPS
-      bench.report.add({"paths", fmt::format("amx: {}", shape.text()), gops(shape.operations(), s[1]), "GOPS", Figure::Bound::at_least, 2.5 * 1130, ""});
+      bench.report.add({"paths", fmt::format("amx: {}", shape.text()), gops(shape.operations(), s[1]), "GOPS",
+                        Figure::Bound::at_least, 2.5 * 1130, ""});
   }
   if (compute_loop("avx2")) {
     const EngineHandle avx2_engine = make_engine(1, "avx2"), portable_engine = make_engine(1, "portable");
-    const Packs avx2_packs = make_packs(avx2_engine.get(), t, 1), portable_packs = make_packs(portable_engine.get(), t, 1);
+    const Packs avx2_packs = make_packs(avx2_engine.get(), t, 1),
+                portable_packs = make_packs(portable_engine.get(), t, 1);
     KilnMm avx2(avx2_engine.get(), t, avx2_packs), portable(portable_engine.get(), t, portable_packs);
     PortableOnAvx2 narrow(t);
     narrow.run();
     check_equal(t, "portable on AVX2 features");
     portable.run();
     check_equal(t, "portable");
-    const Contender contenders[] = {timed("avx2", [&] { avx2.run(); }), timed("portable on AVX2 features", [&] { narrow.run(); }),
+    const Contender contenders[] = {timed("avx2", [&] { avx2.run(); }),
+                                    timed("portable on AVX2 features", [&] { narrow.run(); }),
                                     timed("portable", [&] { portable.run(); })};
     const std::vector<Series> s = race(contenders, options);
     bench.ratio("paths", fmt::format("portable on AVX2 features: {} × avx2", shape.text()), time_ratio(s[0], s[1]), 0.6,
-                fmt::format("{:.0f} of {:.0f} GOPS; on this machine's own features {:.0f}", gops(shape.operations(), s[1]), gops(shape.operations(), s[0]),
+                fmt::format("{:.0f} of {:.0f} GOPS; on this machine's own features {:.0f}",
+                            gops(shape.operations(), s[1]), gops(shape.operations(), s[0]),
                             gops(shape.operations(), s[2])));
   }
   unpin(bench.cpus);
 }
 
-/// A host whose M changes on every call: how many kernels it makes, and whether any M is slower than a larger one. That no larger M is
-/// faster by a tenth is more than the claim (time(M) ≤ 1.1 × time at the next multiple of the tile), and needs no tile sizes.
+/// A host whose M changes on every call: how many kernels it makes, and whether any M is slower than a larger one. That
+/// no larger M is faster by a tenth is more than the claim (time(M) ≤ 1.1 × time at the next multiple of the tile), and
+/// needs no tile sizes.
 void walk(Bench& bench) {
   pin_to(bench.cpus[0]);
   constexpr std::int64_t most = 512;
@@ -511,7 +553,8 @@ void walk(Bench& bench) {
   }
   kiln_stats stats = KILN_STATS_INIT;
   check(kiln_get_stats(engine.get(), &stats), "kiln_get_stats");
-  bench.report.add({"walk", "kernels for M = 1…512 at N = K = 1024", static_cast<double>(stats.compiled), "", Figure::Bound::at_most, 8, ""});
+  bench.report.add({"walk", "kernels for M = 1…512 at N = K = 1024", static_cast<double>(stats.compiled), "",
+                    Figure::Bound::at_most, 8, ""});
   bench.report.add({"walk", "time(M) / least time of a larger M, worst M", worst, "", Figure::Bound::at_most, 1.1,
                     fmt::format("at M = {}: {:.1f} µs", worst_at + 1, best[worst_at] * 1e6)});
   unpin(bench.cpus);
@@ -527,11 +570,13 @@ int smoke(Bench& bench) {
   constexpr std::uint64_t links = 20000;
   const Contender contenders[] = {timed("clock", [] { run_clock_chain(links); }), compute_contender(*loop)};
   const std::vector<Series> s = race(contenders, {.rounds = 9, .sample_seconds = 5e-4});
-  const double per_cycle = loop->operations * static_cast<double>(kLoopSteps) / (kCyclesPerLink * static_cast<double>(links)) * s[0].best() / s[1].best();
-  bench.report.add({"smoke", fmt::format("{}: operations a cycle", loop->instruction), per_cycle, "", Figure::Bound::at_least,
-                    0.5 * loop->operations_per_cycle, ""});
-  bench.report.add({"smoke", fmt::format("{}: operations a cycle", loop->instruction), per_cycle, "", Figure::Bound::at_most,
-                    loop->operations_per_cycle > 0 ? 1.2 * loop->operations_per_cycle : 1e9, ""});
+  const double per_cycle = loop->operations * static_cast<double>(kLoopSteps) /
+                           (kCyclesPerLink * static_cast<double>(links)) * s[0].best() / s[1].best();
+  bench.report.add({"smoke", fmt::format("{}: operations a cycle", loop->instruction), per_cycle, "",
+                    Figure::Bound::at_least, 0.5 * loop->operations_per_cycle, ""});
+  bench.report.add({"smoke", fmt::format("{}: operations a cycle", loop->instruction), per_cycle, "",
+                    Figure::Bound::at_most, loop->operations_per_cycle > 0 ? 1.2 * loop->operations_per_cycle : 1e9,
+                    ""});
   const Tensors t({7, 64, 100});
   const EngineHandle engine = make_engine(1);
   const Packs packs = make_packs(engine.get(), t, 1);
@@ -548,8 +593,13 @@ struct Group {
   const char* name;
   void (*run)(Bench&);
 };
-constexpr Group kGroups[] = {{"calibration", calibration}, {"gemm", gemm}, {"cold", cold}, {"warm", warm},
-                             {"scale", scale},             {"paths", paths}, {"walk", walk}};
+constexpr Group kGroups[] = {{"calibration", calibration},
+                             {"gemm", gemm},
+                             {"cold", cold},
+                             {"warm", warm},
+                             {"scale", scale},
+                             {"paths", paths},
+                             {"walk", walk}};
 
 struct Options {
   std::vector<std::string> only;
@@ -576,7 +626,8 @@ std::optional<Options> parse(int argc, char** argv) {
           group += *c;
           continue;
         }
-        const bool known = std::any_of(std::begin(kGroups), std::end(kGroups), [&](const Group& g) { return group == g.name; });
+        const bool known =
+            std::any_of(std::begin(kGroups), std::end(kGroups), [&](const Group& g) { return group == g.name; });
         if (!known)
           return std::nullopt;
         options.only.push_back(std::exchange(group, {}));
@@ -602,7 +653,9 @@ int run(const Options& options) {
       group.run(bench);
   bool written = options.json.empty() || report.write_json(options.json);
   if (!options.plot.empty())
-    written = write_plot(options.plot, fmt::format("int8_mm, fraction of the machine's limit: {}", report.machine()), plot) && written;
+    written =
+        write_plot(options.plot, fmt::format("int8_mm, fraction of the machine's limit: {}", report.machine()), plot) &&
+        written;
   return written && report.all_met() ? 0 : 1;
 }
 

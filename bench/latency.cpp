@@ -2,9 +2,10 @@
 ///
 ///   bench_latency [--only GROUP,…] [--rows N] [--json FILE] [--smoke]
 ///
-/// Groups: compile, memory, disk, process, threads. `disk` and `process` fill a cache with N rows (default 10000) of kernels in a
-/// temporary directory (in /dev/shm where there is one), through kiln_warmup. --smoke takes a second: few rows and shapes, figures printed but not judged.
-/// Exit code: 0 all figures reached, 1 one fell short or failed, 2 usage.
+/// Groups: compile, memory, disk, process, threads. `disk` and `process` fill a cache with N rows (default 10000) of
+/// kernels in a temporary directory (in /dev/shm where there is one), through kiln_warmup. --smoke takes a second: few
+/// rows and shapes, figures printed but not judged. Exit code: 0 all figures reached, 1 one fell short or failed, 2
+/// usage.
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -37,8 +38,8 @@
 namespace kiln::bench {
 namespace {
 
-/// Removed with its contents at the end. In memory where the system has such a file system: thousands of rows are stored with an fsync or
-/// two each, while a hit reads the page cache on any file system.
+/// Removed with its contents at the end. In memory where the system has such a file system: thousands of rows are
+/// stored with an fsync or two each, while a hit reads the page cache on any file system.
 struct TemporaryDirectory {
   std::string path;
   TemporaryDirectory() {
@@ -47,7 +48,8 @@ struct TemporaryDirectory {
       if (mkdtemp(path.data()) != nullptr)
         return;
     }
-    fmt::print(stderr, "bench_latency: no temporary directory can be made in /dev/shm or {}\n", std::filesystem::temp_directory_path().string());
+    fmt::print(stderr, "bench_latency: no temporary directory can be made in /dev/shm or {}\n",
+               std::filesystem::temp_directory_path().string());
     std::exit(1);
   }
   TemporaryDirectory(const TemporaryDirectory&) = delete;
@@ -120,14 +122,15 @@ struct Bench {
   std::size_t rows;
   std::size_t shapes;
 
-  void at_most(const std::string& group, const std::string& what, double measured, const std::string& unit, double reach, std::string detail) {
+  void at_most(const std::string& group, const std::string& what, double measured, const std::string& unit,
+               double reach, std::string detail) {
     report.add({group, what, measured, unit, Figure::Bound::at_most, reach, std::move(detail)});
   }
 };
 
 std::string spread(const std::vector<double>& seconds) {
-  return fmt::format("best {:.1f}, p90 {:.1f}, p99 {:.1f} µs over {}", Series::quantile(seconds, 0) * 1e6, Series::quantile(seconds, 0.9) * 1e6,
-                     Series::quantile(seconds, 0.99) * 1e6, seconds.size());
+  return fmt::format("best {:.1f}, p90 {:.1f}, p99 {:.1f} µs over {}", Series::quantile(seconds, 0) * 1e6,
+                     Series::quantile(seconds, 0.9) * 1e6, Series::quantile(seconds, 0.99) * 1e6, seconds.size());
 }
 
 /// Emission by asmjit works on any host, so every x86 path is timed wherever this runs.
@@ -145,7 +148,8 @@ void compile(Bench& bench) {
       if (!code)
         fail(code.status().message());
     }
-    bench.at_most("compile", fmt::format("{}, p50", name_of(row.isa)), Series::quantile(seconds, 0.5) * 1e6, "µs", 15, spread(seconds));
+    bench.at_most("compile", fmt::format("{}, p50", name_of(row.isa)), Series::quantile(seconds, 0.5) * 1e6, "µs", 15,
+                  spread(seconds));
   }
 }
 
@@ -199,17 +203,28 @@ void memory(Bench& bench) {
   const std::unique_ptr<kiln::Engine> inner = take(kiln::Engine::create(std::move(options)));
   const KernelRef inner_kernel = take(inner->get(int8_mm::make_desc(1, 16, 16)));
   const auto& plan = *static_cast<const int8_mm::Plan*>(inner_kernel->plan());
-  const int8_mm::Pack inner_pack =
-      take(int8_mm::Pack::make(plan.layout, b.as<std::int8_t>(), 16, int8_mm::BLayout::nk, 16, 16, inner->runtime().parallel));
+  const int8_mm::Pack inner_pack = take(int8_mm::Pack::make(plan.layout, b.as<std::int8_t>(), 16, int8_mm::BLayout::nk,
+                                                            16, 16, inner->runtime().parallel));
   const HugeBuffer workspace(static_cast<std::size_t>(plan.workspace_bytes(1)) + 64);
-  const int8_mm::Call call = {.a = a.as<std::int8_t>(), .lda = 16, .b = inner_pack.panels(), .b_sums = inner_pack.sums(), .c = c.as<std::int32_t>(),
-                              .ldc = 16, .m = 1, .n = 16, .workspace = workspace.as<void>(), .k = 16, .plan = &plan};
+  const int8_mm::Call call = {.a = a.as<std::int8_t>(),
+                              .lda = 16,
+                              .b = inner_pack.panels(),
+                              .b_sums = inner_pack.sums(),
+                              .c = c.as<std::int32_t>(),
+                              .ldc = 16,
+                              .m = 1,
+                              .n = 16,
+                              .workspace = workspace.as<void>(),
+                              .k = 16,
+                              .plan = &plan};
   const auto entry = reinterpret_cast<int8_mm::Entry>(inner_kernel->entry());
 
-  const Contender contenders[] = {timed("kiln_run", [&] { kiln_run(kernel.get(), &args.base); }), timed("entry", [&] { entry(&call); })};
+  const Contender contenders[] = {timed("kiln_run", [&] { kiln_run(kernel.get(), &args.base); }),
+                                  timed("entry", [&] { entry(&call); })};
   const std::vector<Series> s = race(contenders, {.rounds = 101, .sample_seconds = 5e-4});
-  bench.at_most("memory", "kiln_run beyond the kernel itself, p50", (s[0].median() - s[1].median()) * 1e9, "ns", 30,
-                fmt::format("1×16×16: {:.1f} ns, of which the kernel {:.1f}", s[0].median() * 1e9, s[1].median() * 1e9));
+  bench.at_most(
+      "memory", "kiln_run beyond the kernel itself, p50", (s[0].median() - s[1].median()) * 1e9, "ns", 30,
+      fmt::format("1×16×16: {:.1f} ns, of which the kernel {:.1f}", s[0].median() * 1e9, s[1].median() * 1e9));
 }
 
 /// A cache on disk with many rows, made once for all groups that want it.
@@ -258,11 +273,14 @@ void disk(Bench& bench, FilledCache& cache) {
   check(kiln_get_stats(engine.get(), &stats), "kiln_get_stats");
   if (stats.disk_hits != order.size())
     fail(fmt::format("{} of {} kernels came from disk", stats.disk_hits, order.size()));
-  bench.at_most("disk", fmt::format("hit on disk, {} rows, p50", cache.descs().size()), Series::quantile(seconds, 0.5) * 1e6, "µs", 60,
-                fmt::format("{}; filled at {:.2f} ms a row", spread(seconds), cache.fill_seconds() * 1e3 / static_cast<double>(cache.descs().size())));
+  bench.at_most("disk", fmt::format("hit on disk, {} rows, p50", cache.descs().size()),
+                Series::quantile(seconds, 0.5) * 1e6, "µs", 60,
+                fmt::format("{}; filled at {:.2f} ms a row", spread(seconds),
+                            cache.fill_seconds() * 1e3 / static_cast<double>(cache.descs().size())));
 }
 
-/// In a fresh process: prints the nanoseconds from main's first line to the first kernel, where that came from, and whether LLVM is mapped.
+/// In a fresh process: prints the nanoseconds from main's first line to the first kernel, where that came from, and
+/// whether LLVM is mapped.
 int child(double begin, const char* cache_dir) {
   const EngineHandle engine = make_engine(cache_dir);
   const KernelHandle kernel = get(engine.get(), model_shapes(1)[0]);
@@ -294,8 +312,10 @@ void process(Bench& bench, FilledCache& cache) {
   }
   if (from_disk != static_cast<int>(seconds.size()))
     fail(fmt::format("{} of {} children had their kernel from disk", from_disk, seconds.size()));
-  bench.at_most("process", "fresh process: engine and first kernel from disk, p50", Series::quantile(seconds, 0.5) * 1e3, "ms", 2, spread(seconds));
-  bench.at_most("process", "of these, with an LLVM library mapped", with_llvm, "", 0, fmt::format("{} processes", seconds.size()));
+  bench.at_most("process", "fresh process: engine and first kernel from disk, p50",
+                Series::quantile(seconds, 0.5) * 1e3, "ms", 2, spread(seconds));
+  bench.at_most("process", "of these, with an LLVM library mapped", with_llvm, "", 0,
+                fmt::format("{} processes", seconds.size()));
 }
 
 /// Many threads ask for one key that nobody has yet.
@@ -318,7 +338,8 @@ void threads(Bench& bench) {
   }
   kiln_stats stats = KILN_STATS_INIT;
   check(kiln_get_stats(engine.get(), &stats), "kiln_get_stats");
-  bench.at_most("threads", "64 threads on one cold key: compiles", static_cast<double>(stats.compiled) / keys, "", 1, fmt::format("mean of {} keys", keys));
+  bench.at_most("threads", "64 threads on one cold key: compiles", static_cast<double>(stats.compiled) / keys, "", 1,
+                fmt::format("mean of {} keys", keys));
 }
 
 struct Options {
@@ -327,7 +348,9 @@ struct Options {
   std::size_t rows = 10000;
   bool smoke = false;
 
-  bool wants(std::string_view group) const { return only.empty() || std::find(only.begin(), only.end(), group) != only.end(); }
+  bool wants(std::string_view group) const {
+    return only.empty() || std::find(only.begin(), only.end(), group) != only.end();
+  }
 };
 
 /// Nothing when the arguments are not understood.

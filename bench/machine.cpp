@@ -33,7 +33,9 @@ std::vector<int> allowed_cpus() {
   return cpus;
 }
 
-void pin_to(int cpu) { unpin({cpu}); }
+void pin_to(int cpu) {
+  unpin({cpu});
+}
 
 void unpin(const std::vector<int>& cpus) {
   cpu_set_t set;
@@ -111,7 +113,9 @@ HugeBuffer::HugeBuffer(std::size_t bytes) : bytes_(bytes), reserved_((bytes + kH
 HugeBuffer::HugeBuffer(HugeBuffer&& other) noexcept
     : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_), reserved_(other.reserved_) {}
 
-HugeBuffer::~HugeBuffer() { std::free(data_); }
+HugeBuffer::~HugeBuffer() {
+  std::free(data_);
+}
 
 void fill_random(const HugeBuffer& buffer, std::uint64_t seed) {
   std::uint64_t state = seed;

@@ -12,7 +12,7 @@
 /// What the benches need of the machine: its name, pinned threads, memory on huge pages.
 namespace kiln::bench {
 
-std::string cpu_name(); ///< as the system names it
+std::string cpu_name();          ///< as the system names it
 std::vector<int> allowed_cpus(); ///< that this process may run on
 
 /// Keeps the calling thread on `cpu`; threads it makes meanwhile stay there too.

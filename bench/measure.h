@@ -10,16 +10,16 @@
 #include <utility>
 #include <vector>
 
-/// Measuring on a machine whose clock drifts and whose neighbours come and go: everything that is compared runs in turns, round by
-/// round, and a ratio is taken within each round. Best and median of the rounds are both kept.
+/// Measuring on a machine whose clock drifts and whose neighbours come and go: everything that is compared runs in
+/// turns, round by round, and a ratio is taken within each round. Best and median of the rounds are both kept.
 namespace kiln::bench {
 
 inline double now() { // seconds
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-/// One side of a comparison. `run(calls)` works that many times and returns the seconds it took, without what is not its own
-/// (the waking of a calibration's threads).
+/// One side of a comparison. `run(calls)` works that many times and returns the seconds it took, without what is not
+/// its own (the waking of a calibration's threads).
 struct Contender {
   std::string name;
   std::function<double(int calls)> run;
@@ -79,7 +79,8 @@ inline Series scaled(Series series, double factor) {
   return series;
 }
 
-/// Runs the contenders in turns. Before each sample a contender runs untimed, so that it finds its own data in the caches.
+/// Runs the contenders in turns. Before each sample a contender runs untimed, so that it finds its own data in the
+/// caches.
 inline std::vector<Series> race(std::span<const Contender> contenders, const RaceOptions& options) {
   std::vector<Series> series;
   std::vector<int> calls;
@@ -100,7 +101,8 @@ inline std::vector<Series> race(std::span<const Contender> contenders, const Rac
     if (options.on_round)
       options.on_round(round);
     for (std::size_t i = 0; i < contenders.size(); ++i) {
-      const std::size_t turn = (i + static_cast<std::size_t>(round)) % contenders.size(); // nobody always follows the same
+      const std::size_t turn =
+          (i + static_cast<std::size_t>(round)) % contenders.size(); // nobody always follows the same
       if (options.settle_seconds > 0)
         std::this_thread::sleep_for(std::chrono::duration<double>(options.settle_seconds));
       contenders[turn].run(std::max(3, calls[turn] / 4));

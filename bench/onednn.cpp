@@ -6,7 +6,6 @@
 
 #include <oneapi/dnnl/dnnl.hpp>
 
-
 namespace kiln::bench {
 
 using dnnl::memory;
@@ -20,7 +19,8 @@ struct OneDnn::Impl {
   std::vector<std::unordered_map<int, memory>> arguments; ///< one a copy
   int threads = 1;
 
-  template <class Descriptor> void make(const Descriptor& descriptor, const memory& a, memory b, const memory& c, int copies) {
+  template <class Descriptor>
+  void make(const Descriptor& descriptor, const memory& a, memory b, const memory& c, int copies) {
     primitive = dnnl::primitive(descriptor);
     implementation = descriptor.impl_info_str();
     for (int copy = 0; copy < copies; ++copy) {
@@ -33,8 +33,8 @@ struct OneDnn::Impl {
   }
 };
 
-OneDnn::OneDnn(Primitive primitive, std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a, const std::int8_t* b,
-               std::int32_t* c, int threads, int copies)
+OneDnn::OneDnn(Primitive primitive, std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a,
+               const std::int8_t* b, std::int32_t* c, int threads, int copies)
     : impl_(std::make_unique<Impl>()) {
   impl_->threads = threads;
   omp_set_num_threads(threads); // oneDNN divides the work when it makes the primitive
@@ -44,13 +44,14 @@ OneDnn::OneDnn(Primitive primitive, std::int64_t m, std::int64_t n, std::int64_t
   const memory a_memory(a_desc, engine, const_cast<std::int8_t*>(a)), c_memory(c_desc, engine, c);
   if (primitive == Primitive::matmul) {
     const memory b_memory({{k, n}, s8, memory::format_tag::ba}, engine, const_cast<std::int8_t*>(b));
-    impl_->make(dnnl::matmul::primitive_desc({a_desc, {{k, n}, s8, memory::format_tag::any}, c_desc}, engine), a_memory, b_memory,
-                c_memory, copies);
+    impl_->make(dnnl::matmul::primitive_desc({a_desc, {{k, n}, s8, memory::format_tag::any}, c_desc}, engine), a_memory,
+                b_memory, c_memory, copies);
   } else {
     const memory b_memory({{n, k}, s8, memory::format_tag::ab}, engine, const_cast<std::int8_t*>(b));
-    impl_->make(dnnl::inner_product_forward::primitive_desc(
-                    {dnnl::prop_kind::forward_inference, a_desc, {{n, k}, s8, memory::format_tag::any}, c_desc}, engine),
-                a_memory, b_memory, c_memory, copies);
+    impl_->make(
+        dnnl::inner_product_forward::primitive_desc(
+            {dnnl::prop_kind::forward_inference, a_desc, {{n, k}, s8, memory::format_tag::any}, c_desc}, engine),
+        a_memory, b_memory, c_memory, copies);
   }
 }
 
@@ -62,6 +63,8 @@ void OneDnn::run(int copy) {
   impl_->stream.wait();
 }
 
-const std::string& OneDnn::implementation() const { return impl_->implementation; }
+const std::string& OneDnn::implementation() const {
+  return impl_->implementation;
+}
 
 } // namespace kiln::bench

@@ -10,17 +10,21 @@ namespace kiln::bench {
 namespace {
 
 constexpr int kLeft = 190, kWidth = 520, kRight = 70, kRow = 26, kBar = 9, kTop = 74, kBottom = 34;
-constexpr double kScale = 1.2; ///< of the axis: some kernels beat a limit that was measured by reading from a farther cache
+constexpr double kScale =
+    1.2; ///< of the axis: some kernels beat a limit that was measured by reading from a farther cache
 constexpr std::string_view kKilnColour = "#1f6f8b", kPeerColour = "#c9a227", kReachColour = "#b22222";
 
-int x_of(double fraction) { return kLeft + static_cast<int>(std::clamp(fraction, 0.0, kScale) / kScale * kWidth); }
+int x_of(double fraction) {
+  return kLeft + static_cast<int>(std::clamp(fraction, 0.0, kScale) / kScale * kWidth);
+}
 
 std::string text(int x, int y, std::string_view anchor, std::string_view content) {
   return fmt::format("<text x=\"{}\" y=\"{}\" text-anchor=\"{}\">{}</text>\n", x, y, anchor, content);
 }
 
 std::string bar(int y, double fraction, std::string_view colour) {
-  return fmt::format("<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" fill=\"{}\"/>\n", kLeft, y, x_of(fraction) - kLeft, kBar, colour);
+  return fmt::format("<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{}\" fill=\"{}\"/>\n", kLeft, y,
+                     x_of(fraction) - kLeft, kBar, colour);
 }
 
 std::string vertical(int x, int y0, int y1, std::string_view colour) {
@@ -30,8 +34,10 @@ std::string vertical(int x, int y0, int y1, std::string_view colour) {
 std::string legend() {
   int x = kLeft;
   std::string out;
-  for (const auto& [colour, name] : {std::pair{kKilnColour, "Kiln"}, {kPeerColour, "oneDNN"}, {kReachColour, "to reach"}}) {
-    out += fmt::format("<rect x=\"{}\" y=\"36\" width=\"12\" height=\"9\" fill=\"{}\"/>\n", x, colour) + text(x + 18, 45, "start", name);
+  for (const auto& [colour, name] :
+       {std::pair{kKilnColour, "Kiln"}, {kPeerColour, "oneDNN"}, {kReachColour, "to reach"}}) {
+    out += fmt::format("<rect x=\"{}\" y=\"36\" width=\"12\" height=\"9\" fill=\"{}\"/>\n", x, colour) +
+           text(x + 18, 45, "start", name);
     x += 100;
   }
   return out;
@@ -41,9 +47,10 @@ std::string legend() {
 
 bool write_plot(const std::string& path, const std::string& title, const std::vector<PlotPoint>& points) {
   const int bottom = kTop + static_cast<int>(points.size()) * kRow;
-  std::string svg = fmt::format("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{0}\" height=\"{1}\" font-family=\"sans-serif\" "
-                                "font-size=\"11\">\n<rect width=\"{0}\" height=\"{1}\" fill=\"white\"/>\n",
-                                kLeft + kWidth + kRight, bottom + kBottom);
+  std::string svg =
+      fmt::format("<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{0}\" height=\"{1}\" font-family=\"sans-serif\" "
+                  "font-size=\"11\">\n<rect width=\"{0}\" height=\"{1}\" fill=\"white\"/>\n",
+                  kLeft + kWidth + kRight, bottom + kBottom);
   svg += text(12, 20, "start", title) + legend();
   for (int tenth = 0; tenth <= 12; tenth += 2) {
     svg += vertical(x_of(tenth / 10.0), kTop - 4, bottom, tenth == 10 ? "#222222" : "#dddddd");
@@ -52,7 +59,8 @@ bool write_plot(const std::string& path, const std::string& title, const std::ve
   int y = kTop;
   for (const PlotPoint& point : points) {
     svg += text(kLeft - 8, y + 13, "end", fmt::format("{}: {}", point.group, point.label));
-    svg += bar(y + 2, point.kiln, kKilnColour) + text(x_of(std::max(point.kiln, point.peer)) + 4, y + 13, "start", fmt::format("{:.2f}", point.kiln));
+    svg += bar(y + 2, point.kiln, kKilnColour) +
+           text(x_of(std::max(point.kiln, point.peer)) + 4, y + 13, "start", fmt::format("{:.2f}", point.kiln));
     if (point.peer > 0)
       svg += bar(y + 2 + kBar, point.peer, kPeerColour);
     if (point.reach > 0)

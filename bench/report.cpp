@@ -18,9 +18,12 @@ std::string shown(double value, const std::string& unit) {
 
 std::string_view sign(Figure::Bound bound) {
   switch (bound) {
-  case Figure::Bound::at_least: return "≥";
-  case Figure::Bound::at_most: return "≤";
-  case Figure::Bound::none: break;
+  case Figure::Bound::at_least:
+    return "≥";
+  case Figure::Bound::at_most:
+    return "≤";
+  case Figure::Bound::none:
+    break;
   }
   return "";
 }
@@ -32,7 +35,8 @@ bool Figure::met() const {
 }
 
 Report::Report(double clock_hz)
-    : machine_(fmt::format("{}, {} cores, {:.2f} GHz", cpu_name(), allowed_cpus().size(), clock_hz / 1e9)), clock_hz_(clock_hz) {
+    : machine_(fmt::format("{}, {} cores, {:.2f} GHz", cpu_name(), allowed_cpus().size(), clock_hz / 1e9)),
+      clock_hz_(clock_hz) {
   fmt::print("{}\n{:<58} {:>13}  {:>10}  {:<4}\n", machine_, "what", "measured", "reach", "met?");
 }
 
@@ -65,7 +69,8 @@ bool Report::write_json(const std::string& path) const {
     figures.push_back(std::move(row));
   }
   const nlohmann::ordered_json all = {
-      {"machine", {{"cpu", cpu_name()}, {"cores", allowed_cpus().size()}, {"clock_hz", clock_hz_}}}, {"figures", std::move(figures)}};
+      {"machine", {{"cpu", cpu_name()}, {"cores", allowed_cpus().size()}, {"clock_hz", clock_hz_}}},
+      {"figures", std::move(figures)}};
   std::ofstream file(path);
   file << all.dump(1) << '\n';
   file.close();

@@ -25,8 +25,8 @@ public:
 
   void add(Figure figure);
   bool all_met() const;
-  /// `{machine: {…}, figures: [{group, what, measured, unit, bound, reach, met, detail}]}`; false, with a message on stderr, when
-  /// the file cannot be written.
+  /// `{machine: {…}, figures: [{group, what, measured, unit, bound, reach, met, detail}]}`; false, with a message on
+  /// stderr, when the file cannot be written.
   bool write_json(const std::string& path) const;
 
   const std::string& machine() const { return machine_; }

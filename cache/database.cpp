@@ -65,8 +65,9 @@ Result<std::string> sqlite_version() {
   // RETURNING came with 3.35.0 (sqlite.org/lang_returning.html).
   if (sqlite3_libversion_number() >= 3'035'000 && sqlite3_threadsafe() != 0)
     return std::string(sqlite3_libversion());
-  return Status::error(Code::unsupported, fmt::format("SQLite {}{}: needed is 3.35 or newer, built thread-safe", sqlite3_libversion(),
-                                                      sqlite3_threadsafe() != 0 ? "" : ", not thread-safe"));
+  return Status::error(Code::unsupported,
+                       fmt::format("SQLite {}{}: needed is 3.35 or newer, built thread-safe", sqlite3_libversion(),
+                                   sqlite3_threadsafe() != 0 ? "" : ", not thread-safe"));
 }
 
 Query::~Query() {

@@ -44,7 +44,7 @@ Result<Bytes> read_file(const std::string& path) {
   const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
   if (file.fd < 0)
     return io_error(path, "open");
-  struct stat info{};
+  struct stat info {};
   if (::fstat(file.fd, &info) != 0)
     return io_error(path, "stat");
   if (!S_ISREG(info.st_mode))
@@ -67,7 +67,7 @@ Result<Bytes> read_file(const std::string& path) {
 
 Status write_file_atomically(const std::string& path, std::initializer_list<ByteSpan> parts) {
   // The rename would put a file in the place of a device or a pipe.
-  struct stat info{};
+  struct stat info {};
   if (::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode))
     return Status::error(Code::io, fmt::format("{}: cannot write: not a regular file", path));
   std::string temporary = path + ".XXXXXX";

@@ -1,5 +1,5 @@
-// The compiled half of fmt, made here from its headers. Debian has it as a shared library only, and that one needs the host's
-// libstdc++: libkiln could not be free of it, nor of another fmt in the process.
+// The compiled half of fmt, made here from its headers. Debian has it as a shared library only, and that one needs the
+// host's libstdc++: libkiln could not be free of it, nor of another fmt in the process.
 #include <fmt/format-inl.h>
 
 FMT_BEGIN_NAMESPACE

@@ -4,17 +4,28 @@ namespace kiln {
 
 std::string_view name_of(Code code) {
   switch (code) {
-  case Code::ok: return "ok";
-  case Code::invalid_argument: return "invalid_argument";
-  case Code::unsupported: return "unsupported";
-  case Code::not_found: return "not_found";
-  case Code::out_of_memory: return "out_of_memory";
-  case Code::io: return "io";
-  case Code::integrity: return "integrity";
-  case Code::compile_failed: return "compile_failed";
-  case Code::busy: return "busy";
-  case Code::miss: return "miss";
-  case Code::internal: return "internal";
+  case Code::ok:
+    return "ok";
+  case Code::invalid_argument:
+    return "invalid_argument";
+  case Code::unsupported:
+    return "unsupported";
+  case Code::not_found:
+    return "not_found";
+  case Code::out_of_memory:
+    return "out_of_memory";
+  case Code::io:
+    return "io";
+  case Code::integrity:
+    return "integrity";
+  case Code::compile_failed:
+    return "compile_failed";
+  case Code::busy:
+    return "busy";
+  case Code::miss:
+    return "miss";
+  case Code::internal:
+    return "internal";
   }
   return "unknown";
 }

@@ -12,7 +12,8 @@ namespace kiln {
 /// What went wrong, in the classes a host can act on. The C API's `kiln_status` has the same values.
 enum class Code : std::uint8_t {
   ok = 0,
-  invalid_argument, ///< the caller gave something that is never allowed; the message names it, its value and what is allowed
+  invalid_argument, ///< the caller gave something that is never allowed; the message names it, its value and what is
+                    ///< allowed
   unsupported,      ///< valid, but nothing on this machine (or under the present toggles) can do it
   not_found,        ///< a key, file or entry does not exist
   out_of_memory,

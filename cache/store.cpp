@@ -684,7 +684,8 @@ std::filesystem::path absolute_path(const std::string& path) {
 /// With every link resolved as far as the path exists; as it is written where this user may not look.
 std::filesystem::path resolved_path(const std::string& path) {
   std::error_code error;
-  const std::filesystem::path absolute = absolute_path(path), resolved = std::filesystem::weakly_canonical(absolute, error);
+  const std::filesystem::path absolute = absolute_path(path),
+                              resolved = std::filesystem::weakly_canonical(absolute, error);
   return error ? absolute.lexically_normal() : resolved;
 }
 

@@ -31,11 +31,12 @@ struct StoreRow {
 enum class CacheMode : std::uint8_t { read_write, read_only, off };
 
 struct StoreOptions {
-  std::string directory;               ///< made with mode 0700 when it does not exist
-  std::string key_directory;           ///< where the MAC key file lives: outside `directory`; made 0700, the key file 0600
+  std::string directory;     ///< made with mode 0700 when it does not exist
+  std::string key_directory; ///< where the MAC key file lives: outside `directory`; made 0700, the key file 0600
   CacheMode mode = CacheMode::read_write;
-  std::int64_t max_bytes = 512ll << 20; ///< bound on the database's pages in use: codes, their columns, indexes; holds after each put
-  int busy_timeout_ms = 20;            ///< a longer wait for SQLite's lock is a miss
+  std::int64_t max_bytes =
+      512ll << 20; ///< bound on the database's pages in use: codes, their columns, indexes; holds after each put
+  int busy_timeout_ms = 20; ///< a longer wait for SQLite's lock is a miss
 };
 
 struct StoreStats {
@@ -48,41 +49,51 @@ struct StoreStats {
 
 /// L2: the kernels on disk, in one SQLite database (`kernels.db`) per cache directory.
 ///
-/// Thread-safe (one mutex; SQLite's own locks between processes). No call throws. After any error that is not a plain miss the
-/// store logs one warning per cause and the call behaves as a miss; the caller compiles and goes on. A child made by fork
-/// never uses the parent's connection: it opens its own.
+/// Thread-safe (one mutex; SQLite's own locks between processes). No call throws. After any error that is not a plain
+/// miss the store logs one warning per cause and the call behaves as a miss; the caller compiles and goes on. A child
+/// made by fork never uses the parent's connection: it opens its own.
 class Store {
 public:
-  /// Opens lazily: nothing is created on disk before the first put. Fails (Code::invalid_argument) only on unusable options; among them
-  /// a key directory inside the cache directory. `log` must outlive the store.
+  /// Opens lazily: nothing is created on disk before the first put. Fails (Code::invalid_argument) only on unusable
+  /// options; among them a key directory inside the cache directory. `log` must outlive the store.
   static Result<std::unique_ptr<Store>> open(StoreOptions options, const Log& log);
   virtual ~Store() = default;
 
-  /// The row with this key, authenticated, or nothing. A row that fails authentication is deleted, counted and treated as a miss.
+  /// The row with this key, authenticated, or nothing. A row that fails authentication is deleted, counted and treated
+  /// as a miss.
   virtual std::optional<StoreRow> get(const Digest& key) = 0;
-  /// Stores or replaces (hits from 0, last hit now, `created_at` now when it is 0); evicts least recently used rows until the bound
-  /// holds. Errors are logged and returned, never fatal. Ok without doing anything when the mode is not read_write.
+  /// Stores or replaces (hits from 0, last hit now, `created_at` now when it is 0); evicts least recently used rows
+  /// until the bound holds. Errors are logged and returned, never fatal. Ok without doing anything when the mode is not
+  /// read_write.
   virtual Status put(const StoreRow& row) = 0;
   /// Writes pending hit counts and times (batched; also done every 64 hits and at destruction).
   virtual void flush() = 0;
 
-  // The calls below return the error that disabled the store, if one did; without a database, or with the mode off, they find nothing.
-  // Those that change rows are Code::unsupported when the mode is read_only.
+  // The calls below return the error that disabled the store, if one did; without a database, or with the mode off,
+  // they find nothing. Those that change rows are Code::unsupported when the mode is read_only.
 
   /// Every row without its code (`code` empty; `size` in the pair), most recently used first. Not authenticated.
-  struct Listed { StoreRow row; std::int64_t code_bytes = 0; };
+  struct Listed {
+    StoreRow row;
+    std::int64_t code_bytes = 0;
+  };
   virtual Result<std::vector<Listed>> list() = 0;
   /// Keys that begin with `hex_prefix` (for the command).
   virtual Result<std::vector<Digest>> find(std::string_view hex_prefix) = 0;
   virtual Result<StoreStats> stats() = 0;
   virtual Status remove(const Digest& key) = 0;
-  struct Verified { std::int64_t ok = 0, bad = 0; std::vector<std::string> bad_keys; };
+  struct Verified {
+    std::int64_t ok = 0, bad = 0;
+    std::vector<std::string> bad_keys;
+  };
   /// Authenticates every row; removes the bad ones when `repair`.
   virtual Result<Verified> verify(bool repair) = 0;
   /// Rows removed and the sum of their code sizes.
-  struct Pruned { std::int64_t rows = 0, bytes = 0; };
-  /// Evicts least recently used rows until at most `max_bytes` of pages are in use (see StoreOptions), and shrinks the file; `dry_run`
-  /// only counts.
+  struct Pruned {
+    std::int64_t rows = 0, bytes = 0;
+  };
+  /// Evicts least recently used rows until at most `max_bytes` of pages are in use (see StoreOptions), and shrinks the
+  /// file; `dry_run` only counts.
   virtual Result<Pruned> prune(std::int64_t max_bytes, bool dry_run) = 0;
   /// Removes every row; `dry_run` only counts.
   virtual Result<Pruned> clear(bool dry_run) = 0;

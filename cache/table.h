@@ -17,15 +17,16 @@ namespace kiln {
 
 /// L1: an in-memory table of shared values with single-flight.
 ///
-/// A hit takes no lock: nodes are type-stable (their memory stays a node for the table's life), so a reader may first try to take
-/// a reference and only then compare the key. A node with references is never rewritten, so a key that compares equal stays equal.
-/// What a reader misses through a concurrent change it finds under the lock in get_or_make.
+/// A hit takes no lock: nodes are type-stable (their memory stays a node for the table's life), so a reader may first
+/// try to take a reference and only then compare the key. A node with references is never rewritten, so a key that
+/// compares equal stays equal. What a reader misses through a concurrent change it finds under the lock in get_or_make.
 ///
-/// Held references keep a value alive after its eviction and after close(). The table must outlive them: `on_empty` is called once,
-/// when close() has been called and the last reference is gone, and may destroy the table.
+/// Held references keep a value alive after its eviction and after close(). The table must outlive them: `on_empty` is
+/// called once, when close() has been called and the last reference is gone, and may destroy the table.
 ///
-/// Survives fork at any moment: everything shared changes by single stores, each of which leaves what a child can go on with, and a
-/// child has a lock of its own. What other threads were about to make, or held, is never freed in the child.
+/// Survives fork at any moment: everything shared changes by single stores, each of which leaves what a child can go on
+/// with, and a child has a lock of its own. What other threads were about to make, or held, is never freed in the
+/// child.
 ///
 /// Key: copyable, ==, `std::uint64_t hash() const`. Value: movable; destroyed when the last reference goes.
 template <class Key, class Value> class SharedTable {
@@ -51,7 +52,8 @@ public:
   };
 
   /// `max_weight` bounds the sum of weights of resident nodes; the bound may be passed while every node is held.
-  SharedTable(std::size_t max_weight, std::function<void()> on_empty) : max_weight_(max_weight), on_empty_(std::move(on_empty)) {
+  SharedTable(std::size_t max_weight, std::function<void()> on_empty)
+      : max_weight_(max_weight), on_empty_(std::move(on_empty)) {
     slots_.store(&arrays_.emplace_front(kFewestSlots), std::memory_order_release);
   }
   ~SharedTable() {
@@ -87,8 +89,9 @@ public:
     bool resident = true; ///< false: for this caller only (a stand-in that the next get must not find)
   };
 
-  /// find(), or calls `make` (std::optional<Made>(), must not throw) outside any lock and publishes what it gives. One thread makes a key; others
-  /// wait up to `patience`, then make for themselves. Null when make gave nothing (waiters then try for themselves).
+  /// find(), or calls `make` (std::optional<Made>(), must not throw) outside any lock and publishes what it gives. One
+  /// thread makes a key; others wait up to `patience`, then make for themselves. Null when make gave nothing (waiters
+  /// then try for themselves).
   template <class Make> Node* get_or_make(const Key& key, Make&& make, std::chrono::milliseconds patience) {
     Makers& makers = current_makers();
     std::unique_lock lock(makers.mutex);
@@ -122,8 +125,8 @@ public:
       node->table_->reclaim(node);
   }
 
-  /// Drops the table's own references: every value that nobody holds is destroyed now, the others with their holders. The table may be
-  /// gone when this returns.
+  /// Drops the table's own references: every value that nobody holds is destroyed now, the others with their holders.
+  /// The table may be gone when this returns.
   void close() {
     drop_if([](const Node&) { return true; });
     one_less_alive();
@@ -147,8 +150,9 @@ public:
   }
 
 private:
-  /// Open addressing, power-of-two. Older arrays stay allocated, since a reader may still walk one, and are used again for a table of
-  /// their size: such a reader sees nodes that it then compares, or misses and looks again under the lock.
+  /// Open addressing, power-of-two. Older arrays stay allocated, since a reader may still walk one, and are used again
+  /// for a table of their size: such a reader sees nodes that it then compares, or misses and looks again under the
+  /// lock.
   struct Slots {
     explicit Slots(std::size_t n) : mask(n - 1), slot(n) {}
     std::atomic<Node*>& at(std::size_t i) { return slot[i & mask]; }
@@ -161,7 +165,8 @@ private:
   static bool try_acquire(Node* node) {
     std::uint32_t count = node->references_.load(std::memory_order_relaxed);
     while (count != 0)
-      if (node->references_.compare_exchange_weak(count, count + 1, std::memory_order_acquire, std::memory_order_relaxed))
+      if (node->references_.compare_exchange_weak(count, count + 1, std::memory_order_acquire,
+                                                  std::memory_order_relaxed))
         return true;
     return false;
   }
@@ -244,7 +249,8 @@ private:
     return node;
   }
 
-  /// Takes the first slot without a node; returns how many empty slots that used up (a tombstone's was counted already).
+  /// Takes the first slot without a node; returns how many empty slots that used up (a tombstone's was counted
+  /// already).
   static std::size_t place(Slots& slots, Node* node) {
     for (std::size_t i = node->hash_.load(std::memory_order_relaxed);; ++i) {
       const Node* there = slots.at(i).load(std::memory_order_relaxed);
@@ -275,7 +281,8 @@ private:
     used_slots_ = used;
   }
 
-  /// Second chance over the slots: a node used since the hand last passed is spared once; one that somebody holds always.
+  /// Second chance over the slots: a node used since the hand last passed is spared once; one that somebody holds
+  /// always.
   void evict(const Node* keep) {
     Slots& slots = *slots_.load(std::memory_order_relaxed);
     for (std::size_t step = 0; weight_ > max_weight_ && step < 2 * slots.slot.size(); ++step) {
@@ -283,7 +290,8 @@ private:
       Node* node = slot.load(std::memory_order_relaxed);
       if (node == nullptr || node == tombstone() || node == keep)
         continue;
-      if (node->references_.load(std::memory_order_relaxed) > 1 || node->used_.exchange(false, std::memory_order_relaxed))
+      if (node->references_.load(std::memory_order_relaxed) > 1 ||
+          node->used_.exchange(false, std::memory_order_relaxed))
         continue;
       ++evictions_;
       unlink(slot, node);
@@ -334,7 +342,7 @@ private:
   std::size_t resident_ = 0, weight_ = 0, evictions_ = 0, hand_ = 0;
   std::uint64_t retired_hits_ = 0;
   const std::size_t max_weight_;
-  std::atomic<Node*> free_{nullptr}; ///< the first of those without a value
+  std::atomic<Node*> free_{nullptr};  ///< the first of those without a value
   std::atomic<std::size_t> alive_{1}; ///< values, resident or held, and one until close()
   const std::function<void()> on_empty_;
 };

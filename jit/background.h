@@ -12,8 +12,8 @@
 
 namespace kiln {
 
-/// One background thread that works through a list of descs in order. Started by the first add(). Thread-safe. A child made by fork begins
-/// with an empty list and a thread of its own.
+/// One background thread that works through a list of descs in order. Started by the first add(). Thread-safe. A child
+/// made by fork begins with an empty list and a thread of its own.
 class Background {
 public:
   /// `work` must not throw.

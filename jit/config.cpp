@@ -270,7 +270,7 @@ Result<Config> Config::from_environment(const char* (*get)(const char* name), co
   }
   for (const Variable& variable : kVariables)
     config.origins.push_back({variable.name, variable.shown(config),
-                              set_by_host.contains(variable.name)            ? "host"
+                              set_by_host.contains(variable.name)    ? "host"
                               : value_of(get, variable.name).empty() ? "default"
                                                                      : "environment"});
   return config;

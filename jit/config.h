@@ -53,12 +53,13 @@ struct Config {
   /// Said once by the engine: unknown names in KILN_DISABLE with the valid ones, and the like.
   std::vector<std::string> warnings;
 
-  /// Reads through `get` (as ::getenv). Errors (a malformed KILN_FORCE, KILN_CACHE, KILN_THREADS…) name variable, value and what is allowed.
-  /// What the host sets itself goes over the environment.
+  /// Reads through `get` (as ::getenv). Errors (a malformed KILN_FORCE, KILN_CACHE, KILN_THREADS…) name variable, value
+  /// and what is allowed. What the host sets itself goes over the environment.
   static Result<Config> from_environment(const char* (*get)(const char* name), const HostSettings& host = {});
 
   bool disables(const Implementation& implementation) const;
-  /// The path forced for this op: its own, else the one for every op that has it (the caller knows which have). False when there is none.
+  /// The path forced for this op: its own, else the one for every op that has it (the caller knows which have). False
+  /// when there is none.
   bool forced_path(OpId op, IsaPath& path) const;
 };
 

@@ -8,10 +8,12 @@
 
 namespace kiln {
 
-void dump_code(const std::string& directory, const Digest& key, IsaPath isa, const KernelDesc& desc, const CodeObject& code,
-               const std::function<Result<std::string>(const CodeObject&)>& disassemble, const Log& log) {
-  std::string text = fmt::format("# {}\n# isa {}, features {}\n# {} vector and {} general registers, {} bytes\n", desc.text(), name_of(isa),
-                                 code.features.text(), code.vector_registers, code.general_registers, code.image.size());
+void dump_code(const std::string& directory, const Digest& key, IsaPath isa, const KernelDesc& desc,
+               const CodeObject& code, const std::function<Result<std::string>(const CodeObject&)>& disassemble,
+               const Log& log) {
+  std::string text =
+      fmt::format("# {}\n# isa {}, features {}\n# {} vector and {} general registers, {} bytes\n", desc.text(),
+                  name_of(isa), code.features.text(), code.vector_registers, code.general_registers, code.image.size());
   for (const auto& [name, value] : code.plan)
     text += fmt::format("# plan {}={}\n", name, value);
   if (disassemble) {

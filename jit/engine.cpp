@@ -50,7 +50,8 @@ std::optional<IsaPath> forced_path(const Config& config, OpId op, std::span<cons
 }
 
 /// Why this row does not serve the desc on the target under these toggles; empty when it does.
-std::string refusal(const Implementation& row, const KernelDesc& desc, const Target& target, const Config& config, std::optional<IsaPath> forced) {
+std::string refusal(const Implementation& row, const KernelDesc& desc, const Target& target, const Config& config,
+                    std::optional<IsaPath> forced) {
   if (row.device != desc.device.kind)
     return "for another device";
   if (row.device == DeviceKind::cpu && target.arch == Arch::nvptx)
@@ -78,9 +79,10 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
     return choice; // nothing to store
   KernelDesc portable = canonical;
   portable.device.index = 0; // which of several equal devices changes no code
-  choice.key_text = fmt::format("format=1\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\n", row.generator_digest,
-                                portable.text(), name_of(row.isa), name_of(target.arch), row.features_for(canonical, target).text(),
-                                row.vector_bits ? row.vector_bits(target) : 0);
+  choice.key_text =
+      fmt::format("format=1\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\n",
+                  row.generator_digest, portable.text(), name_of(row.isa), name_of(target.arch),
+                  row.features_for(canonical, target).text(), row.vector_bits ? row.vector_bits(target) : 0);
   choice.key = digest_of({reinterpret_cast<const std::uint8_t*>(choice.key_text.data()), choice.key_text.size()});
   return choice;
 }
@@ -92,7 +94,9 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
 struct Engine::State {
   explicit State(EngineOptions o)
       : options(std::move(o)), log(options.config.log, options.log_sink, options.log_context),
-        runtime(options.machine, options.config.perf == PerfMode::map, options.config.threads > 0 ? options.config.threads : options.machine.cores, options.parallel_for, options.parallel_context),
+        runtime(options.machine, options.config.perf == PerfMode::map,
+                options.config.threads > 0 ? options.config.threads : options.machine.cores, options.parallel_for,
+                options.parallel_context),
         perf(options.config.perf, log), table(options.max_code_bytes, [this] { delete this; }) {}
 
   EngineOptions options;
@@ -112,7 +116,8 @@ struct Engine::State {
   Result<KernelRef> lookup(const KernelDesc& canonical, MissPolicy on_miss);
   Result<KernelTable::Made> make(const KernelDesc& canonical, MissPolicy on_miss);
   Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical);
-  Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target, std::int64_t& us);
+  Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
+                             std::int64_t& us);
   Status keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us);
   Status prefetch(const KernelDesc& canonical);
   enum class Stay : bool { for_this_caller, resident };
@@ -185,7 +190,8 @@ Result<KernelRef> Engine::State::lookup(const KernelDesc& canonical, MissPolicy 
 /// In the background, whose thread must not end in an exception. KILN_MISS=error forbids compiling here too.
 Status Engine::State::prefetch(const KernelDesc& canonical) {
   try {
-    const Result<KernelRef> kernel = lookup(canonical, config().miss == MissPolicy::error ? MissPolicy::error : MissPolicy::compile);
+    const Result<KernelRef> kernel =
+        lookup(canonical, config().miss == MissPolicy::error ? MissPolicy::error : MissPolicy::compile);
     return kernel ? Status() : kernel.status();
   } catch (const std::exception& e) {
     return Status::error(Code::out_of_memory, e.what());
@@ -198,7 +204,8 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   if (!choice)
     return choice.status();
   const auto resident = [&](Kernel kernel) {
-    perf.loaded(kernel.text().data(), kernel.text().size(), fmt::format("kiln {} {}", canonical.text(), name_of(kernel.implementation().isa)));
+    perf.loaded(kernel.text().data(), kernel.text().size(),
+                fmt::format("kiln {} {}", canonical.text(), name_of(kernel.implementation().isa)));
     const std::size_t weight = kernel.text().size() + sizeof(Kernel);
     return KernelTable::Made{std::move(kernel), weight};
   };
@@ -213,7 +220,8 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
     return resident(std::move(*stored));
   }
   if (on_miss == MissPolicy::error)
-    return Status::error(Code::miss, fmt::format("{} ({}) is not cached and KILN_MISS=error forbids compiling it", canonical.text(), name_of(choice->implementation->isa)));
+    return Status::error(Code::miss, fmt::format("{} ({}) is not cached and KILN_MISS=error forbids compiling it",
+                                                 canonical.text(), name_of(choice->implementation->isa)));
   // Where the toggles leave nothing to fall back on (KILN_FORCE, KILN_DISABLE), the kernel is compiled now.
   if (on_miss == MissPolicy::fallback && builtin_for(canonical) != nullptr) {
     if (const Status status = background->add(canonical); !status)
@@ -229,7 +237,9 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
   if (!kernel && kernel.status().code() == Code::unsupported) {
     if (!refuses_executable_memory.exchange(true))
-      log.warn(fmt::format("{}; reference kernels serve instead, slowly, unless KILN_FORCE or KILN_DISABLE leaves them out", kernel.status().message()));
+      log.warn(
+          fmt::format("{}; reference kernels serve instead, slowly, unless KILN_FORCE or KILN_DISABLE leaves them out",
+                      kernel.status().message()));
     return stand_in(*choice, canonical, Stay::resident);
   }
   if (!kernel)
@@ -246,9 +256,11 @@ Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& 
   if (!row)
     return Status::error(Code::not_found, "not on disk");
   Result<CodeObject> code = CodeObject::parse(row->code);
-  Result<Kernel> kernel = code ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code)) : Result<Kernel>(code.status());
+  Result<Kernel> kernel = code ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code))
+                               : Result<Kernel>(code.status());
   if (!kernel) {
-    log.warn(fmt::format("stored kernel {} is passed over: {}", choice.key.hex().substr(0, 16), kernel.status().message()));
+    log.warn(
+        fmt::format("stored kernel {} is passed over: {}", choice.key.hex().substr(0, 16), kernel.status().message()));
     return kernel;
   }
   kernel->source = Source::disk;
@@ -257,7 +269,8 @@ Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& 
   return kernel;
 }
 
-Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target, std::int64_t& us) {
+Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
+                                          std::int64_t& us) {
   const Implementation& row = *choice.implementation;
   const auto start = std::chrono::steady_clock::now();
   Result<CodeObject> code = row.compile(canonical, for_target);
@@ -267,7 +280,8 @@ Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc
   ++compiled;
   compile_us += static_cast<std::uint64_t>(us);
   if (log.enabled(LogLevel::debug))
-    log.debug(fmt::format("compiled {} ({}) in {} us, {} bytes", canonical.text(), name_of(row.isa), us, code->image.size()));
+    log.debug(
+        fmt::format("compiled {} ({}) in {} us, {} bytes", canonical.text(), name_of(row.isa), us, code->image.size()));
   if (!config().dump_dir.empty())
     dump_code(config().dump_dir, choice.key, row.isa, canonical, *code, options.disassemble, log);
   return code;
@@ -293,9 +307,12 @@ Status Engine::State::keep(const Choice& choice, const KernelDesc& canonical, co
 Result<KernelTable::Made> Engine::State::stand_in(const Choice& choice, const KernelDesc& canonical, Stay stay) {
   const Implementation* const row = builtin_for(canonical);
   if (row == nullptr)
-    return Status::error(Code::unsupported, fmt::format("{}: the system refuses executable memory, and KILN_FORCE or KILN_DISABLE leaves nothing that can do without", canonical.text()));
+    return Status::error(Code::unsupported, fmt::format("{}: the system refuses executable memory, and KILN_FORCE or "
+                                                        "KILN_DISABLE leaves nothing that can do without",
+                                                        canonical.text()));
   const Implementation& chosen = *choice.implementation;
-  Result<Kernel> kernel = Kernel::builtin(runtime, *row, canonical, chosen.pack_layout ? chosen.pack_layout(canonical, target()) : "");
+  Result<Kernel> kernel =
+      Kernel::builtin(runtime, *row, canonical, chosen.pack_layout ? chosen.pack_layout(canonical, target()) : "");
   if (!kernel)
     return kernel.status();
   ++fallbacks;
@@ -324,7 +341,8 @@ Result<Choice> Engine::State::choose(const KernelDesc& canonical, const Target& 
       reasons += fmt::format("; {}: {}", name_of(row.isa), reason);
   }
   if (forced)
-    reasons = fmt::format(" by {}, which KILN_FORCE demands{}", name_of(*forced), reasons.empty() ? "; it has no such path" : reasons);
+    reasons = fmt::format(" by {}, which KILN_FORCE demands{}", name_of(*forced),
+                          reasons.empty() ? "; it has no such path" : reasons);
   return Status::error(Code::unsupported, fmt::format("nothing computes {} here{}", canonical.text(), reasons));
 }
 
@@ -334,7 +352,9 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
   if (Status status = check_desc(desc); !status)
     return status;
   if (!state_->store || state_->config().cache != CacheMode::read_write)
-    return Status::error(Code::unsupported, "warmup needs a cache on disk that may be written: see KILN_CACHE, KILN_CACHE_DIR and KILN_DISABLE");
+    return Status::error(
+        Code::unsupported,
+        "warmup needs a cache on disk that may be written: see KILN_CACHE, KILN_CACHE_DIR and KILN_DISABLE");
   const KernelDesc canonical = find_op(desc.op)->canonical(desc);
   const Target& for_target = target != nullptr ? *target : state_->target();
   const Result<Choice> choice = state_->choose(canonical, for_target);
@@ -356,7 +376,8 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
   while (kept.code() == Code::busy && std::chrono::steady_clock::now() < give_up)
     kept = state_->keep(*choice, canonical, *code, us);
   if (!kept)
-    return Status::error(kept.code(), fmt::format("{} was compiled but could not be stored: {}", canonical.text(), kept.message()));
+    return Status::error(kept.code(),
+                         fmt::format("{} was compiled but could not be stored: {}", canonical.text(), kept.message()));
   return Warmed::compiled;
 }
 
@@ -370,7 +391,9 @@ Status Engine::prefetch(std::span<const KernelDesc> descs) {
   return {};
 }
 
-bool Engine::wait_prefetched(std::chrono::milliseconds timeout) { return state_->background->wait_empty(timeout); }
+bool Engine::wait_prefetched(std::chrono::milliseconds timeout) {
+  return state_->background->wait_empty(timeout);
+}
 
 Result<std::string> Engine::pack_layout(const KernelDesc& desc) {
   if (Status status = check_desc(desc); !status)
@@ -386,7 +409,8 @@ Result<std::string> Engine::pack_layout(const KernelDesc& desc) {
 namespace {
 
 /// The fields in which two key texts (lines of name=value, the desc's fields counting each) differ.
-std::vector<std::string> differing_fields(std::string_view stored_desc, const StoreRow& row, const KernelDesc& canonical, const Implementation& implementation) {
+std::vector<std::string> differing_fields(std::string_view stored_desc, const StoreRow& row,
+                                          const KernelDesc& canonical, const Implementation& implementation) {
   std::vector<std::string> fields;
   if (row.generator != implementation.generator_digest)
     fields.push_back("generator");
@@ -457,7 +481,8 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
       fields.push_back("features"); // all that the readable columns do not tell apart
     if (fields.size() < fewest) {
       fewest = fields.size();
-      e.nearest = fmt::format("{} {} ({}) differs in {}", listed.row.key.hex().substr(0, 16), listed.row.desc, listed.row.isa, join(fields));
+      e.nearest = fmt::format("{} {} ({}) differs in {}", listed.row.key.hex().substr(0, 16), listed.row.desc,
+                              listed.row.isa, join(fields));
     }
   }
   return e;
@@ -483,11 +508,23 @@ EngineStats Engine::stats() {
   return stats;
 }
 
-const Config& Engine::config() const { return state_->config(); }
-const Machine& Engine::machine() const { return state_->runtime.machine; }
-const Log& Engine::log() const { return state_->log; }
-Runtime& Engine::runtime() { return state_->runtime; }
-Store* Engine::store() { return state_->store.get(); }
-std::span<const Implementation> Engine::implementations() const { return state_->options.implementations; }
+const Config& Engine::config() const {
+  return state_->config();
+}
+const Machine& Engine::machine() const {
+  return state_->runtime.machine;
+}
+const Log& Engine::log() const {
+  return state_->log;
+}
+Runtime& Engine::runtime() {
+  return state_->runtime;
+}
+Store* Engine::store() {
+  return state_->store.get();
+}
+std::span<const Implementation> Engine::implementations() const {
+  return state_->options.implementations;
+}
 
 } // namespace kiln

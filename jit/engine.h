@@ -53,14 +53,16 @@ struct Explanation {
   std::string key_text;    ///< what the key is the digest of, readable
   std::string pack_layout; ///< empty for ops without a pack
   std::string tier;        ///< `memory`, `disk` or `none` (a get would compile)
-  std::string nearest;     ///< on a miss: the stored kernel of this op that differs least, and in which key fields; may be empty
+  std::string
+      nearest; ///< on a miss: the stored kernel of this op that differs least, and in which key fields; may be empty
 };
 
 /// The whole path of a call: L1, L2, compile. Thread-safe.
 class Engine {
 public:
   static Result<std::unique_ptr<Engine>> create(EngineOptions options);
-  /// Waits for the background compile in progress, drops the rest, writes pending hit counts. Kernels that are held stay valid.
+  /// Waits for the background compile in progress, drops the rest, writes pending hit counts. Kernels that are held
+  /// stay valid.
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -72,8 +74,8 @@ public:
   /// Makes sure that the cache on disk holds the desc's kernel for `target` (null: this machine); loads nothing.
   Result<Warmed> warmup(const KernelDesc& desc, const Target* target);
 
-  /// Queues descs for one background thread, which gets them one after another (compiling where KILN_MISS is not `error`). Failures are
-  /// logged; an error when a desc is bad (then nothing is queued) or no thread can be started.
+  /// Queues descs for one background thread, which gets them one after another (compiling where KILN_MISS is not
+  /// `error`). Failures are logged; an error when a desc is bad (then nothing is queued) or no thread can be started.
   Status prefetch(std::span<const KernelDesc> descs);
   /// Waits until the queue is empty; false on time-out.
   bool wait_prefetched(std::chrono::milliseconds timeout);

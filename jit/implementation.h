@@ -14,8 +14,24 @@
 namespace kiln {
 
 enum class IsaPath : std::uint8_t {
-  avx2, avxvnni, avx512vnni, avx512bf16, amx, neon, sdot, i8mm, bf16mm, sve_sdot, sve_i8mm, sme, sme2, portable, mma_sync, wgmma,
-  reference, count
+  avx2,
+  avxvnni,
+  avx512vnni,
+  avx512bf16,
+  amx,
+  neon,
+  sdot,
+  i8mm,
+  bf16mm,
+  sve_sdot,
+  sve_i8mm,
+  sme,
+  sme2,
+  portable,
+  mma_sync,
+  wgmma,
+  reference,
+  count
 };
 enum class BackendId : std::uint8_t { x86, arm, nvidia, portable, reference, count };
 enum class GeneratorId : std::uint8_t { none, asmjit, llvm, ptx, count };
@@ -41,19 +57,23 @@ struct Implementation {
 
   /// Ok, or why this row cannot serve the desc on the target (features apart: the engine checks those).
   Status (*supports)(const KernelDesc&, const Target&) = nullptr;
-  /// Null, or an empty text when this row is worth taking, else why a later row is the better one (`M ≤ 4: memory bound`).
-  /// Ignored when the path is forced.
+  /// Null, or an empty text when this row is worth taking, else why a later row is the better one (`M ≤ 4: memory
+  /// bound`). Ignored when the path is forced.
   std::string (*declines)(const KernelDesc&, const Target&) = nullptr;
-  /// Layout id of the packed weights that this row's kernels read (`n16k4`), the same for every m; null for ops without a pack.
+  /// Layout id of the packed weights that this row's kernels read (`n16k4`), the same for every m; null for ops without
+  /// a pack.
   std::string (*pack_layout)(const KernelDesc&, const Target&) = nullptr;
   /// Pure: sees only what is in the key; any host, any thread. Null for `reference`.
   Result<CodeObject> (*compile)(const KernelDesc&, const Target&) = nullptr;
   /// A function of this library instead of generated code (`reference`): the entry that the op's driver calls.
   const void* builtin = nullptr;
   /// The launch plan of `builtin` for a pack of this layout (it reads every layout).
-  std::vector<std::pair<std::string, std::int64_t>> (*builtin_plan)(const KernelDesc&, std::string_view pack_layout) = nullptr;
+  std::vector<std::pair<std::string, std::int64_t>> (*builtin_plan)(const KernelDesc&,
+                                                                    std::string_view pack_layout) = nullptr;
 
-  Features features_for(const KernelDesc& desc, const Target& target) const { return uses ? uses(desc, target) : needs; }
+  Features features_for(const KernelDesc& desc, const Target& target) const {
+    return uses ? uses(desc, target) : needs;
+  }
 };
 
 } // namespace kiln

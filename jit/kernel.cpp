@@ -16,7 +16,8 @@ Runtime::Runtime(Machine m, bool for_perf_map, int threads, ParallelForFn host_f
     : machine(std::move(m)), memory(for_perf_map), parallel(threads, host_function, host) {}
 
 /// All but the code in memory.
-Status Kernel::bind(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical, CodeObject code) {
+Status Kernel::bind(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,
+                    CodeObject code) {
   runtime_ = &runtime;
   op_ = find_op(canonical.op);
   implementation_ = &implementation;
@@ -36,10 +37,12 @@ Result<Kernel> Kernel::load(Runtime& runtime, const Implementation& implementati
   const auto start = std::chrono::steady_clock::now();
   const Target& target = runtime.machine.target;
   if (code.arch != target.arch)
-    return Status::error(Code::unsupported, fmt::format("{}: code for {} on a machine of {}", canonical.text(), name_of(code.arch), name_of(target.arch)));
+    return Status::error(Code::unsupported, fmt::format("{}: code for {} on a machine of {}", canonical.text(),
+                                                        name_of(code.arch), name_of(target.arch)));
   if (!target.features.contains(code.features))
-    return Status::error(Code::unsupported, fmt::format("{}: the code needs {}, which this machine lacks", canonical.text(),
-                                                        code.features.without(target.features).text()));
+    return Status::error(Code::unsupported,
+                         fmt::format("{}: the code needs {}, which this machine lacks", canonical.text(),
+                                     code.features.without(target.features).text()));
   if (code.entries.empty() || code.image.empty())
     return Status::error(Code::integrity, fmt::format("{}: a code object without code", canonical.text()));
   const Bytes image = std::exchange(code.image, {});
@@ -54,7 +57,8 @@ Result<Kernel> Kernel::load(Runtime& runtime, const Implementation& implementati
   kernel.text_ = *text;
   kernel.text_bytes_ = image.size();
   kernel.entry_ = kernel.text_ + kernel.code_.entries.front().offset;
-  kernel.load_us = std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start).count();
+  kernel.load_us =
+      std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start).count();
   return kernel;
 }
 
@@ -72,10 +76,11 @@ Result<Kernel> Kernel::builtin(Runtime& runtime, const Implementation& implement
 }
 
 Kernel::Kernel(Kernel&& other) noexcept
-    : source(other.source), compile_us(other.compile_us), load_us(other.load_us), runtime_(other.runtime_), op_(other.op_),
-      implementation_(other.implementation_), desc_(other.desc_), m_range_(other.m_range_), key_(other.key_),
-      code_(std::move(other.code_)), text_(std::exchange(other.text_, nullptr)), text_bytes_(other.text_bytes_),
-      entry_(other.entry_), plan_(std::move(other.plan_)), texts_(std::move(other.texts_)) {}
+    : source(other.source), compile_us(other.compile_us), load_us(other.load_us), runtime_(other.runtime_),
+      op_(other.op_), implementation_(other.implementation_), desc_(other.desc_), m_range_(other.m_range_),
+      key_(other.key_), code_(std::move(other.code_)), text_(std::exchange(other.text_, nullptr)),
+      text_bytes_(other.text_bytes_), entry_(other.entry_), plan_(std::move(other.plan_)),
+      texts_(std::move(other.texts_)) {}
 
 Kernel::~Kernel() {
   if (text_ != nullptr)

@@ -35,11 +35,13 @@ struct Runtime {
 /// Loaded and executable; immutable, safe to run from many threads. Movable so that a table can hold it.
 class Kernel {
 public:
-  /// Loads `code` into executable memory. Fails with Code::unsupported when the machine lacks a feature that the code needs or refuses
-  /// executable mappings, Code::integrity when its plan is not the op's.
-  static Result<Kernel> load(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical, const Digest& key, CodeObject code);
+  /// Loads `code` into executable memory. Fails with Code::unsupported when the machine lacks a feature that the code
+  /// needs or refuses executable mappings, Code::integrity when its plan is not the op's.
+  static Result<Kernel> load(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,
+                             const Digest& key, CodeObject code);
   /// `reference`: a function of this library, for packs of `pack_layout`.
-  static Result<Kernel> builtin(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical, std::string_view pack_layout);
+  static Result<Kernel> builtin(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,
+                                std::string_view pack_layout);
 
   Kernel(Kernel&& other) noexcept;
   Kernel& operator=(Kernel&&) = delete;

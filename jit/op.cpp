@@ -35,7 +35,8 @@ Result<Device> parse_device(std::string_view text) {
     if (error == std::errc() && end == digits.data() + digits.size())
       return Device{DeviceKind::cuda, index};
   }
-  return Status::error(Code::invalid_argument, fmt::format("device={}: allowed is cpu, cuda or cuda:0 to cuda:255", text));
+  return Status::error(Code::invalid_argument,
+                       fmt::format("device={}: allowed is cpu, cuda or cuda:0 to cuda:255", text));
 }
 
 std::string value_text(const FieldSpec& field, std::int64_t value) {
@@ -110,7 +111,8 @@ Result<KernelDesc> desc_from_fields(std::string_view op_name,
                                     std::span<const std::pair<std::string, std::string>> fields) {
   const OpSpec* op = find_op(op_name);
   if (op == nullptr)
-    return Status::error(Code::invalid_argument, fmt::format("unknown op '{}': known are {}", op_name, known_op_names()));
+    return Status::error(Code::invalid_argument,
+                         fmt::format("unknown op '{}': known are {}", op_name, known_op_names()));
   KernelDesc desc;
   desc.op = op->id;
   std::vector<bool> given(op->fields.size());
@@ -146,8 +148,8 @@ Result<KernelDesc> desc_from_fields(std::string_view op_name,
       continue;
     const FieldSpec& field = op->fields[i];
     if (field.required)
-      return Status::error(Code::invalid_argument,
-                           fmt::format("{}: field {} is missing: give {}", op->name, field.name, allowed_values(field)));
+      return Status::error(Code::invalid_argument, fmt::format("{}: field {} is missing: give {}", op->name, field.name,
+                                                               allowed_values(field)));
     desc.value[i] = field.default_value;
   }
   if (Status status = check_desc(desc); !status)

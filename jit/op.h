@@ -15,7 +15,7 @@ namespace kiln {
 /// One field of an op's desc, as named in OPS.md: the C API, the command, manifests and keys all use this table.
 struct FieldSpec {
   std::string_view name;
-  std::int64_t min = 0, max = 0;               ///< of an integer field
+  std::int64_t min = 0, max = 0; ///< of an integer field
   std::int64_t default_value = 0;
   bool required = false;
   std::span<const std::string_view> choices{}; ///< a named field when not empty: the value is an index into it
@@ -40,7 +40,8 @@ struct MRange {
   std::int64_t min = 0, max = 0;
 };
 
-/// One op family: everything about it that is neither machine nor ISA. One row of op_table(); jit/ops/NAME.h has its typed view.
+/// One op family: everything about it that is neither machine nor ISA. One row of op_table(); jit/ops/NAME.h has its
+/// typed view.
 struct OpSpec {
   OpId id;
   std::string_view name;
@@ -71,8 +72,8 @@ int find_field(const OpSpec& op, std::string_view name);
 
 /// The value of one field from its text; Code::invalid_argument lists what is allowed.
 Result<std::int64_t> parse_field(const OpSpec& op, const FieldSpec& field, std::string_view text);
-/// Builds a desc from `key=value` pairs: unknown field, bad value, missing or repeated field are errors that list what is allowed;
-/// `device` is accepted for every op. The result is checked but not canonical.
+/// Builds a desc from `key=value` pairs: unknown field, bad value, missing or repeated field are errors that list what
+/// is allowed; `device` is accepted for every op. The result is checked but not canonical.
 Result<KernelDesc> desc_from_fields(std::string_view op, std::span<const std::pair<std::string, std::string>> fields);
 /// Of what KernelDesc::text() gives, or any `op key=value …` line.
 Result<KernelDesc> parse_desc(std::string_view text);

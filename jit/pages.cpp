@@ -19,6 +19,8 @@ void* allocate_pages(std::size_t bytes) {
   return memory;
 }
 
-void free_pages(void* memory) { std::free(memory); }
+void free_pages(void* memory) {
+  std::free(memory);
+}
 
 } // namespace kiln

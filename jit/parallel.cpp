@@ -65,7 +65,8 @@ private:
   pthreadpool_t threads_ = nullptr;
 };
 
-/// The buffer of one thread. Plain data, so that reaching it costs one look-up of thread storage and no check for construction.
+/// The buffer of one thread. Plain data, so that reaching it costs one look-up of thread storage and no check for
+/// construction.
 struct Scratch {
   void* data;
   std::size_t size;
@@ -80,7 +81,8 @@ struct ScratchEnd {
   }
 };
 
-/// To twice its size at least, so that slowly growing requests allocate seldom; to what is asked for when that is too much.
+/// To twice its size at least, so that slowly growing requests allocate seldom; to what is asked for when that is too
+/// much.
 [[gnu::cold, gnu::noinline]] void* grow_scratch(std::size_t bytes) {
   constexpr std::size_t kLine = 64, kLeast = 4096, kMost = SIZE_MAX / 4;
   static thread_local ScratchEnd end;
@@ -129,6 +131,8 @@ void Parallel::run(std::size_t count, void (*task)(void* context, std::size_t in
     task(context, i);
 }
 
-void* thread_scratch(std::size_t bytes) { return bytes <= scratch.size && scratch.data ? scratch.data : grow_scratch(bytes); }
+void* thread_scratch(std::size_t bytes) {
+  return bytes <= scratch.size && scratch.data ? scratch.data : grow_scratch(bytes);
+}
 
 } // namespace kiln

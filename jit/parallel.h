@@ -7,11 +7,13 @@ namespace kiln {
 
 /// Runs `task(context, i)` for i in [0, count), possibly on several threads, and returns when all are done.
 /// A host's own; must not throw.
-using ParallelForFn = void (*)(void* host, std::size_t count, void (*task)(void* context, std::size_t index), void* context);
+using ParallelForFn = void (*)(void* host, std::size_t count, void (*task)(void* context, std::size_t index),
+                               void* context);
 
-/// The threads of one engine. Default: pthreadpool, made before the first parallel run and not earlier. A host may give its own.
-/// Thread-safe: a call that finds the pool busy with another (or with the one it is nested in) runs on its caller's thread alone.
-/// After fork the child makes a pool of its own. The floating-point state of the pool's threads is the system's default.
+/// The threads of one engine. Default: pthreadpool, made before the first parallel run and not earlier. A host may give
+/// its own. Thread-safe: a call that finds the pool busy with another (or with the one it is nested in) runs on its
+/// caller's thread alone. After fork the child makes a pool of its own. The floating-point state of the pool's threads
+/// is the system's default.
 class Parallel {
 public:
   /// `threads` ≥ 1: upper bound; 1 never starts a thread.
@@ -30,8 +32,8 @@ private:
   std::unique_ptr<Impl> impl_;
 };
 
-/// A 64-byte-aligned scratch buffer of the calling thread, at least `bytes` long, valid until its next call on this thread; kept for
-/// reuse and freed with the thread. Null when memory is short.
+/// A 64-byte-aligned scratch buffer of the calling thread, at least `bytes` long, valid until its next call on this
+/// thread; kept for reuse and freed with the thread. Null when memory is short.
 void* thread_scratch(std::size_t bytes);
 
 } // namespace kiln

@@ -9,8 +9,9 @@
 
 namespace kiln {
 
-/// Makes loaded kernels visible to `perf`: `/tmp/perf-PID.map`, or a jitdump file (tools/perf/Documentation/jitdump-specification.txt
-/// of the Linux sources). Off: does nothing. Thread-safe. Failures are logged once.
+/// Makes loaded kernels visible to `perf`: `/tmp/perf-PID.map`, or a jitdump file
+/// (tools/perf/Documentation/jitdump-specification.txt of the Linux sources). Off: does nothing. Thread-safe. Failures
+/// are logged once.
 class PerfReporter {
 public:
   PerfReporter(PerfMode mode, const Log& log);

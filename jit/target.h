@@ -17,10 +17,30 @@ std::string_view name_of(Arch arch);
 /// CPU features that some kernel needs. Names (target.cpp's table) are those of LLVM's `target-features`.
 enum class Feature : std::uint8_t {
   // x86_64
-  avx2, fma, f16c, bmi2, avxvnni, avx512f, avx512bw, avx512vl, avx512dq, avx512vnni, avx512bf16,
-  amx_tile, amx_int8, amx_bf16,
+  avx2,
+  fma,
+  f16c,
+  bmi2,
+  avxvnni,
+  avx512f,
+  avx512bw,
+  avx512vl,
+  avx512dq,
+  avx512vnni,
+  avx512bf16,
+  amx_tile,
+  amx_int8,
+  amx_bf16,
   // aarch64
-  neon, dotprod, i8mm, bf16, fp16, sve, sve2, sme, sme2,
+  neon,
+  dotprod,
+  i8mm,
+  bf16,
+  fp16,
+  sve,
+  sve2,
+  sme,
+  sme2,
   count
 };
 std::string_view name_of(Feature feature);
@@ -37,7 +57,11 @@ public:
   constexpr void remove(Feature f) { bits_ &= ~bit(f); }
   constexpr bool has(Feature f) const { return (bits_ & bit(f)) != 0; }
   constexpr bool contains(Features other) const { return (bits_ & other.bits_) == other.bits_; }
-  constexpr Features without(Features other) const { Features f; f.bits_ = bits_ & ~other.bits_; return f; }
+  constexpr Features without(Features other) const {
+    Features f;
+    f.bits_ = bits_ & ~other.bits_;
+    return f;
+  }
   constexpr bool empty() const { return bits_ == 0; }
   constexpr auto operator<=>(const Features&) const = default;
   std::vector<Feature> list() const;
@@ -54,8 +78,8 @@ private:
 /// Every feature that a machine of this architecture may have.
 Features features_of(Arch arch);
 
-/// A whole machine as far as code generation can tell: `x86_64:avx2,fma,...`, `aarch64:neon,dotprod;sve=256;sme=512`, `nvptx:sm_90a`.
-/// A kernel's key holds only what the kernel uses of it.
+/// A whole machine as far as code generation can tell: `x86_64:avx2,fma,...`, `aarch64:neon,dotprod;sve=256;sme=512`,
+/// `nvptx:sm_90a`. A kernel's key holds only what the kernel uses of it.
 struct Target {
   Arch arch = Arch::x86_64;
   Features features;
@@ -79,11 +103,11 @@ std::span<const KnownTarget> known_targets();
 struct Machine {
   Target target;
   std::string cpu_name;
-  int cores = 1;              ///< that this process may run on
+  int cores = 1;                                                       ///< that this process may run on
   std::int64_t l1d_bytes = 32 << 10, l2_bytes = 1 << 20, l3_bytes = 0; ///< per core, per core, shared
 };
-/// Asks CPU and operating system (one file per system). Requests what a feature needs from the system (AMX tile data) and leaves
-/// out a feature that the system refuses. Costs about 0.2 ms: CPUID traps in virtual machines.
+/// Asks CPU and operating system (one file per system). Requests what a feature needs from the system (AMX tile data)
+/// and leaves out a feature that the system refuses. Costs about 0.2 ms: CPUID traps in virtual machines.
 Machine detect_machine();
 
 } // namespace kiln

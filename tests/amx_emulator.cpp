@@ -47,7 +47,8 @@ void load_config(const std::uint8_t* from) {
   for (int t = 0; t < kTiles; ++t) {
     next.tiles[t].row_bytes = from[16 + 2 * t] | from[17 + 2 * t] << 8;
     next.tiles[t].rows = from[48 + t];
-    if (next.tiles[t].row_bytes > kRowBytes || next.tiles[t].rows > kMaxRows || (next.tiles[t].rows == 0) != (next.tiles[t].row_bytes == 0))
+    if (next.tiles[t].row_bytes > kRowBytes || next.tiles[t].rows > kMaxRows ||
+        (next.tiles[t].rows == 0) != (next.tiles[t].row_bytes == 0))
       refuse("ldtilecfg: rows or bytes per row out of range");
   }
   file = next;
@@ -62,7 +63,8 @@ Tile& configured(int index) {
 void multiply(Tile& sums, const Tile& a, const Tile& b) {
   if (&sums == &a || &sums == &b || &a == &b)
     refuse("tdpbssd: the same tile twice");
-  if (a.row_bytes % 4 != 0 || sums.row_bytes % 4 != 0 || sums.rows != a.rows || a.row_bytes / 4 != b.rows || sums.row_bytes != b.row_bytes)
+  if (a.row_bytes % 4 != 0 || sums.row_bytes % 4 != 0 || sums.rows != a.rows || a.row_bytes / 4 != b.rows ||
+      sums.row_bytes != b.row_bytes)
     refuse("tdpbssd: tiles of different shapes");
   for (int m = 0; m < a.rows; ++m) {
     std::uint32_t row[kRowBytes / 4];
@@ -70,7 +72,8 @@ void multiply(Tile& sums, const Tile& a, const Tile& b) {
     for (int k = 0; k < b.rows; ++k)
       for (int n = 0; n < sums.row_bytes / 4; ++n)
         for (int i = 0; i < 4; ++i)
-          row[n] += static_cast<std::uint32_t>(static_cast<std::int8_t>(a.data[m][4 * k + i]) * static_cast<std::int8_t>(b.data[k][4 * n + i]));
+          row[n] += static_cast<std::uint32_t>(static_cast<std::int8_t>(a.data[m][4 * k + i]) *
+                                               static_cast<std::int8_t>(b.data[k][4 * n + i]));
     std::memcpy(sums.data[m], row, sizeof row);
   }
   for (int m = sums.rows; m < kMaxRows; ++m)
@@ -84,7 +87,8 @@ std::uint64_t general_register(const ucontext_t* context, int number) {
   return static_cast<std::uint64_t>(context->uc_mcontext.gregs[kIndex[number]]);
 }
 
-/// What follows the opcode. The tile instructions address memory by [base + index + displacement]; index 4 is none, as for all of x86.
+/// What follows the opcode. The tile instructions address memory by [base + index + displacement]; index 4 is none, as
+/// for all of x86.
 struct Operands {
   int reg = 0, rm = 0;
   bool is_memory = false;
@@ -177,9 +181,13 @@ AmxEmulator::AmxEmulator() {
   sigaction(SIGILL, &action, &former);
 }
 
-AmxEmulator::~AmxEmulator() { sigaction(SIGILL, &former, nullptr); }
+AmxEmulator::~AmxEmulator() {
+  sigaction(SIGILL, &former, nullptr);
+}
 
-std::int64_t AmxEmulator::executed() const { return executed_count; }
+std::int64_t AmxEmulator::executed() const {
+  return executed_count;
+}
 
 bool amx_available() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;

@@ -12,7 +12,8 @@
 
 namespace kiln::test {
 
-/// The exit status of `body` in a child made by fork; 128 + signal when one killed it, which a hang of a minute does too.
+/// The exit status of `body` in a child made by fork; 128 + signal when one killed it, which a hang of a minute does
+/// too.
 template <class Body> int exit_status_in_child(Body body) {
   const pid_t child = fork();
   if (child == 0) {
@@ -25,7 +26,8 @@ template <class Body> int exit_status_in_child(Body body) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-/// From now on mmap with PROT_EXEC fails with EPERM in this process, everything else passes. False when the system cannot do that.
+/// From now on mmap with PROT_EXEC fails with EPERM in this process, everything else passes. False when the system
+/// cannot do that.
 inline bool refuse_executable_mappings() {
   sock_filter filter[] = {
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),

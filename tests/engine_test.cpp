@@ -10,7 +10,8 @@
 #include "jit/ops/int8_mm_driver.h"
 #include "tests/child_process.h"
 
-/// The path of a call with a null backend: rows whose "kernels" return at once, so that everything above the hardware is tested anywhere.
+/// The path of a call with a null backend: rows whose "kernels" return at once, so that everything above the hardware
+/// is tested anywhere.
 
 using namespace kiln;
 using namespace kiln::test;
@@ -62,7 +63,8 @@ Implementation builtin_row() {
 
 /// A cache directory of its own, and what was logged.
 struct Fixture {
-  std::filesystem::path directory = std::filesystem::temp_directory_path() / ("kiln-engine-test-" + std::to_string(::getpid()) + "-" + std::to_string(++count));
+  std::filesystem::path directory = std::filesystem::temp_directory_path() /
+                                    ("kiln-engine-test-" + std::to_string(::getpid()) + "-" + std::to_string(++count));
   std::vector<Implementation> rows = {null_row(IsaPath::portable), builtin_row()};
   std::vector<std::string> logged;
   Config config;
@@ -85,14 +87,18 @@ struct Fixture {
     options.implementations = rows;
     options.max_code_bytes = max_code_bytes;
     options.log_context = this;
-    options.log_sink = [](void* self, LogLevel, const char* message) { static_cast<Fixture*>(self)->logged.emplace_back(message); };
+    options.log_sink = [](void* self, LogLevel, const char* message) {
+      static_cast<Fixture*>(self)->logged.emplace_back(message);
+    };
     Result<std::unique_ptr<Engine>> made = Engine::create(std::move(options));
     REQUIRE(made.is_ok());
     return std::move(*made);
   }
 };
 
-KernelDesc desc(std::int64_t m = 1, std::int64_t n = 64) { return int8_mm::make_desc(m, n, 64); }
+KernelDesc desc(std::int64_t m = 1, std::int64_t n = 64) {
+  return int8_mm::make_desc(m, n, 64);
+}
 
 Source source_of(Engine& engine, const KernelDesc& d) {
   const Result<KernelRef> kernel = engine.get(d);
@@ -198,8 +204,12 @@ TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback does not wait for the compile in 
 
 TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback compiles at once where the toggles leave no fallback") {
   config.miss = MissPolicy::fallback;
-  SUBCASE("another path is forced") { config.forced.push_back({OpId::none, IsaPath::portable}); }
-  SUBCASE("reference is disabled") { config.disabled_paths = {IsaPath::reference}; }
+  SUBCASE("another path is forced") {
+    config.forced.push_back({OpId::none, IsaPath::portable});
+  }
+  SUBCASE("reference is disabled") {
+    config.disabled_paths = {IsaPath::reference};
+  }
   CHECK(source_of(*engine(), desc()) == Source::compiled);
 }
 
@@ -243,7 +253,8 @@ TEST_CASE_FIXTURE(Fixture, "without executable memory the reference serves, foun
 
 // Neither sanitizer follows a fork among threads: AddressSanitizer's allocator of GCC 12 may stay locked in the child.
 #if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-TEST_CASE_FIXTURE(Fixture, "a child made by fork gets, prefetches and ends its engine, whatever the parent's threads were doing") {
+TEST_CASE_FIXTURE(
+    Fixture, "a child made by fork gets, prefetches and ends its engine, whatever the parent's threads were doing") {
   auto e = engine();
   Result<KernelRef> held = e->get(desc());
   REQUIRE(held.is_ok());
@@ -366,7 +377,8 @@ TEST_CASE_FIXTURE(Fixture, "bad descs are refused before anything else") {
 }
 
 TEST_CASE("a desc's text comes back as the same desc, and says what is wrong with it") {
-  for (const char* text : {"int8_mm m=1 n=2 k=3", "int8_mm k=3 n=2 m=any b_layout=kn", "int8_mm m=0 n=0 k=0 device=cuda:2"}) {
+  for (const char* text :
+       {"int8_mm m=1 n=2 k=3", "int8_mm k=3 n=2 m=any b_layout=kn", "int8_mm m=0 n=0 k=0 device=cuda:2"}) {
     const Result<KernelDesc> parsed = parse_desc(text);
     REQUIRE(parsed.is_ok());
     CHECK(*parse_desc(parsed->text()) == *parsed);

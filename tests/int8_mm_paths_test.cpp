@@ -12,8 +12,9 @@
 #include "tests/guarded_buffer.h"
 #include "tests/int8_values.h"
 
-/// Every int8_mm row of the implementation table that this machine can run, through engine and driver, against the reference op: sampled
-/// shapes × values × packed and raw B × both layouts × one and three threads, in buffers that touch inaccessible pages.
+/// Every int8_mm row of the implementation table that this machine can run, through engine and driver, against the
+/// reference op: sampled shapes × values × packed and raw B × both layouts × one and three threads, in buffers that
+/// touch inaccessible pages.
 
 using namespace kiln;
 using namespace kiln::test;
@@ -75,14 +76,18 @@ Case random_case(unsigned seed) {
 }
 
 /// Elements from the first to the last of a strided matrix: what a call may touch.
-std::int64_t extent(std::int64_t rows, std::int64_t columns, std::int64_t stride) { return rows == 0 || columns == 0 ? 0 : (rows - 1) * stride + columns; }
+std::int64_t extent(std::int64_t rows, std::int64_t columns, std::int64_t stride) {
+  return rows == 0 || columns == 0 ? 0 : (rows - 1) * stride + columns;
+}
 
 void check_case(Engine& engine, const Case& c) {
   INFO(c.text());
   std::mt19937 random(c.seed);
   const bool kn = c.b_layout == int8_mm::BLayout::kn;
-  const std::int64_t a_size = extent(c.m, c.k, c.lda), b_size = extent(kn ? c.k : c.n, kn ? c.n : c.k, c.ldb), c_size = extent(c.m, c.n, c.ldc);
-  const GuardedBuffer a(static_cast<std::size_t>(a_size), c.guard), b(static_cast<std::size_t>(b_size), c.guard), out(static_cast<std::size_t>(c_size) * 4, c.guard);
+  const std::int64_t a_size = extent(c.m, c.k, c.lda), b_size = extent(kn ? c.k : c.n, kn ? c.n : c.k, c.ldb),
+                     c_size = extent(c.m, c.n, c.ldc);
+  const GuardedBuffer a(static_cast<std::size_t>(a_size), c.guard), b(static_cast<std::size_t>(b_size), c.guard),
+      out(static_cast<std::size_t>(c_size) * 4, c.guard);
   fill(a.as<std::int8_t>(), a_size, c.values, random);
   fill(b.as<std::int8_t>(), b_size, c.values, random);
   constexpr std::int32_t kUntouched = 0x5A5A5A5A;
@@ -91,13 +96,18 @@ void check_case(Engine& engine, const Case& c) {
   const KernelDesc desc = int8_mm::make_desc(c.m, c.n, c.k, c.b_layout);
   const Result<KernelRef> kernel = engine.get(desc);
   REQUIRE_MESSAGE(kernel.is_ok(), (kernel ? "" : kernel.status().message()));
-  int8_mm::Args args{.m = c.m, .a = a.as<std::int8_t>(), .lda = c.lda, .b_layout = c.b_layout, .c = out.as<std::int32_t>(), .ldc = c.ldc};
+  int8_mm::Args args{.m = c.m,
+                     .a = a.as<std::int8_t>(),
+                     .lda = c.lda,
+                     .b_layout = c.b_layout,
+                     .c = out.as<std::int32_t>(),
+                     .ldc = c.ldc};
   std::optional<int8_mm::Pack> pack;
   if (c.packed) {
     const Result<std::string> layout = engine.pack_layout(desc);
     REQUIRE(layout.is_ok());
-    Result<int8_mm::Pack> made =
-        int8_mm::Pack::make(*int8_mm::PackLayout::parse(*layout), b.as<std::int8_t>(), c.ldb, c.b_layout, c.n, c.k, engine.runtime().parallel);
+    Result<int8_mm::Pack> made = int8_mm::Pack::make(*int8_mm::PackLayout::parse(*layout), b.as<std::int8_t>(), c.ldb,
+                                                     c.b_layout, c.n, c.k, engine.runtime().parallel);
     REQUIRE(made.is_ok());
     pack.emplace(std::move(*made));
     args.pack = &*pack;
@@ -109,12 +119,14 @@ void check_case(Engine& engine, const Case& c) {
   REQUIRE_MESSAGE(status.is_ok(), status.message());
 
   std::vector<std::int32_t> expected(static_cast<std::size_t>(c_size), kUntouched);
-  int8_mm::reference(c.m, c.n, c.k, a.as<std::int8_t>(), c.lda, b.as<std::int8_t>(), c.ldb, c.b_layout, expected.data(), c.ldc);
+  int8_mm::reference(c.m, c.n, c.k, a.as<std::int8_t>(), c.lda, b.as<std::int8_t>(), c.ldb, c.b_layout, expected.data(),
+                     c.ldc);
   std::int64_t wrong = 0, first = -1;
   for (std::int64_t i = 0; i < c_size; ++i) // the gaps between rows too
     if (out.as<std::int32_t>()[i] != expected[static_cast<std::size_t>(i)] && wrong++ == 0)
       first = i;
-  INFO("first wrong element at row ", first / std::max<std::int64_t>(c.ldc, 1), " column ", first % std::max<std::int64_t>(c.ldc, 1));
+  INFO("first wrong element at row ", first / std::max<std::int64_t>(c.ldc, 1), " column ",
+       first % std::max<std::int64_t>(c.ldc, 1));
   CHECK(wrong == 0);
 }
 
@@ -136,7 +148,8 @@ TEST_CASE("every path equals the reference op") {
       for (const int threads : {1, 3}) {
         const std::unique_ptr<Engine> engine = engine_for(row.isa, threads);
         for (int i = 0; i < samples(); ++i)
-          for (Case c = random_case(static_cast<unsigned>(1000 * threads + i)); const Guard guard : {Guard::after, Guard::before}) {
+          for (Case c = random_case(static_cast<unsigned>(1000 * threads + i));
+               const Guard guard : {Guard::after, Guard::before}) {
             c.guard = guard;
             check_case(*engine, c);
           }
@@ -159,7 +172,17 @@ TEST_CASE("large enough for several threads and row blocks") {
         return std::move(*Engine::create(std::move(options)));
       }();
       for (const bool packed : {true, false})
-        check_case(*engine, {.m = m, .n = n, .k = k, .lda = k, .ldb = k, .ldc = n, .b_layout = int8_mm::BLayout::nk, .packed = packed, .values = Values::random, .guard = Guard::after, .seed = 7});
+        check_case(*engine, {.m = m,
+                             .n = n,
+                             .k = k,
+                             .lda = k,
+                             .ldb = k,
+                             .ldc = n,
+                             .b_layout = int8_mm::BLayout::nk,
+                             .packed = packed,
+                             .values = Values::random,
+                             .guard = Guard::after,
+                             .seed = 7});
     }
 }
 

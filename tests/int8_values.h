@@ -17,10 +17,18 @@ inline std::string_view name_of(Values values) {
 inline void fill(std::int8_t* data, std::int64_t count, Values values, std::mt19937& random) {
   for (std::int64_t i = 0; i < count; ++i)
     switch (values) {
-    case Values::random: data[i] = static_cast<std::int8_t>(random()); break;
-    case Values::all_lowest: data[i] = -128; break;
-    case Values::all_highest: data[i] = 127; break;
-    case Values::alternating: data[i] = i % 2 == 0 ? -128 : 127; break;
+    case Values::random:
+      data[i] = static_cast<std::int8_t>(random());
+      break;
+    case Values::all_lowest:
+      data[i] = -128;
+      break;
+    case Values::all_highest:
+      data[i] = 127;
+      break;
+    case Values::alternating:
+      data[i] = i % 2 == 0 ? -128 : 127;
+      break;
     }
 }
 

@@ -37,10 +37,11 @@ using Table = SharedTable<Key, Value>;
 struct Owned {
   std::atomic<int> ended{0};
   Table* table;
-  explicit Owned(std::size_t max_weight) : table(new Table(max_weight, [this] {
-                                            ++ended;
-                                            delete std::exchange(table, nullptr);
-                                          })) {}
+  explicit Owned(std::size_t max_weight)
+      : table(new Table(max_weight, [this] {
+          ++ended;
+          delete std::exchange(table, nullptr);
+        })) {}
 };
 
 Table::Node* get(Table& table, std::uint64_t id, std::atomic<int>* made = nullptr) {
@@ -104,7 +105,11 @@ TEST_CASE("a held value outlives its eviction and the table's closing") {
 TEST_CASE("a value that is not resident is the caller's alone") {
   Owned owned(10);
   Table::Node* node = owned.table->get_or_make(
-      Key{3}, []() -> std::optional<Table::Made> { return Table::Made{Value(3), 1, false}; }, std::chrono::milliseconds(1));
+      Key{3},
+      []() -> std::optional<Table::Made> {
+        return Table::Made{Value(3), 1, false};
+      },
+      std::chrono::milliseconds(1));
   CHECK(owned.table->find(Key{3}) == nullptr);
   Table::release(node);
   CHECK(Value::alive == 0);
@@ -188,7 +193,11 @@ TEST_CASE("patience ends: a second maker goes ahead when the first hangs") {
   while (!first_is_in)
     std::this_thread::yield();
   Table::Node* node = owned.table->get_or_make(
-      Key{9}, []() -> std::optional<Table::Made> { return Table::Made{Value(9), 1}; }, std::chrono::milliseconds(10));
+      Key{9},
+      []() -> std::optional<Table::Made> {
+        return Table::Made{Value(9), 1};
+      },
+      std::chrono::milliseconds(10));
   CHECK(node->value().id == 9);
   Table::release(node);
   release_first = true;

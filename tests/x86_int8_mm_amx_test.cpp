@@ -33,11 +33,13 @@ public:
   Guarded(std::size_t bytes, bool at_end, std::size_t alignment) : bytes_(bytes) {
     constexpr std::size_t kPage = 4096;
     usable_ = (bytes + alignment + kPage - 1) / kPage * kPage;
-    map_ = static_cast<std::uint8_t*>(mmap(nullptr, usable_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    map_ =
+        static_cast<std::uint8_t*>(mmap(nullptr, usable_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     REQUIRE(map_ != MAP_FAILED);
     REQUIRE(mprotect(map_ + kPage, usable_, PROT_READ | PROT_WRITE) == 0);
     mapped_ = usable_ + 2 * kPage;
-    // An aligned buffer may leave a gap before the page behind it: the caller gives sizes that leave none, where that matters.
+    // An aligned buffer may leave a gap before the page behind it: the caller gives sizes that leave none, where that
+    // matters.
     data_ = at_end ? map_ + kPage + (usable_ - bytes) / alignment * alignment : map_ + kPage;
   }
   ~Guarded() { munmap(map_, mapped_); }
@@ -57,10 +59,18 @@ enum class Values { random, lowest, highest, alternating };
 void fill(std::int8_t* data, std::size_t count, Values values, std::mt19937& random, bool flip) {
   for (std::size_t i = 0; i < count; ++i)
     switch (values) {
-    case Values::random: data[i] = static_cast<std::int8_t>(random()); break;
-    case Values::lowest: data[i] = -128; break;
-    case Values::highest: data[i] = 127; break;
-    case Values::alternating: data[i] = (i % 2 == 0) != flip ? -128 : 127; break;
+    case Values::random:
+      data[i] = static_cast<std::int8_t>(random());
+      break;
+    case Values::lowest:
+      data[i] = -128;
+      break;
+    case Values::highest:
+      data[i] = 127;
+      break;
+    case Values::alternating:
+      data[i] = (i % 2 == 0) != flip ? -128 : 127;
+      break;
     }
 }
 
@@ -98,17 +108,18 @@ bool call_keeps_registers(int8_mm::Entry entry, const int8_mm::Call* call) {
                "lea 128(%%rsp), %%rsp"
                : "=d"(differ), "+a"(entry), "+D"(call)
                : "S"(sentinels)
-               : "rbx", "rcx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3",
-                 "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+               : "rbx", "rcx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "cc", "memory", "xmm0", "xmm1",
+                 "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13",
+                 "xmm14", "xmm15");
   return differ == 0;
 }
 
 struct Case {
   std::int64_t m, n, k;
   Values values = Values::random;
-  bool at_end = true;        ///< buffers end at an inaccessible page, else begin after one
+  bool at_end = true; ///< buffers end at an inaccessible page, else begin after one
   std::int64_t lda_extra = 0, ldc_extra = 0;
-  std::int64_t split = 0;    ///< columns of a first call, 0 for one call; a multiple of n_step
+  std::int64_t split = 0; ///< columns of a first call, 0 for one call; a multiple of n_step
 };
 
 /// Runs one case and returns what is wrong, empty when nothing is.
@@ -132,7 +143,8 @@ std::string run(const Case& c, ExecutableMemory& memory, std::mt19937& random) {
   std::vector<std::int8_t> b(bytes(c.n * c.k));
   fill(a.as<std::int8_t>(), a.size(), c.values, random, false);
   fill(b.data(), b.size(), c.values, random, true);
-  int8_mm::pack_panels(plan->layout, b.data(), c.k, int8_mm::BLayout::nk, c.n, c.k, 0, plan->layout.panels(c.n), pack.as<std::int8_t>(),
+  int8_mm::pack_panels(plan->layout, b.data(), c.k, int8_mm::BLayout::nk, c.n, c.k, 0, plan->layout.panels(c.n),
+                       pack.as<std::int8_t>(),
                        reinterpret_cast<std::int32_t*>(pack.as<std::int8_t>() + plan->layout.sums_offset(c.n, c.k)));
   constexpr int kUntouched = 0x5a;
   sums.fill(kUntouched);
@@ -142,7 +154,8 @@ std::string run(const Case& c, ExecutableMemory& memory, std::mt19937& random) {
     const std::int64_t columns = column == 0 && c.split > 0 && c.split < c.n ? c.split : c.n - column;
     const int8_mm::Call call = {.a = a.as<std::int8_t>(),
                                 .lda = lda,
-                                .b = pack.as<std::int8_t>() + column / plan->layout.n_block * plan->layout.panel_bytes(c.k),
+                                .b = pack.as<std::int8_t>() +
+                                     column / plan->layout.n_block * plan->layout.panel_bytes(c.k),
                                 .b_sums = nullptr,
                                 .c = sums.as<std::int32_t>() + column,
                                 .ldc = ldc,
@@ -156,13 +169,15 @@ std::string run(const Case& c, ExecutableMemory& memory, std::mt19937& random) {
   memory.release(*code);
 
   std::vector<std::int32_t> expected(static_cast<std::size_t>(c.m * c.n));
-  int8_mm::reference(c.m, c.n, c.k, a.as<std::int8_t>(), lda, b.data(), c.k, int8_mm::BLayout::nk, expected.data(), c.n);
+  int8_mm::reference(c.m, c.n, c.k, a.as<std::int8_t>(), lda, b.data(), c.k, int8_mm::BLayout::nk, expected.data(),
+                     c.n);
   for (std::int64_t i = 0; i < c.m; ++i)
     for (std::int64_t j = 0; j < (i + 1 < c.m ? ldc : c.n); ++j) {
       const std::int32_t got = sums.as<std::int32_t>()[i * ldc + j];
       const std::int32_t want = j < c.n ? expected[static_cast<std::size_t>(i * c.n + j)] : 0x5a5a5a5a;
       if (got != want)
-        return "row " + std::to_string(i) + " column " + std::to_string(j) + ": " + std::to_string(got) + ", expected " + std::to_string(want);
+        return "row " + std::to_string(i) + " column " + std::to_string(j) + ": " + std::to_string(got) +
+               ", expected " + std::to_string(want);
     }
   return {};
 }
@@ -185,8 +200,12 @@ struct Tiles {
   }
 };
 
-__attribute__((target("amx-tile"))) void load_tile_config(const void* from) { _tile_loadconfig(from); }
-__attribute__((target("amx-tile"))) void store_tile_config(void* to) { _tile_storeconfig(to); }
+__attribute__((target("amx-tile"))) void load_tile_config(const void* from) {
+  _tile_loadconfig(from);
+}
+__attribute__((target("amx-tile"))) void store_tile_config(void* to) {
+  _tile_storeconfig(to);
+}
 
 } // namespace
 
@@ -251,8 +270,8 @@ TEST_CASE("results equal the reference for every remainder of M, N and K") {
   std::mt19937 random(seed);
   ExecutableMemory memory;
   const auto check = [&](const Case& c) {
-    INFO("m=", c.m, " n=", c.n, " k=", c.k, " values=", static_cast<int>(c.values), " at_end=", c.at_end, " lda+", c.lda_extra, " ldc+",
-         c.ldc_extra, " split=", c.split);
+    INFO("m=", c.m, " n=", c.n, " k=", c.k, " values=", static_cast<int>(c.values), " at_end=", c.at_end, " lda+",
+         c.lda_extra, " ldc+", c.ldc_extra, " split=", c.split);
     CHECK(run(c, memory, random) == "");
   };
 
@@ -293,7 +312,8 @@ TEST_CASE("results equal the reference for every remainder of M, N and K") {
           check({.m = m, .n = n, .k = k, .at_end = m != 33, .ldc_extra = 3});
   }
   SUBCASE("rows that become tiles during the block before") {
-    // One row or two for each pair of panels, one block of columns or more, and calls with too few columns to finish the copy.
+    // One row or two for each pair of panels, one block of columns or more, and calls with too few columns to finish
+    // the copy.
     for (const std::int64_t m : {48, 49, 64, 65, 97, 113})
       for (const std::int64_t n : {512, 550, 1024})
         check({.m = m, .n = n, .k = 256, .at_end = m % 2 == 0, .lda_extra = m % 3 * 7, .ldc_extra = 2});
@@ -303,7 +323,9 @@ TEST_CASE("results equal the reference for every remainder of M, N and K") {
       check({.m = 100, .n = 600, .k = 320, .split = split});
     check({.m = 100, .n = 1200, .k = 1024, .split = 1088});
   }
-  SUBCASE("sums that wrap") { check({.m = 2, .n = 3, .k = 140000, .values = Values::lowest}); }
+  SUBCASE("sums that wrap") {
+    check({.m = 2, .n = 3, .k = 140000, .values = Values::lowest});
+  }
   if (tiles.emulator)
     CHECK(tiles.emulator->executed() > 0);
 }

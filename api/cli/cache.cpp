@@ -227,9 +227,10 @@ Result<Exit> verify(Engine& engine, const Options& options) {
                    {"bad_keys", verified->bad_keys},
                    {"removed", options.dry_run ? 0 : verified->bad}};
     if (options.recompile)
-      report["recompiled"] = {
-          {"same", recompiled.same}, {"different", recompiled.different}, {"failed", recompiled.failed},
-          {"skipped", recompiled.skipped}};
+      report["recompiled"] = {{"same", recompiled.same},
+                              {"different", recompiled.different},
+                              {"failed", recompiled.failed},
+                              {"skipped", recompiled.skipped}};
     print_json(report);
   } else {
     print_line(fmt::format("{} authentic, {} bad{}", verified->ok, verified->bad,

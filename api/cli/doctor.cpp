@@ -149,7 +149,8 @@ Result<KernelDesc> small_desc(const OpSpec& op) {
 void check_store(Report& report, Engine& engine, const KernelDesc& desc) {
   Store* store = engine.store();
   if (store == nullptr || engine.config().cache == CacheMode::off)
-    return report.add(State::warn, "cache", "off (KILN_CACHE, KILN_DISABLE, or what is logged below): every process compiles for itself");
+    return report.add(State::warn, "cache",
+                      "off (KILN_CACHE, KILN_DISABLE, or what is logged below): every process compiles for itself");
   if (engine.config().cache == CacheMode::read_only)
     report.add(State::ok, "cache", "read-only (KILN_CACHE=ro)");
   else if (const Result<Engine::Warmed> warmed = engine.warmup(desc, nullptr); warmed)

@@ -49,9 +49,9 @@ struct CollectedLog {
   }
 };
 
-std::string bytes_text(std::int64_t bytes);             ///< `16.0 KiB`
+std::string bytes_text(std::int64_t bytes);                        ///< `16.0 KiB`
 std::string count_text(std::int64_t count, std::string_view noun); ///< `1 kernel`, `2 kernels`
-std::string microseconds_text(double us);               ///< `12.3 µs`, `4.56 ms`
-std::string local_time_text(std::int64_t unix_seconds); ///< `2026-01-31 12:00:00`, `never` for 0
+std::string microseconds_text(double us);                          ///< `12.3 µs`, `4.56 ms`
+std::string local_time_text(std::int64_t unix_seconds);            ///< `2026-01-31 12:00:00`, `never` for 0
 
 } // namespace kiln::cli

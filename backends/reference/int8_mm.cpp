@@ -1,5 +1,5 @@
-#include "backends/reference/rows.h"
 #include "jit/ops/int8_mm.h"
+#include "backends/reference/rows.h"
 
 namespace kiln::reference {
 namespace {
@@ -16,7 +16,8 @@ void multiply(const Call* call) {
       const std::int64_t column = j % layout.n_block;
       std::uint32_t sum = 0; // unsigned: the sum wraps
       for (std::int64_t k = 0; k < call->k; ++k) {
-        const std::int8_t b = panel[(k / layout.k_block * layout.n_block + column) * layout.k_block + k % layout.k_block];
+        const std::int8_t b =
+            panel[(k / layout.k_block * layout.n_block + column) * layout.k_block + k % layout.k_block];
         sum += static_cast<std::uint32_t>(std::int32_t{call->a[i * call->lda + k]} * std::int32_t{b});
       }
       call->c[i * call->ldc + j] = static_cast<std::int32_t>(sum);

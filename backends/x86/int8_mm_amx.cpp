@@ -11,23 +11,28 @@
 // int8_mm on AMX. A tile holds 16 rows of 64 bytes: 16 × 64 of A, 64 × 16 of B (a panel's 16 rows of k4), 16 × 16 sums.
 //
 //   per block of columns                       its panels stay in L2
-//     per 32 rows, the last block shorter      A's rows become tiles of 1 KiB in the workspace, which stay in L1 up to K = 1024;
-//                                              where it can be, the 32 rows before carry this copy in the steps of their products
+//     per 32 rows, the last block shorter      A's rows become tiles of 1 KiB in the workspace, which stay in L1 up to
+//     K = 1024;
+//                                              where it can be, the 32 rows before carry this copy in the steps of
+//                                              their products
 //       per pair of panels                     wide: 2 × 2 tiles of sums, 4 tile loads per 4 products
 //     the last 1…16 rows
 //       per 4 panels                           narrow: 1 × 4 tiles of sums
 //
 // Remainders need no second tile configuration, which would clear the sums:
-// - M: the last tile of rows begins early, so that it ends at m; rows that two tiles share get the same sums twice. Only m < 16 has
+// - M: the last tile of rows begins early, so that it ends at m; rows that two tiles share get the same sums twice.
+// Only m < 16 has
 //   lower tiles, and then every tile of the call.
-// - K: the last tile of A has zeros before the last K mod 64 elements, so that its product takes the last 16 rows of the panel, some of
+// - K: the last tile of A has zeros before the last K mod 64 elements, so that its product takes the last 16 rows of
+// the panel, some of
 //   them a second time against zeros. K < 61 has one product on shorter tiles.
 // - N: the pack is zero beyond N; sums of a panel that N cuts go through the workspace and a masked store.
 //
-// Measured on an Emerald Rapids Xeon: a product takes 20 cycles on random values (16 on zeros), a tile load 8 from L1 and 20–25 from L2,
-// so that one of the two operands must come from L1. Rows 4096 bytes apart fall into one set of L1: hence the copy of A. Storing the sums
-// at once was 10 % slower than passing them to C during the next steps; the likely reason is that C's lines, most of them not in L1, hold
-// up the tile loads behind them. Fetching C's lines ahead (prefetchw, prefetcht0…2) was slower too, by 4–8 %.
+// Measured on an Emerald Rapids Xeon: a product takes 20 cycles on random values (16 on zeros), a tile load 8 from L1
+// and 20–25 from L2, so that one of the two operands must come from L1. Rows 4096 bytes apart fall into one set of L1:
+// hence the copy of A. Storing the sums at once was 10 % slower than passing them to C during the next steps; the
+// likely reason is that C's lines, most of them not in L1, hold up the tile loads behind them. Fetching C's lines ahead
+// (prefetchw, prefetcht0…2) was slower too, by 4–8 %.
 namespace kiln::x86 {
 namespace {
 
@@ -53,35 +58,36 @@ constexpr int kPairSumsBytes = 4 * kTileBytes;
 constexpr std::int64_t kMaxK = std::int64_t{1} << 24; ///< a group of panels lies within a 32-bit displacement
 
 // Workspace, in bytes from its start.
-constexpr int kConfig = 0;                    ///< the kernel's tile configuration
-constexpr int kCallerConfig = kConfig + 64;   ///< that of the caller
-constexpr int kStaging = kCallerConfig + 64;  ///< finished sums of a pair of panels on their way to C
+constexpr int kConfig = 0;                   ///< the kernel's tile configuration
+constexpr int kCallerConfig = kConfig + 64;  ///< that of the caller
+constexpr int kStaging = kCallerConfig + 64; ///< finished sums of a pair of panels on their way to C
 constexpr int kTilesOfA = kStaging + kPairSumsBytes;
 
 // Stack frame, in bytes from rsp.
 enum Local : int {
   kColumnsLeft = 0,
-  kBlockB = 8,          ///< of the block of columns: its panels,
-  kBlockC = 16,         ///< its columns of C, row 0,
-  kPairs = 24,          ///< its whole pairs of panels
-  kRest = 32,           ///< and its columns beyond them: N mod 32, or 0
-  kRowsLeft = 40,       ///< rows from the current wide block on
-  kRowC = 48,           ///< of the wide block: its first row of C in the block of columns
-  kRowA = 56,           ///< and its tiles of A
-  kRowAStep = 64,       ///< to the tiles of the next wide block
+  kBlockB = 8,    ///< of the block of columns: its panels,
+  kBlockC = 16,   ///< its columns of C, row 0,
+  kPairs = 24,    ///< its whole pairs of panels
+  kRest = 32,     ///< and its columns beyond them: N mod 32, or 0
+  kRowsLeft = 40, ///< rows from the current wide block on
+  kRowC = 48,     ///< of the wide block: its first row of C in the block of columns
+  kRowA = 56,     ///< and its tiles of A
+  kRowAStep = 64, ///< to the tiles of the next wide block
   kStagingBegin = 72,
-  kStagingEnd = 80,     ///< where `from` stands when all staged sums are in C
-  kAheadRows = 88,      ///< rows of the next wide block whose copy is still due: 0, its tiles are there
-  kAheadFrom = 96,      ///< the next of them in A, or 0 for no copy ahead
-  kAheadSecond = 104,   ///< the first row in A of that block's second tile of rows
-  kAheadTo = 112,       ///< bytes from where `ka` walks to the tiles of the row at kAheadFrom
+  kStagingEnd = 80,   ///< where `from` stands when all staged sums are in C
+  kAheadRows = 88,    ///< rows of the next wide block whose copy is still due: 0, its tiles are there
+  kAheadFrom = 96,    ///< the next of them in A, or 0 for no copy ahead
+  kAheadSecond = 104, ///< the first row in A of that block's second tile of rows
+  kAheadTo = 112,     ///< bytes from where `ka` walks to the tiles of the row at kAheadFrom
   kCall = 120,
   kFrameBytes = 136
 };
 
 class Emitter {
 public:
-  Emitter(std::int64_t m_class, std::int64_t n, std::int64_t k) : m_class_(m_class), n_(n), k_(k), panel_bytes_(kLayout.panel_bytes(k)) {}
+  Emitter(std::int64_t m_class, std::int64_t n, std::int64_t k)
+      : m_class_(m_class), n_(n), k_(k), panel_bytes_(kLayout.panel_bytes(k)) {}
 
   Result<CodeObject> emit() {
     a_.enter(kSaved);
@@ -90,8 +96,8 @@ public:
       a_.mov(local(kCall), call_);
     configure_tiles();
     column_blocks();
-    // The caller's configuration is its own to keep (its tiles are not: a call may destroy them). Without one this loads zeros, which is
-    // the initial state, so that the system has no tile data to save.
+    // The caller's configuration is its own to keep (its tiles are not: a call may destroy them). Without one this
+    // loads zeros, which is the initial state, so that the system has no tile data to save.
     a_.mov(scratch_, field(offsetof(Call, workspace)));
     a_.ldtilecfg(ptr(scratch_, kCallerConfig));
     a_.add(rsp, kFrameBytes);
@@ -124,18 +130,24 @@ private:
   std::int64_t full_steps() const { return k_ / kTileRowBytes; }
   std::int64_t steps() const { return (k_ + kTileRowBytes - 1) / kTileRowBytes; }
   int tail_elements() const { return static_cast<int>(k_ % kTileRowBytes); }
-  int tail_zeros() const { return is_short() ? 0 : static_cast<int>((kTileRowBytes - k_padded() % kTileRowBytes) % kTileRowBytes); }
+  int tail_zeros() const {
+    return is_short() ? 0 : static_cast<int>((kTileRowBytes - k_padded() % kTileRowBytes) % kTileRowBytes);
+  }
   /// How far the panel's 16 rows of the last product begin before the end of the full steps.
-  int tail_step_back() const { return is_short() ? 0 : static_cast<int>(full_steps() * kTileBytes - (k_padded() * kPanelColumns - kTileBytes)); }
+  int tail_step_back() const {
+    return is_short() ? 0 : static_cast<int>(full_steps() * kTileBytes - (k_padded() * kPanelColumns - kTileBytes));
+  }
   std::int64_t a_tile_row_bytes() const { return steps() * kTileBytes; } ///< of A's tiles of 16 rows
 
-  /// Whole groups of columns whose panels take at most about half of a 2 MiB L2, or a quarter where A's tiles take their part of it.
+  /// Whole groups of columns whose panels take at most about half of a 2 MiB L2, or a quarter where A's tiles take
+  /// their part of it.
   std::int64_t block_pairs() const {
-    const std::int64_t block_bytes = k_ <= 1024 ? 1 << 20 : 512 << 10, group_bytes = std::max<std::int64_t>(1, kGroupPanels * panel_bytes_);
+    const std::int64_t block_bytes = k_ <= 1024 ? 1 << 20 : 512 << 10,
+                       group_bytes = std::max<std::int64_t>(1, kGroupPanels * panel_bytes_);
     return 2 * std::clamp<std::int64_t>(block_bytes / group_bytes, 1, 64);
   }
-  /// Rows of the next wide block that become tiles during each pair of panels of this one, so that all 32 do during one block of columns;
-  /// 0 where each block copies its own rows first.
+  /// Rows of the next wide block that become tiles during each pair of panels of this one, so that all 32 do during one
+  /// block of columns; 0 where each block copies its own rows first.
   int rows_ahead() const {
     const std::int64_t pairs = std::min(n_ / kPairColumns, block_pairs());
     if (m_class_ != kAny || tail_elements() != 0 || !defers() || pairs < kWideRows / kMostRowsAhead)
@@ -143,8 +155,8 @@ private:
     return pairs >= kWideRows ? 1 : kMostRowsAhead;
   }
   static constexpr int kMostRowsAhead = 2;
-  /// Panels that would drive the 32 rows of A out of a 48 KiB L1 are loaded as data that L1 need not keep; likewise where the next rows'
-  /// tiles are written meanwhile: up to 10 % faster for K = 256…512.
+  /// Panels that would drive the 32 rows of A out of a 48 KiB L1 are loaded as data that L1 need not keep; likewise
+  /// where the next rows' tiles are written meanwhile: up to 10 % faster for K = 256…512.
   bool streams_panels(int rows) const {
     return rows == kTileRows || rows_ahead() > 0 || kWideRows * k_ + 2 * panel_bytes_ > 48 << 10;
   }
@@ -155,10 +167,12 @@ private:
   static Tmm tile_a(int i) { return Tmm(static_cast<std::uint32_t>(4 + i)); }
   static Tmm tile_b(int i) { return Tmm(static_cast<std::uint32_t>(6 + i)); }
 
-  /// Tiles 0–5 (sums, A) have min(m, 16) rows, tiles 6 and 7 (B) a row per 4 of K. Intel SDM, LDTILECFG: palette at byte 0, bytes per row
-  /// as 16-bit words from 16, rows as bytes from 48.
+  /// Tiles 0–5 (sums, A) have min(m, 16) rows, tiles 6 and 7 (B) a row per 4 of K. Intel SDM, LDTILECFG: palette at
+  /// byte 0, bytes per row as 16-bit words from 16, rows as bytes from 48.
   void configure_tiles() {
-    const auto words = [](std::int64_t low, std::int64_t high) { return low * 0x0000'0000'0001'0001 | (high * 0x0000'0000'0001'0001) << 32; };
+    const auto words = [](std::int64_t low, std::int64_t high) {
+      return low * 0x0000'0000'0001'0001 | (high * 0x0000'0000'0001'0001) << 32;
+    };
     const std::int64_t a_bytes = is_short() && k_ > 0 ? k_padded() : kTileRowBytes;
     const std::int64_t b_rows = a_bytes / 4;
     const Gp config = ka_, rows = kb_;
@@ -251,8 +265,8 @@ private:
       a_.mov(local(kStagingBegin), scratch_);
       a_.add(scratch_, kTileBytes);
       a_.mov(local(kStagingEnd), scratch_);
-      // With one block of columns, tiles are used once: all wide blocks take the same memory, which then stays in the cache, or two
-      // memories in turn where they copy ahead.
+      // With one block of columns, tiles are used once: all wide blocks take the same memory, which then stays in the
+      // cache, or two memories in turn where they copy ahead.
       a_.mov(ka_, 2 * a_tile_row_bytes());
       if (rows_ahead() == 0) {
         a_.xor_(scratch_.r32(), scratch_.r32());
@@ -389,8 +403,8 @@ private:
     a_.bind(done);
   }
 
-  /// Sets what the wide block copies of the next one: nothing behind the last one, in a later block of columns (the tiles are there), or
-  /// when the call has too few columns to finish it.
+  /// Sets what the wide block copies of the next one: nothing behind the last one, in a later block of columns (the
+  /// tiles are there), or when the call has too few columns to finish it.
   void begin_ahead() {
     const Gp left = ka_, row = kb_;
     Label none = a_.newLabel();
@@ -536,8 +550,8 @@ private:
       a_.tdpbssd(sums(panels + 1), tile_a(1), tile_b(1));
   }
 
-  // Sums of a pair of panels reach C during the steps of the next pair, as evenly as the steps allow (the opening comment says why).
-  // Where steps are left, the first ones give the sums time to get to the staging tiles.
+  // Sums of a pair of panels reach C during the steps of the next pair, as evenly as the steps allow (the opening
+  // comment says why). Where steps are left, the first ones give the sums time to get to the staging tiles.
   bool defers() const { return full_steps() >= 4; }
   static constexpr int kWaitSteps = 4;
   /// Of each tile: a power of two, so that 16 rows are done in the steps that are left.
@@ -635,7 +649,8 @@ private:
         a_.or_(scratch_, local(kRest));
       a_.test(scratch_, scratch_);
       a_.jz(done);
-      narrow(static_cast<int>((n_ % kGroupColumns + kPanelColumns - 1) / kPanelColumns), static_cast<int>(n_ % kPanelColumns));
+      narrow(static_cast<int>((n_ % kGroupColumns + kPanelColumns - 1) / kPanelColumns),
+             static_cast<int>(n_ % kPanelColumns));
     }
     a_.bind(done);
   }
@@ -719,16 +734,16 @@ private:
   static constexpr std::initializer_list<Gp> kSaved = {asmjit::x86::rbx, asmjit::x86::rbp, asmjit::x86::r12,
                                                        asmjit::x86::r13, asmjit::x86::r14, asmjit::x86::r15};
   const Gp call_ = asmjit::x86::rdi, ldc_bytes_ = asmjit::x86::rdx, tile_stride_ = asmjit::x86::rcx;
-  const Gp a_rows_ = asmjit::x86::rsi;                       ///< the rows' tiles of A
-  const Gp b_ = asmjit::x86::r8, c_ = asmjit::x86::r9;       ///< the current panels and their columns of the rows
-  const Gp second_ = asmjit::x86::r14;                       ///< bytes from the first row of C to that of the second tile of rows
+  const Gp a_rows_ = asmjit::x86::rsi;                 ///< the rows' tiles of A
+  const Gp b_ = asmjit::x86::r8, c_ = asmjit::x86::r9; ///< the current panels and their columns of the rows
+  const Gp second_ = asmjit::x86::r14; ///< bytes from the first row of C to that of the second tile of rows
   const Gp pairs_left_ = asmjit::x86::r15;
-  const Gp ka_ = asmjit::x86::rbx, kb_ = asmjit::x86::rbp;   ///< walk along K
+  const Gp ka_ = asmjit::x86::rbx, kb_ = asmjit::x86::rbp; ///< walk along K
   const Gp counter_ = asmjit::x86::r13, scratch_ = asmjit::x86::rax;
   const Gp from_ = asmjit::x86::r10, to_ = asmjit::x86::r12; ///< staged sums and their place in C
   const Gp to_second_ = asmjit::x86::r11;                    ///< `second_` for them
   // During the steps of a pair of panels, which need none of the registers that these are otherwise:
-  const Gp ahead_from_ = scratch_, ahead_to_ = call_;        ///< kAheadFrom, walking along the row, and kAheadTo
+  const Gp ahead_from_ = scratch_, ahead_to_ = call_; ///< kAheadFrom, walking along the row, and kAheadTo
   const Gp ahead_lda_ = a_rows_;
 };
 
@@ -746,12 +761,16 @@ Implementation int8_mm_amx() {
     if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
       return Status::error(Code::unsupported, "int8_mm on amx: a_dtype=u8, allowed is s8");
     if (desc.value[int8_mm::kK] > kMaxK)
-      return Status::error(Code::unsupported, fmt::format("int8_mm on amx: k={}, allowed is at most {}", desc.value[int8_mm::kK], kMaxK));
+      return Status::error(Code::unsupported,
+                           fmt::format("int8_mm on amx: k={}, allowed is at most {}", desc.value[int8_mm::kK], kMaxK));
     return {};
   };
   row.declines = [](const KernelDesc& desc, const Target&) -> std::string {
-    // Measured: equal within 4 % at M = 1…8 with weights in L3, 6 % behind at M = 1 with weights from memory, ahead from M = 2 in L2.
-    return desc.value[int8_mm::kM] >= 0 && desc.value[int8_mm::kM] <= 1 ? "M ≤ 1: memory bound, and avx512vnni needs no tile state" : "";
+    // Measured: equal within 4 % at M = 1…8 with weights in L3, 6 % behind at M = 1 with weights from memory, ahead
+    // from M = 2 in L2.
+    return desc.value[int8_mm::kM] >= 0 && desc.value[int8_mm::kM] <= 1
+               ? "M ≤ 1: memory bound, and avx512vnni needs no tile state"
+               : "";
   };
   row.pack_layout = [](const KernelDesc&, const Target&) { return Emitter::kLayout.id(); };
   row.compile = [](const KernelDesc& desc, const Target&) {

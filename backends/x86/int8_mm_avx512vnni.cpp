@@ -38,9 +38,9 @@ Tile tile_for(std::int64_t m_class, std::int64_t weight_bytes) {
     return {.rows = 1, .panels = 4, .sets = 2, .unroll = 4};
   case 2:
     return {.rows = 2, .panels = 4, .sets = 2, .unroll = 4};
-  // Here arithmetic and memory take about as long as each other, and a prefetch gains: 3 % from L2 at a short distance, 12 % from L3 at
-  // one that covers its latency (M = 3 and 4, weights of 1 and 16 MiB, Zen 5; each loses as much at the other's). Where one of the two
-  // dominates, fewer rows or more, it costs up to 4 %.
+  // Here arithmetic and memory take about as long as each other, and a prefetch gains: 3 % from L2 at a short distance,
+  // 12 % from L3 at one that covers its latency (M = 3 and 4, weights of 1 and 16 MiB, Zen 5; each loses as much at the
+  // other's). Where one of the two dominates, fewer rows or more, it costs up to 4 %.
   case 4:
     return {.rows = 4, .panels = 4, .sets = 1, .unroll = 2, .prefetch = weight_bytes > kBeyondL2 ? 2048 : 384};
   case 8:

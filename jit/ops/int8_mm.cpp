@@ -10,7 +10,8 @@
 namespace kiln::int8_mm {
 namespace {
 
-/// Sizes stay below 2^31 so that every row offset of a kernel fits its 32-bit displacements and every byte count an int64.
+/// Sizes stay below 2^31 so that every row offset of a kernel fits its 32-bit displacements and every byte count an
+/// int64.
 constexpr std::int64_t kMaxSize = (std::int64_t{1} << 31) - 1;
 
 constexpr std::string_view kBLayoutNames[] = {"kn", "nk"};
@@ -27,30 +28,48 @@ constexpr FieldSpec kFields[] = {
 };
 static_assert(std::size(kFields) == kFieldCount);
 
-std::int64_t m_of(const KernelDesc& d) { return d.value[kM]; }
-std::int64_t n_of(const KernelDesc& d) { return d.value[kN]; }
-std::int64_t k_of(const KernelDesc& d) { return d.value[kK]; }
+std::int64_t m_of(const KernelDesc& d) {
+  return d.value[kM];
+}
+std::int64_t n_of(const KernelDesc& d) {
+  return d.value[kN];
+}
+std::int64_t k_of(const KernelDesc& d) {
+  return d.value[kK];
+}
 
 const TensorSpec kTensors[] = {
     {.name = "a",
-     .dtype = [](const KernelDesc& d) { return d.value[kADtype] == static_cast<std::int64_t>(ADtype::u8) ? Dtype::u8 : Dtype::s8; },
-     .shape = [](const KernelDesc& d) { return std::vector{m_of(d), k_of(d)}; }},
+     .dtype =
+         [](const KernelDesc& d) {
+           return d.value[kADtype] == static_cast<std::int64_t>(ADtype::u8) ? Dtype::u8 : Dtype::s8;
+         },
+     .shape =
+         [](const KernelDesc& d) {
+           return std::vector{m_of(d), k_of(d)};
+         }},
     {.name = "b",
      .dtype = [](const KernelDesc&) { return Dtype::s8; },
-     .shape = [](const KernelDesc& d) {
-       return d.value[kBLayout] == static_cast<std::int64_t>(BLayout::kn) ? std::vector{k_of(d), n_of(d)} : std::vector{n_of(d), k_of(d)};
-     }},
+     .shape =
+         [](const KernelDesc& d) {
+           return d.value[kBLayout] == static_cast<std::int64_t>(BLayout::kn) ? std::vector{k_of(d), n_of(d)}
+                                                                              : std::vector{n_of(d), k_of(d)};
+         }},
     {.name = "c",
      .output = true,
      .dtype = [](const KernelDesc&) { return Dtype::s32; },
-     .shape = [](const KernelDesc& d) { return std::vector{m_of(d), n_of(d)}; }},
+     .shape =
+         [](const KernelDesc& d) {
+           return std::vector{m_of(d), n_of(d)};
+         }},
 };
 
 Status check(const KernelDesc& d) {
   // Sizes are below 2^31, so only C in bytes can exceed an int64.
   constexpr double kMostBytes = 0x1p61;
   if (4.0 * static_cast<double>(m_of(d)) * static_cast<double>(n_of(d)) > kMostBytes)
-    return Status::error(Code::invalid_argument, fmt::format("int8_mm: m={} n={}: allowed is a C of at most 2^61 bytes", m_of(d), n_of(d)));
+    return Status::error(Code::invalid_argument,
+                         fmt::format("int8_mm: m={} n={}: allowed is a C of at most 2^61 bytes", m_of(d), n_of(d)));
   return {};
 }
 
@@ -78,7 +97,9 @@ MRange m_range(const KernelDesc& d) {
   return {previous + 1, std::numeric_limits<std::int64_t>::max()};
 }
 
-double operations(const KernelDesc& d) { return 2.0 * static_cast<double>(m_of(d)) * static_cast<double>(n_of(d)) * static_cast<double>(k_of(d)); }
+double operations(const KernelDesc& d) {
+  return 2.0 * static_cast<double>(m_of(d)) * static_cast<double>(n_of(d)) * static_cast<double>(k_of(d));
+}
 
 double bytes(const KernelDesc& d) {
   const double m = static_cast<double>(m_of(d)), n = static_cast<double>(n_of(d)), k = static_cast<double>(k_of(d));
@@ -95,17 +116,18 @@ Result<std::shared_ptr<const void>> bind_plan(std::span<const std::pair<std::str
 } // namespace
 
 const OpSpec& op() {
-  static const OpSpec spec = {.id = OpId::int8_mm,
-                              .name = "int8_mm",
-                              .fields = kFields,
-                              .tensors = kTensors,
-                              .check = check,
-                              .canonical = canonical,
-                              .m_range = m_range,
-                              .bind_plan = bind_plan,
-                              .pack_layout = [](const void* plan) { return static_cast<const Plan*>(plan)->layout.id(); },
-                              .operations = operations,
-                              .bytes = bytes};
+  static const OpSpec spec = {
+      .id = OpId::int8_mm,
+      .name = "int8_mm",
+      .fields = kFields,
+      .tensors = kTensors,
+      .check = check,
+      .canonical = canonical,
+      .m_range = m_range,
+      .bind_plan = bind_plan,
+      .pack_layout = [](const void* plan) { return static_cast<const Plan*>(plan)->layout.id(); },
+      .operations = operations,
+      .bytes = bytes};
   return spec;
 }
 
@@ -119,7 +141,9 @@ KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, BLayout b_l
   return d;
 }
 
-std::string PackLayout::id() const { return fmt::format("n{}k{}", n_block, k_block); }
+std::string PackLayout::id() const {
+  return fmt::format("n{}k{}", n_block, k_block);
+}
 
 Result<PackLayout> PackLayout::parse(std::string_view id) {
   PackLayout layout;
@@ -128,15 +152,17 @@ Result<PackLayout> PackLayout::parse(std::string_view id) {
     const auto n = std::from_chars(id.data() + 1, end, layout.n_block);
     if (n.ec == std::errc() && n.ptr < end && *n.ptr == 'k') {
       const auto k = std::from_chars(n.ptr + 1, end, layout.k_block);
-      if (k.ec == std::errc() && k.ptr == end && layout.n_block >= 1 && layout.n_block <= 256 && layout.k_block >= 1 && layout.k_block <= 64)
+      if (k.ec == std::errc() && k.ptr == end && layout.n_block >= 1 && layout.n_block <= 256 && layout.k_block >= 1 &&
+          layout.k_block <= 64)
         return layout;
     }
   }
-  return Status::error(Code::invalid_argument, fmt::format("pack layout '{}': allowed is nNkK with N 1…256 and K 1…64, as n16k4", id));
+  return Status::error(Code::invalid_argument,
+                       fmt::format("pack layout '{}': allowed is nNkK with N 1…256 and K 1…64, as n16k4", id));
 }
 
-void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a, std::int64_t lda, const std::int8_t* b,
-               std::int64_t ldb, BLayout b_layout, std::int32_t* c, std::int64_t ldc) {
+void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a, std::int64_t lda,
+               const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int32_t* c, std::int64_t ldc) {
   const std::int64_t b_n = b_layout == BLayout::nk ? ldb : 1, b_k = b_layout == BLayout::nk ? 1 : ldb;
   for (std::int64_t i = 0; i < m; ++i)
     for (std::int64_t j = 0; j < n; ++j) {
@@ -148,9 +174,8 @@ void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t
 }
 
 std::vector<std::pair<std::string, std::int64_t>> Plan::values() const {
-  return {{"n_block", layout.n_block},           {"k_block", layout.k_block}, {"m_step", m_step},
-          {"n_step", n_step},                    {"workspace_fixed", workspace_fixed},
-          {"workspace_per_row", workspace_per_row}};
+  return {{"n_block", layout.n_block}, {"k_block", layout.k_block},          {"m_step", m_step},
+          {"n_step", n_step},          {"workspace_fixed", workspace_fixed}, {"workspace_per_row", workspace_per_row}};
 }
 
 Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> values) {
@@ -171,8 +196,8 @@ Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> va
   take("n_step", plan.n_step, 1 << 16);
   take("workspace_fixed", plan.workspace_fixed, std::int64_t{1} << 40);
   take("workspace_per_row", plan.workspace_per_row, std::int64_t{1} << 33);
-  if (found != 6 || !in_range || plan.layout.n_block < 1 || plan.layout.k_block < 1 || plan.m_step < 1 || plan.n_step < 1 ||
-      plan.n_step % plan.layout.n_block != 0)
+  if (found != 6 || !in_range || plan.layout.n_block < 1 || plan.layout.k_block < 1 || plan.m_step < 1 ||
+      plan.n_step < 1 || plan.n_step % plan.layout.n_block != 0)
     return Status::error(Code::integrity, "int8_mm: a launch plan with missing or impossible values");
   return plan;
 }

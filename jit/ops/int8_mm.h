@@ -13,7 +13,8 @@
 #include "jit/op.h"
 
 /// int8_mm: C[M,N] = A[M,K] · B[K,N], s8 × s8 → s32, exact sums that wrap.
-/// Typed view of its desc, the layout of packed weights, and the interface between its driver and every CPU kernel of it.
+/// Typed view of its desc, the layout of packed weights, and the interface between its driver and every CPU kernel of
+/// it.
 namespace kiln::int8_mm {
 
 /// Order of the field table: KernelDesc::value[…].
@@ -28,8 +29,8 @@ KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, BLayout b_l
 /// The classes of m, by their upper bounds: one kernel each per (N, K). m = 0 belongs to the first.
 inline constexpr std::int64_t kMClasses[] = {1, 2, 4, 8, 16, 32, kAny};
 
-/// How B lies in a pack: b[⌈N/n_block⌉][⌈K/k_block⌉][n_block][k_block] s8, zero beyond N and K, each n-panel and the whole 64-byte
-/// aligned, followed by Σ_k b[k,n] as s32 [⌈N/n_block⌉·n_block].
+/// How B lies in a pack: b[⌈N/n_block⌉][⌈K/k_block⌉][n_block][k_block] s8, zero beyond N and K, each n-panel and the
+/// whole 64-byte aligned, followed by Σ_k b[k,n] as s32 [⌈N/n_block⌉·n_block].
 struct PackLayout {
   std::int32_t n_block = 16, k_block = 4;
   bool operator==(const PackLayout&) const = default;
@@ -46,26 +47,27 @@ struct PackLayout {
   }
 };
 
-/// Packs panels [panel_begin, panel_end) of B: `panels_out` receives them one after another, `sums_out` their n_block sums each.
-/// `ldb` ≥ N (kn) or ≥ K (nk). Vectorised plain C++; writes nothing else.
-void pack_panels(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n, std::int64_t k,
-                 std::int64_t panel_begin, std::int64_t panel_end, std::int8_t* panels_out, std::int32_t* sums_out);
+/// Packs panels [panel_begin, panel_end) of B: `panels_out` receives them one after another, `sums_out` their n_block
+/// sums each. `ldb` ≥ N (kn) or ≥ K (nk). Vectorised plain C++; writes nothing else.
+void pack_panels(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n,
+                 std::int64_t k, std::int64_t panel_begin, std::int64_t panel_end, std::int8_t* panels_out,
+                 std::int32_t* sums_out);
 
 struct Plan;
 
-/// One call of a kernel entry: m rows × n columns of C. Runs on one thread; kernels read nothing outside A's m rows of K elements,
-/// the pack's panels of that range and its sums, and write nothing outside C's m × n elements and the workspace.
-/// N and K are constants of the kernel; n is what the driver gives this call.
+/// One call of a kernel entry: m rows × n columns of C. Runs on one thread; kernels read nothing outside A's m rows of
+/// K elements, the pack's panels of that range and its sums, and write nothing outside C's m × n elements and the
+/// workspace. N and K are constants of the kernel; n is what the driver gives this call.
 struct Call {
-  const std::int8_t* a; ///< any alignment
-  std::int64_t lda;     ///< elements
-  const std::int8_t* b; ///< the first panel of the range
+  const std::int8_t* a;       ///< any alignment
+  std::int64_t lda;           ///< elements
+  const std::int8_t* b;       ///< the first panel of the range
   const std::int32_t* b_sums; ///< of its first column
-  std::int32_t* c; ///< its first column, row 0; any 4-byte alignment
-  std::int64_t ldc; ///< elements
-  std::int64_t m;   ///< in the kernel's range of m, > 0
-  std::int64_t n;   ///< columns to compute, > 0; a multiple of plan.n_step unless the range ends at N
-  void* workspace;  ///< 64-byte aligned, plan.workspace_bytes(m); private to the call
+  std::int32_t* c;            ///< its first column, row 0; any 4-byte alignment
+  std::int64_t ldc;           ///< elements
+  std::int64_t m;             ///< in the kernel's range of m, > 0
+  std::int64_t n;             ///< columns to compute, > 0; a multiple of plan.n_step unless the range ends at N
+  void* workspace;            ///< 64-byte aligned, plan.workspace_bytes(m); private to the call
   // What generated code has as constants, for `reference`:
   std::int64_t k;
   const Plan* plan;
@@ -75,7 +77,7 @@ using Entry = void (*)(const Call*);
 /// Launch plan, version 1: what the driver must know about a kernel. Stored with the code object as named integers.
 struct Plan {
   PackLayout layout;
-  std::int32_t m_step = 1; ///< rows that a register tile handles at best: the driver cuts m at multiples of it
+  std::int32_t m_step = 1;  ///< rows that a register tile handles at best: the driver cuts m at multiples of it
   std::int32_t n_step = 16; ///< columns likewise; a multiple of layout.n_block
   std::int64_t workspace_fixed = 0, workspace_per_row = 0;
   std::int64_t workspace_bytes(std::int64_t m) const { return workspace_fixed + m * workspace_per_row; }
@@ -85,7 +87,7 @@ struct Plan {
 };
 
 /// What the reference op gives (plain C++, s32 wrap-around), for any strides.
-void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a, std::int64_t lda, const std::int8_t* b,
-               std::int64_t ldb, BLayout b_layout, std::int32_t* c, std::int64_t ldc);
+void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a, std::int64_t lda,
+               const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int32_t* c, std::int64_t ldc);
 
 } // namespace kiln::int8_mm

@@ -17,12 +17,13 @@ namespace {
 // ---------------------------------------------------------------- checks
 
 Status bad(std::string_view argument, std::string_view given, std::string_view allowed) {
-  return Status::error(Code::invalid_argument, fmt::format("int8_mm: {} is {}: allowed is {}", argument, given, allowed));
+  return Status::error(Code::invalid_argument,
+                       fmt::format("int8_mm: {} is {}: allowed is {}", argument, given, allowed));
 }
 
 /// A matrix argument of `rows` rows: present, and with a stride of at least its row length.
-Status check_matrix(std::string_view name, std::string_view stride_name, const void* data, std::int64_t rows, std::int64_t columns,
-                    std::int64_t stride) {
+Status check_matrix(std::string_view name, std::string_view stride_name, const void* data, std::int64_t rows,
+                    std::int64_t columns, std::int64_t stride) {
   if (stride < columns)
     return bad(stride_name, std::to_string(stride), fmt::format("{} or more", columns));
   if (rows > 1 && stride > (std::int64_t{1} << 60) / rows)
@@ -36,8 +37,9 @@ Status check_pack(const Plan& plan, const Pack& pack, std::int64_t n, std::int64
   if (pack.n() != n || pack.k() != k)
     return bad("b_pack", fmt::format("a pack of n={} k={}", pack.n(), pack.k()), fmt::format("one of n={} k={}", n, k));
   if (!(pack.layout() == plan.layout))
-    return bad("b_pack", fmt::format("a pack of layout {}", pack.layout().id()),
-               fmt::format("layout {}, which this kernel reads: make the pack under the same toggles", plan.layout.id()));
+    return bad(
+        "b_pack", fmt::format("a pack of layout {}", pack.layout().id()),
+        fmt::format("layout {}, which this kernel reads: make the pack under the same toggles", plan.layout.id()));
   return {};
 }
 
@@ -46,7 +48,8 @@ Status check_m(const Kernel& kernel, std::int64_t m) {
   const MRange range = kernel.m_range();
   const std::int64_t most = std::min(range.max, op().fields[kM].max);
   if (m != 0 && (m < range.min || m > most))
-    return bad("m", std::to_string(m), fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, most));
+    return bad("m", std::to_string(m),
+               fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, most));
   return {};
 }
 
@@ -69,7 +72,9 @@ Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std:
 
 // ---------------------------------------------------------------- cutting a call into ranges
 
-constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) { return (v + step - 1) / step * step; }
+constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) {
+  return (v + step - 1) / step * step;
+}
 
 /// Part i of `parts` nearly equal parts of [0, size), cut at multiples of `step`.
 struct Range {
@@ -83,22 +88,24 @@ Range part(std::int64_t size, std::int64_t step, std::int64_t parts, std::int64_
   return {std::min(size, units * i / parts * step), std::min(size, units * (i + 1) / parts * step)};
 }
 
-/// How a call is cut: tasks for threads, row blocks that keep A in the L2 cache, and for a raw B the columns packed at a time.
-/// Every cut of rows leaves pieces that the kernel's class of m serves.
+/// How a call is cut: tasks for threads, row blocks that keep A in the L2 cache, and for a raw B the columns packed at
+/// a time. Every cut of rows leaves pieces that the kernel's class of m serves.
 struct Cut {
   std::int64_t n_parts = 1, m_parts = 1;
-  std::int64_t m_blocks = 1;      ///< of each part
-  std::int64_t chunk_columns = 0; ///< of a raw B, 0 for a pack
+  std::int64_t m_blocks = 1;                          ///< of each part
+  std::int64_t chunk_columns = 0;                     ///< of a raw B, 0 for a pack
   std::int64_t kernel_workspace = 0, chunk_bytes = 0; ///< of one task, multiples of 64
   std::int64_t tasks() const { return n_parts * m_parts; }
   std::int64_t task_bytes() const { return kernel_workspace + chunk_bytes; }
 };
 
-/// A second thread pays when the call takes longer than a few times the pool's hand-over; rates are those of one recent core.
+/// A second thread pays when the call takes longer than a few times the pool's hand-over; rates are those of one recent
+/// core.
 constexpr double kOperationsPerMicrosecond = 1e6, kBytesPerMicrosecond = 1e5, kFewestMicroseconds = 8;
 
 bool worth_threads(std::int64_t m, std::int64_t n, std::int64_t k) {
-  const double microseconds_per_weight = std::max(2 * static_cast<double>(m) / kOperationsPerMicrosecond, 1 / kBytesPerMicrosecond);
+  const double microseconds_per_weight =
+      std::max(2 * static_cast<double>(m) / kOperationsPerMicrosecond, 1 / kBytesPerMicrosecond);
   return static_cast<double>(n) * static_cast<double>(k) * microseconds_per_weight > kFewestMicroseconds;
 }
 
@@ -110,12 +117,13 @@ std::int64_t most_row_parts(const Kernel& kernel, const Plan& plan, std::int64_t
 Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int64_t n, std::int64_t k) {
   const Runtime& runtime = kernel.runtime();
   Cut cut;
-  const int threads = args.threads > 0 ? std::min(args.threads, runtime.parallel.threads()) : runtime.parallel.threads();
+  const int threads =
+      args.threads > 0 ? std::min(args.threads, runtime.parallel.threads()) : runtime.parallel.threads();
   if (threads > 1 && worth_threads(args.m, n, k)) {
     const std::int64_t most_n = std::min<std::int64_t>(threads, (n + plan.n_step - 1) / plan.n_step);
     const std::int64_t most_m = std::min<std::int64_t>(threads, most_row_parts(kernel, plan, args.m));
-    // What is not cut, every thread goes through: all of B, or all of A, which costs a row's bytes about three times (read, converted,
-    // written to workspace).
+    // What is not cut, every thread goes through: all of B, or all of A, which costs a row's bytes about three times
+    // (read, converted, written to workspace).
     if (3 * args.m > n) {
       cut.m_parts = most_m;
       cut.n_parts = std::min(threads / cut.m_parts, most_n);
@@ -131,13 +139,16 @@ Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int6
   const std::int64_t l2 = runtime.machine.l2_bytes;
   if (rows > plan.m_step && rows > l2 / 2 / std::max<std::int64_t>(k, 1)) {
     const std::int64_t rows_in_cache = std::max<std::int64_t>(plan.m_step, l2 / 2 / std::max<std::int64_t>(k, 1));
-    cut.m_blocks = std::clamp<std::int64_t>((rows + rows_in_cache - 1) / rows_in_cache, 1, most_row_parts(kernel, plan, cut.m_parts > 1 ? args.m / cut.m_parts - plan.m_step : args.m));
+    cut.m_blocks = std::clamp<std::int64_t>(
+        (rows + rows_in_cache - 1) / rows_in_cache, 1,
+        most_row_parts(kernel, plan, cut.m_parts > 1 ? args.m / cut.m_parts - plan.m_step : args.m));
     rows = (rows + cut.m_blocks - 1) / cut.m_blocks + plan.m_step;
   }
   cut.kernel_workspace = round_up(plan.workspace_bytes(rows), 64);
   if (args.pack == nullptr) {
     const std::int64_t step_bytes = plan.n_step / plan.layout.n_block * plan.layout.panel_bytes(k);
-    const std::int64_t columns_in_cache = std::max<std::int64_t>(1, l2 / 2 / std::max<std::int64_t>(step_bytes, 1)) * plan.n_step;
+    const std::int64_t columns_in_cache =
+        std::max<std::int64_t>(1, l2 / 2 / std::max<std::int64_t>(step_bytes, 1)) * plan.n_step;
     cut.chunk_columns = std::min(columns_in_cache, round_up((n + cut.n_parts - 1) / cut.n_parts, plan.n_step));
     cut.chunk_bytes = plan.layout.bytes(cut.chunk_columns, k);
   }
@@ -180,9 +191,10 @@ struct Run {
     const Range columns = part(n, plan.n_step, cut.n_parts, i % cut.n_parts);
     if (rows.size() == 0 || columns.size() == 0)
       return;
-    std::uint8_t* workspace = args.workspace != nullptr
-                                  ? static_cast<std::uint8_t*>(args.workspace) + i * cut.task_bytes()
-                                  : static_cast<std::uint8_t*>(thread_scratch(static_cast<std::size_t>(cut.task_bytes())));
+    std::uint8_t* workspace =
+        args.workspace != nullptr
+            ? static_cast<std::uint8_t*>(args.workspace) + i * cut.task_bytes()
+            : static_cast<std::uint8_t*>(thread_scratch(static_cast<std::size_t>(cut.task_bytes())));
     if (workspace == nullptr && cut.task_bytes() > 0) {
       out_of_memory = true;
       return;
@@ -193,14 +205,16 @@ struct Run {
     }
     const std::int64_t first_panel = columns.begin / plan.layout.n_block;
     if (args.pack != nullptr) {
-      columns_of(rows, columns, args.pack->panels() + first_panel * plan.layout.panel_bytes(k), args.pack->sums() + columns.begin, workspace);
+      columns_of(rows, columns, args.pack->panels() + first_panel * plan.layout.panel_bytes(k),
+                 args.pack->sums() + columns.begin, workspace);
       return;
     }
     auto* const panels = reinterpret_cast<std::int8_t*>(workspace + cut.kernel_workspace);
     auto* const sums = reinterpret_cast<std::int32_t*>(panels + plan.layout.sums_offset(cut.chunk_columns, k));
     for (std::int64_t begin = columns.begin; begin < columns.end; begin += cut.chunk_columns) {
       const Range chunk = {begin, std::min(columns.end, begin + cut.chunk_columns)};
-      pack_panels(plan.layout, args.b, args.ldb, args.b_layout, n, k, chunk.begin / plan.layout.n_block, plan.layout.panels(chunk.end), panels, sums);
+      pack_panels(plan.layout, args.b, args.ldb, args.b_layout, n, k, chunk.begin / plan.layout.n_block,
+                  plan.layout.panels(chunk.end), panels, sums);
       columns_of(rows, chunk, panels, sums, workspace);
     }
   }
@@ -215,7 +229,8 @@ Status run(const Kernel& kernel, const Args& args) {
     return status;
   if (args.m == 0 || n == 0)
     return {};
-  Run run = {plan, args, reinterpret_cast<Entry>(reinterpret_cast<std::uintptr_t>(kernel.entry())), n, k, cut_call(kernel, plan, args, n, k)};
+  Run run = {plan, args, reinterpret_cast<Entry>(reinterpret_cast<std::uintptr_t>(kernel.entry())),
+             n,    k,    cut_call(kernel, plan, args, n, k)};
   if (args.workspace != nullptr) {
     if (reinterpret_cast<std::uintptr_t>(args.workspace) % 64 != 0)
       return bad("workspace", fmt::format("{}", args.workspace), "64-byte aligned memory");
@@ -226,10 +241,13 @@ Status run(const Kernel& kernel, const Args& args) {
   if (run.cut.tasks() == 1)
     run.task(0);
   else
-    kernel.runtime().parallel.run(static_cast<std::size_t>(run.cut.tasks()),
-                                  [](void* context, std::size_t index) { static_cast<Run*>(context)->task(index); }, &run);
+    kernel.runtime().parallel.run(
+        static_cast<std::size_t>(run.cut.tasks()),
+        [](void* context, std::size_t index) { static_cast<Run*>(context)->task(index); }, &run);
   if (run.out_of_memory)
-    return Status::error(Code::out_of_memory, fmt::format("int8_mm: no memory for {} bytes of workspace; the output is incomplete", run.cut.task_bytes()));
+    return Status::error(
+        Code::out_of_memory,
+        fmt::format("int8_mm: no memory for {} bytes of workspace; the output is incomplete", run.cut.task_bytes()));
   return {};
 }
 
@@ -271,7 +289,9 @@ Digest pack_digest(const PackLayout& layout, std::int64_t n, std::int64_t k, Byt
 }
 } // namespace
 
-void Pack::Free::operator()(std::int8_t* p) const { free_pages(p); }
+void Pack::Free::operator()(std::int8_t* p) const {
+  free_pages(p);
+}
 
 Result<Pack> Pack::allocate(PackLayout layout, std::int64_t n, std::int64_t k) {
   Pack pack;
@@ -281,13 +301,14 @@ Result<Pack> Pack::allocate(PackLayout layout, std::int64_t n, std::int64_t k) {
   const std::int64_t bytes = std::max<std::int64_t>(pack.bytes(), 64);
   pack.data_.reset(static_cast<std::int8_t*>(allocate_pages(static_cast<std::size_t>(bytes))));
   if (!pack.data_)
-    return Status::error(Code::out_of_memory, fmt::format("int8_mm: no memory for a pack of {} bytes (n={} k={})", bytes, n, k));
+    return Status::error(Code::out_of_memory,
+                         fmt::format("int8_mm: no memory for a pack of {} bytes (n={} k={})", bytes, n, k));
   pack.sums_ = reinterpret_cast<std::int32_t*>(pack.data_.get() + layout.sums_offset(n, k));
   return pack;
 }
 
-Result<Pack> Pack::make(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n, std::int64_t k,
-                        Parallel& parallel) {
+Result<Pack> Pack::make(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n,
+                        std::int64_t k, Parallel& parallel) {
   const bool nk = b_layout == BLayout::nk;
   if (Status s = check_matrix("b", "ldb", b, nk ? n : k, nk ? k : n, ldb); !s)
     return s;
@@ -307,9 +328,10 @@ Result<Pack> Pack::make(PackLayout layout, const std::int8_t* b, std::int64_t ld
       [](void* context, std::size_t i) {
         const Job& j = *static_cast<const Job*>(context);
         const PackLayout& l = j.pack.layout_;
-        const std::int64_t begin = static_cast<std::int64_t>(i) * kPanelsPerTask, end = std::min(j.panels, begin + kPanelsPerTask);
-        pack_panels(l, j.b, j.ldb, j.b_layout, j.pack.n_, j.pack.k_, begin, end, j.pack.data_.get() + begin * l.panel_bytes(j.pack.k_),
-                    j.pack.sums_ + begin * l.n_block);
+        const std::int64_t begin = static_cast<std::int64_t>(i) * kPanelsPerTask,
+                           end = std::min(j.panels, begin + kPanelsPerTask);
+        pack_panels(l, j.b, j.ldb, j.b_layout, j.pack.n_, j.pack.k_, begin, end,
+                    j.pack.data_.get() + begin * l.panel_bytes(j.pack.k_), j.pack.sums_ + begin * l.n_block);
       },
       &job);
   // The alignment gap after the sums is part of the file and its digest.
@@ -328,7 +350,9 @@ Result<Pack> Pack::load(const std::string& path) {
   Result<Bytes> file = read_file(path);
   if (!file)
     return file.status();
-  const auto damaged = [&](std::string_view why) { return Status::error(Code::integrity, fmt::format("{}: not a pack of Kiln, or damaged: {}", path, why)); };
+  const auto damaged = [&](std::string_view why) {
+    return Status::error(Code::integrity, fmt::format("{}: not a pack of Kiln, or damaged: {}", path, why));
+  };
   Reader r(*file);
   for (const char c : kPackMagic)
     if (r.u8() != static_cast<std::uint8_t>(c))
@@ -339,7 +363,8 @@ Result<Pack> Pack::load(const std::string& path) {
   const std::int64_t n = r.i64(), k = r.i64();
   const ByteSpan digest = r.blob();
   const Result<PackLayout> layout = PackLayout::parse(layout_id);
-  if (!r.ok() || op_name != op().name || !layout || n < 0 || k < 0 || n > op().fields[kN].max || k > op().fields[kK].max || digest.size() != sizeof(Digest::bytes))
+  if (!r.ok() || op_name != op().name || !layout || n < 0 || k < 0 || n > op().fields[kN].max ||
+      k > op().fields[kK].max || digest.size() != sizeof(Digest::bytes))
     return damaged("its header");
   const std::size_t header_bytes = pack_header(*layout, n, k, {}).size();
   const ByteSpan data = ByteSpan(*file).subspan(header_bytes);

@@ -14,8 +14,8 @@ namespace kiln::int8_mm {
 class Pack {
 public:
   /// Packs B on the caller's threads (`parallel`). Code::out_of_memory when it does not fit.
-  static Result<Pack> make(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n, std::int64_t k,
-                           Parallel& parallel);
+  static Result<Pack> make(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n,
+                           std::int64_t k, Parallel& parallel);
   /// File image: magic, version, op, layout, n, k, BLAKE2b digest of all, data.
   Status save(const std::string& path) const;
   /// Code::io, Code::integrity (a damaged file, another format).
@@ -49,7 +49,7 @@ struct Args {
   BLayout b_layout = BLayout::nk;
   std::int32_t* c = nullptr;
   std::int64_t ldc = 0;
-  int threads = 0; ///< 0: the engine's
+  int threads = 0;           ///< 0: the engine's
   void* workspace = nullptr; ///< null: the threads' own scratch
   std::uint64_t workspace_bytes = 0;
 };

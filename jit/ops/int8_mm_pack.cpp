@@ -15,7 +15,9 @@ Row16 load16(const std::int8_t* p) {
   std::memcpy(&v, p, 16);
   return v;
 }
-void store16(std::int8_t* p, Row16 v) { std::memcpy(p, &v, 16); }
+void store16(std::int8_t* p, Row16 v) {
+  std::memcpy(p, &v, 16);
+}
 
 Row16 interleave_low(Row16 a, Row16 b) {
   return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -24,8 +26,12 @@ Row16 interleave_high(Row16 a, Row16 b) {
   return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 using Pair8 = std::int16_t __attribute__((vector_size(16)));
-Pair8 interleave_pairs_low(Pair8 a, Pair8 b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-Pair8 interleave_pairs_high(Pair8 a, Pair8 b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+Pair8 interleave_pairs_low(Pair8 a, Pair8 b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+Pair8 interleave_pairs_high(Pair8 a, Pair8 b) {
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
 
 /// Sixteen columns of `kb` rows of B (kn) → out[16][kb].
 template <int kb> void transpose_kn(const std::int8_t* b, std::int64_t ldb, std::int8_t* out) {
@@ -71,7 +77,8 @@ template <int kb> std::int64_t pack_whole_kn(const Panel& p) {
   return whole;
 }
 
-/// [n][k] already holds each column's k_block run in a row: a strided copy of words, in strips of k so that the lines written stay in L1.
+/// [n][k] already holds each column's k_block run in a row: a strided copy of words, in strips of k so that the lines
+/// written stay in L1.
 template <class Word> std::int64_t pack_whole_nk(const Panel& p) {
   constexpr std::int64_t kb = sizeof(Word), strip = 64;
   const std::int64_t whole = p.k / kb * kb;
@@ -87,10 +94,14 @@ template <class Word> std::int64_t pack_whole_nk(const Panel& p) {
 std::int64_t pack_whole(const Panel& p, BLayout b_layout) {
   if (b_layout == BLayout::nk) {
     switch (p.k_block) {
-    case 2: return pack_whole_nk<std::uint16_t>(p);
-    case 4: return pack_whole_nk<std::uint32_t>(p);
-    case 8: return pack_whole_nk<std::uint64_t>(p);
-    default: return 0;
+    case 2:
+      return pack_whole_nk<std::uint16_t>(p);
+    case 4:
+      return pack_whole_nk<std::uint32_t>(p);
+    case 8:
+      return pack_whole_nk<std::uint64_t>(p);
+    default:
+      return 0;
     }
   }
   if (p.columns == p.n_block && p.n_block % 16 == 0) {
@@ -102,7 +113,8 @@ std::int64_t pack_whole(const Panel& p, BLayout b_layout) {
   return 0;
 }
 
-/// Σ_k of a packed panel, which wraps. Runs of at most 256 k-groups are summed in 16 bits, where the k_block lanes of one column stay apart.
+/// Σ_k of a packed panel, which wraps. Runs of at most 256 k-groups are summed in 16 bits, where the k_block lanes of
+/// one column stay apart.
 void sum_panel(const std::int8_t* panel, std::int64_t k_groups, int n_block, int k_block, std::int32_t* sums) {
   std::fill_n(sums, n_block, 0);
   const int lanes = n_block * k_block;
@@ -116,14 +128,16 @@ void sum_panel(const std::int8_t* panel, std::int64_t k_groups, int n_block, int
         partial[i] = static_cast<std::int16_t>(partial[i] + panel[g * lanes + i]);
     for (int j = 0; j < n_block; ++j)
       for (int i = 0; i < k_block; ++i)
-        sums[j] = static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[j]) + static_cast<std::uint32_t>(partial[j * k_block + i]));
+        sums[j] = static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[j]) +
+                                            static_cast<std::uint32_t>(partial[j * k_block + i]));
   }
 }
 
 } // namespace
 
-void pack_panels(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n, std::int64_t k,
-                 std::int64_t panel_begin, std::int64_t panel_end, std::int8_t* panels_out, std::int32_t* sums_out) {
+void pack_panels(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n,
+                 std::int64_t k, std::int64_t panel_begin, std::int64_t panel_end, std::int8_t* panels_out,
+                 std::int32_t* sums_out) {
   const std::int64_t panel_bytes = layout.panel_bytes(k), k_groups = layout.k_padded(k) / layout.k_block;
   for (std::int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const std::int64_t column = panel * layout.n_block;

@@ -104,7 +104,8 @@ std::vector<std::uint64_t> jump_table(ByteSpan image, std::uint64_t table) {
 void MachineCode::follow_control_flow() {
   std::vector<std::uint64_t> to_visit;
   std::set<std::uint64_t> targets;
-  // Indirect jumps of both generators go through tables of 32-bit offsets from the table, whose address rip-relative lea takes.
+  // Indirect jumps of both generators go through tables of 32-bit offsets from the table, whose address rip-relative
+  // lea takes.
   std::vector<std::uint64_t> tables;
   bool jumps_indirectly = false;
   for (const CodeObject::Entry& entry : entries_)
@@ -136,7 +137,8 @@ void MachineCode::follow_control_flow() {
       const llvm::StringRef name = tools_->instructions->getName(next.inst.getOpcode());
       jumps_indirectly |= analysis.isIndirectBranch(next.inst);
       if (name == "LEA64r")
-        if (const auto target = analysis.evaluateMemoryOperandAddress(next.inst, tools_->subtarget.get(), at, next.size);
+        if (const auto target =
+                analysis.evaluateMemoryOperandAddress(next.inst, tools_->subtarget.get(), at, next.size);
             target && *target < image_.size())
           tables.push_back(*target);
       const bool ends = analysis.isReturn(next.inst) || analysis.isUnconditionalBranch(next.inst) ||
