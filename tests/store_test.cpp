@@ -508,7 +508,8 @@ TEST_CASE("store: a child made by fork has a connection of its own, and the pare
   CHECK(place.warnings.empty());
 }
 
-#ifndef __SANITIZE_THREAD__ // which does not follow a fork among threads
+// Neither sanitizer follows a fork among threads: AddressSanitizer's allocator of GCC 12 may stay locked in the child.
+#if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
 TEST_CASE("store: a fork while other threads use the store neither hangs nor breaks the child") {
   Place place;
   place.options.busy_timeout_ms = 20'000; // the threads' batches of hits take the lock
