@@ -35,7 +35,7 @@ struct TensorSpec {
   std::vector<std::int64_t> (*shape)(const KernelDesc&);
 };
 
-/// A range of m that one kernel serves; max = INT64_MAX for the unbounded class.
+/// A range of m that one kernel serves; max is the op's largest m for the unbounded class.
 struct MRange {
   std::int64_t min = 0, max = 0;
 };

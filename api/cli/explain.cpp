@@ -1,4 +1,3 @@
-#include <limits>
 #include <memory>
 
 #include <fmt/format.h>
@@ -54,9 +53,7 @@ void print_explanation(const KernelDesc& desc, const Explanation& e) {
   Columns facts;
   facts.row({"desc", desc.text()});
   facts.row({"kernel", e.canonical.text()});
-  facts.row({"serves", e.m_range.max == std::numeric_limits<std::int64_t>::max()
-                           ? fmt::format("m from {}", e.m_range.min)
-                           : fmt::format("m from {} to {}", e.m_range.min, e.m_range.max)});
+  facts.row({"serves", fmt::format("m from {} to {}", e.m_range.min, e.m_range.max)});
   if (!e.pack_layout.empty())
     facts.row({"pack", e.pack_layout});
   facts.row({"cache", outcome_text(e)});

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <charconv>
 #include <cstring>
-#include <limits>
 
 #include <fmt/format.h>
 
@@ -94,7 +93,7 @@ MRange m_range(const KernelDesc& d) {
     if (bound != kAny)
       previous = bound;
   }
-  return {previous + 1, std::numeric_limits<std::int64_t>::max()};
+  return {previous + 1, kMaxSize};
 }
 
 double operations(const KernelDesc& d) {

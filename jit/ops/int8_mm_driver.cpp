@@ -46,10 +46,9 @@ Status check_pack(const Plan& plan, const Pack& pack, std::int64_t n, std::int64
 /// Of the kernel's class, and a size at all: all that is computed from m below then stays within an int64.
 Status check_m(const Kernel& kernel, std::int64_t m) {
   const MRange range = kernel.m_range();
-  const std::int64_t most = std::min(range.max, op().fields[kM].max);
-  if (m != 0 && (m < range.min || m > most))
+  if (m != 0 && (m < range.min || m > range.max))
     return bad("m", std::to_string(m),
-               fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, most));
+               fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, range.max));
   return {};
 }
 
