@@ -32,7 +32,7 @@ add_executable(user main.c)
 target_link_libraries(user PRIVATE kiln::kiln)
 CMAKE
 cp "$source/api/examples/minimal.c" "$work/user/main.c"
-cmake -S "$work/user" -B "$work/user/build" -DCMAKE_PREFIX_PATH="$work/prefix" >/dev/null
+cmake -G Ninja -S "$work/user" -B "$work/user/build" -DCMAKE_PREFIX_PATH="$work/prefix" >/dev/null
 cmake --build "$work/user/build" >/dev/null
 gives "$work/user/build/user"
 
