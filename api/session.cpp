@@ -6,6 +6,7 @@
 #include "backends/table.h"
 
 namespace kiln {
+
 Result<std::unique_ptr<Engine>> make_engine(const HostOptions& host) {
   Result<Config> config =
       Config::from_environment([](const char* name) -> const char* { return std::getenv(name); }, host.settings);

@@ -26,9 +26,11 @@ struct Descriptor {
   }
 };
 
-bool write_all(int fd, ByteSpan bytes) {
+} // namespace
+
+bool write_all(int descriptor, ByteSpan bytes) {
   while (!bytes.empty()) {
-    const ssize_t n = ::write(fd, bytes.data(), bytes.size());
+    const ssize_t n = ::write(descriptor, bytes.data(), bytes.size());
     if (n < 0 && errno == EINTR)
       continue;
     if (n <= 0)
@@ -37,8 +39,6 @@ bool write_all(int fd, ByteSpan bytes) {
   }
   return true;
 }
-
-} // namespace
 
 Result<Bytes> read_file(const std::string& path) {
   const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};

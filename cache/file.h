@@ -14,4 +14,7 @@ Result<Bytes> read_file(const std::string& path);
 /// sees the old file or the new one, whole. Code::io names path and cause; nothing is left behind.
 Status write_file_atomically(const std::string& path, std::initializer_list<ByteSpan> parts);
 
+/// Writes all of `bytes` to a descriptor; false, with errno, when it cannot.
+bool write_all(int descriptor, ByteSpan bytes);
+
 } // namespace kiln

@@ -10,6 +10,7 @@
 #include <fmt/format.h>
 
 #include "cache/digest.h"
+#include "cache/file.h"
 #include "cache/random.h"
 
 namespace kiln {
@@ -50,17 +51,9 @@ Status make_directories(const std::string& path) {
   }
 }
 
-Status write_all(int file, ByteSpan content) {
-  while (!content.empty()) {
-    const ssize_t written = ::write(file, content.data(), content.size());
-    if (written < 0 && errno == EINTR)
-      continue;
-    if (written <= 0)
-      return Status::error(Code::io, std::strerror(errno));
-    content = content.subspan(static_cast<std::size_t>(written));
-  }
-  // Else a power cut could leave the name without the content.
-  if (::fsync(file) != 0)
+Status write_and_sync(int file, ByteSpan content) {
+  // Unsynced, a power cut could leave the name without the content.
+  if (!write_all(file, content) || ::fsync(file) != 0)
     return Status::error(Code::io, std::strerror(errno));
   return {};
 }
@@ -106,7 +99,7 @@ Status create_private_file(const std::string& path, ByteSpan content) {
   const int file = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
   if (file < 0)
     return system_error("make", temporary, errno);
-  Status status = write_all(file, content);
+  Status status = write_and_sync(file, content);
   ::close(file);
   if (!status)
     status = Status::error(status.code(), fmt::format("cannot write {}: {}", temporary, status.message()));

@@ -5,7 +5,6 @@
 #include <charconv>
 #include <filesystem>
 #include <optional>
-
 #include <set>
 
 #include <fmt/format.h>
@@ -292,6 +291,16 @@ bool Config::forced_path(OpId op, IsaPath& path) const {
         return true;
       }
   return false;
+}
+
+std::optional<IsaPath> Config::forced_path(OpId op, std::span<const Implementation> rows) const {
+  IsaPath path{};
+  if (!forced_path(op, path))
+    return std::nullopt;
+  const bool names_the_op = std::any_of(forced.begin(), forced.end(), [&](const Force& f) { return f.op == op; });
+  const bool op_has_it =
+      std::any_of(rows.begin(), rows.end(), [&](const Implementation& row) { return row.op == op && row.isa == path; });
+  return names_the_op || op_has_it ? std::optional(path) : std::nullopt;
 }
 
 } // namespace kiln

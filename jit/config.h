@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -61,6 +62,8 @@ struct Config {
   /// The path forced for this op: its own, else the one for every op that has it (the caller knows which have). False
   /// when there is none.
   bool forced_path(OpId op, IsaPath& path) const;
+  /// The path that these rows must take for the op: `op:path` holds in any case, a path alone for the ops that have it.
+  std::optional<IsaPath> forced_path(OpId op, std::span<const Implementation> rows) const;
 };
 
 } // namespace kiln

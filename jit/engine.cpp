@@ -35,20 +35,6 @@ struct Choice {
   Digest key;
 };
 
-/// The path that KILN_FORCE demands of this op. `op:path` holds in any case, a path alone for the ops that have it.
-std::optional<IsaPath> forced_path(const Config& config, OpId op, std::span<const Implementation> rows) {
-  IsaPath path{};
-  if (!config.forced_path(op, path))
-    return std::nullopt;
-  for (const Config::Force& force : config.forced)
-    if (force.op == op)
-      return path;
-  for (const Implementation& row : rows)
-    if (row.op == op && row.isa == path)
-      return path;
-  return std::nullopt;
-}
-
 /// Why this row does not serve the desc on the target under these toggles; empty when it does.
 std::string refusal(const Implementation& row, const KernelDesc& desc, const Target& target, const Config& config,
                     std::optional<IsaPath> forced) {
@@ -321,7 +307,7 @@ Result<KernelTable::Made> Engine::State::stand_in(const Choice& choice, const Ke
 
 /// What may stand in for generated code under the present toggles; null when there is nothing.
 const Implementation* Engine::State::builtin_for(const KernelDesc& canonical) const {
-  const std::optional<IsaPath> forced = forced_path(config(), canonical.op, options.implementations);
+  const std::optional<IsaPath> forced = config().forced_path(canonical.op, options.implementations);
   for (const Implementation& row : options.implementations)
     if (row.op == canonical.op && row.builtin != nullptr && refusal(row, canonical, target(), config(), forced).empty())
       return &row;
@@ -329,7 +315,7 @@ const Implementation* Engine::State::builtin_for(const KernelDesc& canonical) co
 }
 
 Result<Choice> Engine::State::choose(const KernelDesc& canonical, const Target& for_target) const {
-  const std::optional<IsaPath> forced = forced_path(config(), canonical.op, options.implementations);
+  const std::optional<IsaPath> forced = config().forced_path(canonical.op, options.implementations);
   std::string reasons;
   for (const Implementation& row : options.implementations) {
     if (row.op != canonical.op)
@@ -439,7 +425,7 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
   e.canonical = op.canonical(desc);
   e.m_range = op.m_range(e.canonical);
   const Target& for_target = target != nullptr ? *target : state_->target();
-  const std::optional<IsaPath> forced = forced_path(state_->config(), e.canonical.op, implementations());
+  const std::optional<IsaPath> forced = config().forced_path(e.canonical.op, implementations());
   for (const Implementation& row : state_->options.implementations) {
     if (row.op != e.canonical.op)
       continue;

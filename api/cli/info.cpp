@@ -20,16 +20,6 @@ struct Availability {
   std::string reason; ///< empty when available
 };
 
-/// KILN_FORCE holds for the ops that have the path.
-std::optional<IsaPath> forced_path(const Engine& engine, OpId op) {
-  IsaPath path{};
-  if (engine.config().forced_path(op, path))
-    for (const Implementation& row : engine.implementations())
-      if (row.op == op && row.isa == path)
-        return path;
-  return std::nullopt;
-}
-
 /// For some desc at least: a row may still refuse this or that shape, which `kiln explain` tells.
 Availability availability(const Implementation& row, const Engine& engine) {
   const Target& target = engine.machine().target;
@@ -39,7 +29,7 @@ Availability availability(const Implementation& row, const Engine& engine) {
     return {false, fmt::format("the machine lacks {}", missing.text())};
   if (engine.config().disables(row))
     return {false, "left out by KILN_DISABLE"};
-  if (const std::optional<IsaPath> forced = forced_path(engine, row.op); forced && *forced != row.isa)
+  if (const auto forced = engine.config().forced_path(row.op, engine.implementations()); forced && *forced != row.isa)
     return {false, fmt::format("KILN_FORCE takes {} only", name_of(*forced))};
   return {true, ""};
 }

@@ -1,5 +1,3 @@
-#include <x86_generator_id.h>
-
 #include "backends/x86/int8_mm_vex.h"
 #include "backends/x86/rows.h"
 
@@ -61,39 +59,15 @@ public:
 };
 
 Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
-  const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
-  const VexTile tile = vex_tile_for(m_class);
-  const Heights heights = heights_for(m_class, tile.rows);
-  const NestShape shape{.heights = heights,
-                        .panels = 1,
-                        .layout = kLayout,
-                        .k = k,
-                        .row_stride = workspace_row_stride(2 * k),
-                        .row_step = 4,
-                        .unroll = tile.unroll,
-                        .ahead = !heights.single_tile};
-  Assembler a;
-  Path path(a, shape, tile);
-  emit_nest(a, shape, path);
-  return a.finish(kFeatures, int8_mm::Plan{.layout = kLayout,
-                                           .m_step = 1, // heights adapt to any cut
-                                           .n_step = shape.columns(),
-                                           .workspace_per_row = shape.row_stride}
-                                 .values());
+  constexpr int bytes_per_element = 2;
+  return compile_vex<Path>(desc, kLayout, kFeatures, bytes_per_element);
 }
 
 } // namespace
 
 Implementation int8_mm_avx2() {
-  return {.op = OpId::int8_mm,
-          .isa = IsaPath::avx2,
-          .backend = BackendId::x86,
-          .generator = GeneratorId::asmjit,
-          .generator_digest = k_x86_generator_digest,
-          .needs = kFeatures,
-          .supports = supports_nest,
-          .pack_layout = [](const KernelDesc&, const Target&) { return kLayout.id(); },
-          .compile = compile};
+  return nest_row(
+      IsaPath::avx2, kFeatures, [](const KernelDesc&, const Target&) { return kLayout.id(); }, compile);
 }
 
 } // namespace kiln::x86

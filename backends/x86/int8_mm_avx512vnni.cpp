@@ -1,5 +1,3 @@
-#include <x86_generator_id.h>
-
 #include "backends/x86/int8_mm_nest.h"
 #include "backends/x86/rows.h"
 
@@ -199,15 +197,8 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
 } // namespace
 
 Implementation int8_mm_avx512vnni() {
-  return {.op = OpId::int8_mm,
-          .isa = IsaPath::avx512vnni,
-          .backend = BackendId::x86,
-          .generator = GeneratorId::asmjit,
-          .generator_digest = k_x86_generator_digest,
-          .needs = kFeatures,
-          .supports = supports_nest,
-          .pack_layout = [](const KernelDesc&, const Target&) { return kLayout.id(); },
-          .compile = compile};
+  return nest_row(
+      IsaPath::avx512vnni, kFeatures, [](const KernelDesc&, const Target&) { return kLayout.id(); }, compile);
 }
 
 } // namespace kiln::x86

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include <fmt/format.h>
+#include <x86_generator_id.h>
 
 namespace kiln::x86 {
 
@@ -48,6 +49,19 @@ Status supports_nest(const KernelDesc& desc, const Target&) {
   if (desc.value[int8_mm::kK] > max_k)
     return Status::error(Code::unsupported, fmt::format("k={}: allowed is at most {}", desc.value[int8_mm::kK], max_k));
   return {};
+}
+
+Implementation nest_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),
+                        Result<CodeObject> (*compile)(const KernelDesc&, const Target&)) {
+  return {.op = OpId::int8_mm,
+          .isa = isa,
+          .backend = BackendId::x86,
+          .generator = GeneratorId::asmjit,
+          .generator_digest = k_x86_generator_digest,
+          .needs = needs,
+          .supports = supports_nest,
+          .pack_layout = pack_layout,
+          .compile = compile};
 }
 
 Nest::Nest(Assembler& assembler, const NestShape& shape)

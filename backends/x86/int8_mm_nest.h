@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backends/x86/emit.h"
+#include "jit/implementation.h"
 #include "jit/ops/int8_mm.h"
 
 /// The loops around a register tile, common to the vector paths of int8_mm: A's rows are brought into the workspace
@@ -31,6 +32,10 @@ std::int64_t workspace_row_stride(std::int64_t bytes);
 
 /// What the nest can serve: s8 rows, whose tile is addressed by 32-bit displacements.
 Status supports_nest(const KernelDesc& desc, const Target& target);
+
+/// A row of the implementation table, but for what differs between the nest's paths.
+Implementation nest_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),
+                        Result<CodeObject> (*compile)(const KernelDesc&, const Target&));
 
 struct NestShape {
   Heights heights;

@@ -97,4 +97,30 @@ void emit_rows(Assembler& a, std::int64_t k, std::int64_t row_stride, int width,
   a.jnz(next_row);
 }
 
+/// What `compile` of a 256-bit path does, given its class of hooks and the bytes that an element of A takes in the
+/// workspace.
+template <class Path>
+Result<CodeObject> compile_vex(const KernelDesc& desc, int8_mm::PackLayout layout, Features features,
+                               int bytes_per_element) {
+  const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
+  const VexTile tile = vex_tile_for(m_class);
+  const Heights heights = heights_for(m_class, tile.rows);
+  const NestShape shape{.heights = heights,
+                        .panels = 1,
+                        .layout = layout,
+                        .k = k,
+                        .row_stride = workspace_row_stride(bytes_per_element * k),
+                        .row_step = 4,
+                        .unroll = tile.unroll,
+                        .ahead = !heights.single_tile};
+  Assembler a;
+  Path path(a, shape, tile);
+  emit_nest(a, shape, path);
+  return a.finish(features, int8_mm::Plan{.layout = layout,
+                                          .m_step = 1, // heights adapt to any cut
+                                          .n_step = shape.columns(),
+                                          .workspace_per_row = shape.row_stride}
+                                .values());
+}
+
 } // namespace kiln::x86
