@@ -143,7 +143,7 @@ void compile(Bench& bench) {
     for (const kiln_int8_mm_desc& shape : model_shapes(bench.shapes)) {
       const KernelDesc desc = int8_mm::op().canonical(int8_mm::make_desc(shape.m, shape.n, shape.k));
       const double begin = now();
-      const Result<CodeObject> code = row.compile(desc, target);
+      const Result<CodeObject> code = row.compile(desc, target, row.pack_layout(desc, target));
       seconds.push_back(now() - begin);
       if (!code)
         fail(code.status().message());

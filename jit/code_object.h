@@ -28,6 +28,14 @@ struct CodeObject {
   std::vector<std::pair<std::string, std::int64_t>> plan; ///< launch plan: named integers, typed by the op
   bool operator==(const CodeObject&) const = default;
 
+  /// What a machine must have to run it.
+  Target needs() const {
+    return {.arch = arch,
+            .features = features,
+            .sve_bits = features.has(Feature::sve) ? vector_bits : 0,
+            .sme_bits = features.has(Feature::sme) ? vector_bits : 0};
+  }
+
   Bytes serialise() const; ///< deterministic
   /// Distrusts its input: sizes, entry offsets, alignment, names are all checked.
   static Result<CodeObject> parse(ByteSpan bytes);

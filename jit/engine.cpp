@@ -31,6 +31,7 @@ namespace {
 /// One implementation's kernel for one canonical desc on one target: everything its key is made of.
 struct Choice {
   const Implementation* implementation = nullptr;
+  std::string pack_layout; ///< of the weights, empty for an op without packs
   std::string key_text;
   Digest key;
 };
@@ -58,17 +59,43 @@ std::string refusal(const Implementation& row, const KernelDesc& desc, const Tar
   return {};
 }
 
-Choice choice_of(const Implementation& row, const KernelDesc& canonical, const Target& target) {
+/// The layout in which weights of this desc are packed here, whatever their m: that of the first row that serves them
+/// with m unknown. Empty for an op without packs, or when no row serves them.
+std::string pack_layout_for(std::span<const Implementation> rows, const KernelDesc& canonical, const Target& target,
+                            const Config& config, std::optional<IsaPath> forced) {
+  const OpSpec& op = *find_op(canonical.op);
+  if (op.pack_desc == nullptr)
+    return {};
+  const KernelDesc weights = op.pack_desc(canonical);
+  for (const Implementation& row : rows)
+    if (row.op == canonical.op && row.pack_layout != nullptr && refusal(row, weights, target, config, forced).empty())
+      return row.pack_layout(weights, target);
+  return {};
+}
+
+/// Like refusal, and why the row does not read weights of this layout.
+std::string refusal(const Implementation& row, const KernelDesc& desc, const Target& target, const Config& config,
+                    std::optional<IsaPath> forced, std::string_view pack_layout) {
+  std::string reason = refusal(row, desc, target, config, forced);
+  if (reason.empty() && !row.reads(pack_layout, desc, target))
+    reason = fmt::format("reads packs of {}, these weights are packed as {} here", row.pack_layout(desc, target),
+                         pack_layout);
+  return reason;
+}
+
+Choice choice_of(const Implementation& row, const KernelDesc& canonical, const Target& target,
+                 std::string pack_layout) {
   Choice choice;
   choice.implementation = &row;
+  choice.pack_layout = std::move(pack_layout);
   if (row.compile == nullptr)
     return choice; // nothing to store
   KernelDesc portable = canonical;
   portable.device.index = 0; // which of several equal devices changes no code
-  choice.key_text =
-      fmt::format("format=1\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\n",
-                  row.generator_digest, portable.text(), name_of(row.isa), name_of(target.arch),
-                  row.features_for(canonical, target).text(), row.vector_bits ? row.vector_bits(target) : 0);
+  choice.key_text = fmt::format(
+      "format=2\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\npack_layout={}\n",
+      row.generator_digest, portable.text(), name_of(row.isa), name_of(target.arch),
+      row.features_for(canonical, target).text(), row.vector_bits ? row.vector_bits(target) : 0, choice.pack_layout);
   choice.key = digest_of({reinterpret_cast<const std::uint8_t*>(choice.key_text.data()), choice.key_text.size()});
   return choice;
 }
@@ -196,7 +223,7 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
     return KernelTable::Made{std::move(kernel), weight};
   };
   if (choice->implementation->builtin != nullptr) {
-    Result<Kernel> kernel = Kernel::builtin(runtime, *choice->implementation, canonical, "");
+    Result<Kernel> kernel = Kernel::builtin(runtime, *choice->implementation, canonical, choice->pack_layout);
     return kernel ? Result<KernelTable::Made>(resident(std::move(*kernel))) : kernel.status();
   }
   if (refuses_executable_memory)
@@ -245,8 +272,13 @@ Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& 
   Result<Kernel> kernel = code ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code))
                                : Result<Kernel>(code.status());
   if (!kernel) {
-    log.warn(
-        fmt::format("stored kernel {} is passed over: {}", choice.key.hex().substr(0, 16), kernel.status().message()));
+    // That this machine cannot run it is no fault of the cache.
+    const std::string message =
+        fmt::format("stored kernel {} is passed over: {}", choice.key.hex().substr(0, 16), kernel.status().message());
+    if (kernel.status().code() == Code::unsupported)
+      log.debug(message);
+    else
+      log.warn(message);
     return kernel;
   }
   kernel->source = Source::disk;
@@ -259,7 +291,7 @@ Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc
                                           std::int64_t& us) {
   const Implementation& row = *choice.implementation;
   const auto start = std::chrono::steady_clock::now();
-  Result<CodeObject> code = row.compile(canonical, for_target);
+  Result<CodeObject> code = row.compile(canonical, for_target, choice.pack_layout);
   us = microseconds_since(start);
   if (!code)
     return code;
@@ -282,7 +314,7 @@ Status Engine::State::keep(const Choice& choice, const KernelDesc& canonical, co
   row.op = find_op(canonical.op)->name;
   row.desc = canonical.text();
   row.isa = name_of(choice.implementation->isa);
-  row.target = fmt::format("{}:{}", name_of(code.arch), code.features.text());
+  row.target = code.needs().text();
   row.generator = choice.implementation->generator_digest;
   row.code = code.serialise();
   row.compile_us = us;
@@ -296,9 +328,7 @@ Result<KernelTable::Made> Engine::State::stand_in(const Choice& choice, const Ke
     return Status::error(Code::unsupported, fmt::format("{}: the system refuses executable memory, and KILN_FORCE or "
                                                         "KILN_DISABLE leaves nothing that can do without",
                                                         canonical.text()));
-  const Implementation& chosen = *choice.implementation;
-  Result<Kernel> kernel =
-      Kernel::builtin(runtime, *row, canonical, chosen.pack_layout ? chosen.pack_layout(canonical, target()) : "");
+  Result<Kernel> kernel = Kernel::builtin(runtime, *row, canonical, choice.pack_layout);
   if (!kernel)
     return kernel.status();
   ++fallbacks;
@@ -316,13 +346,14 @@ const Implementation* Engine::State::builtin_for(const KernelDesc& canonical) co
 
 Result<Choice> Engine::State::choose(const KernelDesc& canonical, const Target& for_target) const {
   const std::optional<IsaPath> forced = config().forced_path(canonical.op, options.implementations);
+  std::string layout = pack_layout_for(options.implementations, canonical, for_target, config(), forced);
   std::string reasons;
   for (const Implementation& row : options.implementations) {
     if (row.op != canonical.op)
       continue;
-    const std::string reason = refusal(row, canonical, for_target, config(), forced);
+    const std::string reason = refusal(row, canonical, for_target, config(), forced, layout);
     if (reason.empty())
-      return choice_of(row, canonical, for_target);
+      return choice_of(row, canonical, for_target, std::move(layout));
     if (!forced || row.isa == *forced)
       reasons += fmt::format("; {}: {}", name_of(row.isa), reason);
   }
@@ -367,6 +398,34 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
   return Warmed::compiled;
 }
 
+Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) {
+  if (Status status = check_desc(desc); !status)
+    return status;
+  const KernelDesc canonical = find_op(desc.op)->canonical(desc);
+  const Target& for_target = target != nullptr ? *target : state_->target();
+  const Result<Choice> choice = state_->choose(canonical, for_target);
+  if (!choice)
+    return choice.status();
+  const Implementation& row = *choice->implementation;
+  if (row.compile == nullptr)
+    return Status::error(Code::unsupported,
+                         fmt::format("the path {} is part of the library: it has no generated code", name_of(row.isa)));
+  std::optional<StoreRow> stored;
+  if (state_->store)
+    stored = state_->store->get(choice->key);
+  Result<CodeObject> code = stored ? CodeObject::parse(stored->code) : Status::error(Code::not_found, "not on disk");
+  if (!code) {
+    if (state_->config().miss == MissPolicy::error)
+      return Status::error(Code::miss, fmt::format("{} ({}) is not cached and KILN_MISS=error forbids compiling it",
+                                                   canonical.text(), name_of(row.isa)));
+    std::int64_t us = 0;
+    code = state_->compile(*choice, canonical, for_target, us);
+  }
+  if (!code)
+    return code.status();
+  return Made{&row, canonical, choice->key, std::move(*code)};
+}
+
 Status Engine::prefetch(std::span<const KernelDesc> descs) {
   for (const KernelDesc& desc : descs)
     if (Status status = check_desc(desc); !status)
@@ -387,9 +446,9 @@ Result<std::string> Engine::pack_layout(const KernelDesc& desc) {
   const Result<Choice> choice = state_->choose(find_op(desc.op)->canonical(desc), state_->target());
   if (!choice)
     return choice.status();
-  if (choice->implementation->pack_layout == nullptr)
+  if (choice->pack_layout.empty())
     return Status::error(Code::unsupported, fmt::format("{} takes no packed weights", find_op(desc.op)->name));
-  return choice->implementation->pack_layout(desc, state_->target());
+  return choice->pack_layout;
 }
 
 namespace {
@@ -426,12 +485,15 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
   e.m_range = op.m_range(e.canonical);
   const Target& for_target = target != nullptr ? *target : state_->target();
   const std::optional<IsaPath> forced = config().forced_path(e.canonical.op, implementations());
+  e.pack_layout = pack_layout_for(implementations(), e.canonical, for_target, config(), forced);
   for (const Implementation& row : state_->options.implementations) {
     if (row.op != e.canonical.op)
       continue;
     Explanation::Candidate candidate{&row, false, refusal(row, e.canonical, for_target, state_->config(), forced)};
-    if (candidate.reason.empty() && e.taken != nullptr)
-      candidate.reason = fmt::format("{} is preferred", name_of(e.taken->isa));
+    if (candidate.reason.empty())
+      candidate.reason = e.taken != nullptr
+                             ? fmt::format("{} is preferred", name_of(e.taken->isa))
+                             : refusal(row, e.canonical, for_target, state_->config(), forced, e.pack_layout);
     candidate.taken = candidate.reason.empty();
     if (candidate.taken)
       e.taken = &row;
@@ -440,11 +502,11 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
   e.tier = "none";
   if (e.taken == nullptr)
     return e;
-  Choice choice = choice_of(*e.taken, e.canonical, for_target);
+  if (e.taken->assumes != nullptr)
+    e.assumes = e.taken->assumes(for_target);
+  Choice choice = choice_of(*e.taken, e.canonical, for_target, e.pack_layout);
   e.key = choice.key;
   e.key_text = std::move(choice.key_text);
-  if (e.taken->pack_layout != nullptr)
-    e.pack_layout = e.taken->pack_layout(e.canonical, for_target);
   if (target == nullptr)
     if (KernelNode* hit = state_->table.find(e.canonical)) {
       KernelTable::release(hit);
@@ -464,7 +526,7 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
       continue;
     std::vector<std::string> fields = differing_fields(listed.row.desc, listed.row, e.canonical, *e.taken);
     if (fields.empty())
-      fields.push_back("features"); // all that the readable columns do not tell apart
+      fields.push_back("features or pack_layout"); // all that the readable columns do not tell apart
     if (fields.size() < fewest) {
       fewest = fields.size();
       e.nearest = fmt::format("{} {} ({}) differs in {}", listed.row.key.hex().substr(0, 16), listed.row.desc,

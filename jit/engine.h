@@ -52,6 +52,7 @@ struct Explanation {
   Digest key;
   std::string key_text;    ///< what the key is the digest of, readable
   std::string pack_layout; ///< empty for ops without a pack
+  std::string assumes;     ///< what the path taken takes for granted about the machine; may be empty
   std::string tier;        ///< `memory`, `disk` or `none` (a get would compile)
   std::string
       nearest; ///< on a miss: the stored kernel of this op that differs least, and in which key fields; may be empty
@@ -73,6 +74,16 @@ public:
   enum class Warmed : std::uint8_t { hit, compiled };
   /// Makes sure that the cache on disk holds the desc's kernel for `target` (null: this machine); loads nothing.
   Result<Warmed> warmup(const KernelDesc& desc, const Target* target);
+
+  /// What a get on `target` (null: this machine) would run, from the cache on disk or compiled now, for whoever wants
+  /// to read it: loads and stores nothing. Code::unsupported for a path that is part of the library.
+  struct Made {
+    const Implementation* implementation = nullptr;
+    KernelDesc canonical;
+    Digest key;
+    CodeObject code;
+  };
+  Result<Made> code(const KernelDesc& desc, const Target* target);
 
   /// Queues descs for one background thread, which gets them one after another (compiling where KILN_MISS is not
   /// `error`). Failures are logged; an error when a desc is bad (then nothing is queued) or no thread can be started.

@@ -60,11 +60,16 @@ struct Implementation {
   /// Null, or an empty text when this row is worth taking, else why a later row is the better one (`M ≤ 4: memory
   /// bound`). Ignored when the path is forced.
   std::string (*declines)(const KernelDesc&, const Target&) = nullptr;
-  /// Layout id of the packed weights that this row's kernels read (`n16k4`), the same for every m; null for ops without
-  /// a pack.
+  /// Layout id of the packed weights that suits this row best (`n16k4`), the same for every m; null for ops without a
+  /// pack. The engine lays weights out as the first row does that serves every m of them (OpSpec::pack_desc).
   std::string (*pack_layout)(const KernelDesc&, const Target&) = nullptr;
-  /// Pure: sees only what is in the key; any host, any thread. Null for `reference`.
-  Result<CodeObject> (*compile)(const KernelDesc&, const Target&) = nullptr;
+  /// Whether this row serves the desc from weights laid out for another; null: from its own layout only.
+  bool (*reads_layout)(std::string_view layout, const KernelDesc&, const Target&) = nullptr;
+  /// Null, or what the row takes for granted about the machine and nothing can ask: for `kiln explain`.
+  std::string (*assumes)(const Target&) = nullptr;
+  /// Pure: sees only what is in the key; any host, any thread. `pack_layout` is empty for ops without a pack, else one
+  /// that this row reads. Null for `reference`.
+  Result<CodeObject> (*compile)(const KernelDesc&, const Target&, std::string_view pack_layout) = nullptr;
   /// A function of this library instead of generated code (`reference`): the entry that the op's driver calls.
   const void* builtin = nullptr;
   /// The launch plan of `builtin` for a pack of this layout (it reads every layout).
@@ -73,6 +78,10 @@ struct Implementation {
 
   Features features_for(const KernelDesc& desc, const Target& target) const {
     return uses ? uses(desc, target) : needs;
+  }
+  bool reads(std::string_view layout, const KernelDesc& desc, const Target& target) const {
+    return pack_layout == nullptr || builtin_plan != nullptr || pack_layout(desc, target) == layout ||
+           (reads_layout != nullptr && reads_layout(layout, desc, target));
   }
 };
 

@@ -43,6 +43,10 @@ Result<Kernel> Kernel::load(Runtime& runtime, const Implementation& implementati
     return Status::error(Code::unsupported,
                          fmt::format("{}: the code needs {}, which this machine lacks", canonical.text(),
                                      code.features.without(target.features).text()));
+  if (implementation.vector_bits != nullptr && implementation.vector_bits(target) != code.vector_bits)
+    return Status::error(Code::unsupported,
+                         fmt::format("{}: code for vectors of {} bits on a machine of {}", canonical.text(),
+                                     code.vector_bits, implementation.vector_bits(target)));
   if (code.entries.empty() || code.image.empty())
     return Status::error(Code::integrity, fmt::format("{}: a code object without code", canonical.text()));
   const Bytes image = std::exchange(code.image, {});

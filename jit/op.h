@@ -58,6 +58,8 @@ struct OpSpec {
   Result<std::shared_ptr<const void>> (*bind_plan)(std::span<const std::pair<std::string, std::int64_t>>);
   /// Layout id of the packed weights that a kernel with this plan reads; null for an op without packs.
   std::string (*pack_layout)(const void* plan);
+  /// The desc that decides how weights are packed: the same weights, any m. Null likewise.
+  KernelDesc (*pack_desc)(const KernelDesc&);
   /// Multiply and add each count one.
   double (*operations)(const KernelDesc&);
   /// Compulsory traffic: each input and output once.

@@ -21,7 +21,13 @@ namespace {
 std::atomic<int> compiles{0};
 std::atomic<bool> compile_fails{false}, compile_hangs{false};
 
-Result<CodeObject> compile_return(const KernelDesc&, const Target& target) {
+std::vector<std::pair<std::string, std::int64_t>> plan_for(std::string_view layout) {
+  int8_mm::Plan plan{.layout = *int8_mm::PackLayout::parse(layout)};
+  plan.n_step = plan.layout.n_block;
+  return plan.values();
+}
+
+Result<CodeObject> compile_return(const KernelDesc&, const Target& target, std::string_view layout) {
   ++compiles;
   do
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
@@ -32,7 +38,7 @@ Result<CodeObject> compile_return(const KernelDesc&, const Target& target) {
   code.arch = target.arch;
   code.image = target.arch == Arch::aarch64 ? Bytes{0xC0, 0x03, 0x5F, 0xD6} : Bytes{0xC3};
   code.entries = {{"main", 0}};
-  code.plan = int8_mm::Plan{}.values();
+  code.plan = plan_for(layout);
   return code;
 }
 
@@ -57,7 +63,7 @@ Implementation builtin_row() {
   row.generator = GeneratorId::none;
   row.compile = nullptr;
   row.builtin = reinterpret_cast<const void*>(&do_nothing);
-  row.builtin_plan = [](const KernelDesc&, std::string_view) { return int8_mm::Plan{}.values(); };
+  row.builtin_plan = [](const KernelDesc&, std::string_view layout) { return plan_for(layout); };
   return row;
 }
 
@@ -345,6 +351,49 @@ TEST_CASE_FIXTURE(Fixture, "a row whose features the machine lacks is never take
   const Explanation e = engine()->explain(desc(), nullptr);
   CHECK(e.taken->isa == IsaPath::portable);
   CHECK(e.candidates[0].reason.find("the machine lacks") != std::string::npos);
+}
+
+TEST_CASE_FIXTURE(Fixture, "weights are packed once, as the first row for every m likes them") {
+  // For many rows, for few that read the same packs, and one with packs of its own.
+  Implementation matrix = null_row(IsaPath::i8mm), vector = null_row(IsaPath::sdot), other = null_row(IsaPath::neon);
+  matrix.pack_layout = [](const KernelDesc&, const Target&) { return std::string("n12k8"); };
+  matrix.declines = [](const KernelDesc& d, const Target&) {
+    return std::string(d.value[int8_mm::kM] == 1 ? "memory bound" : "");
+  };
+  vector.pack_layout = [](const KernelDesc&, const Target&) { return std::string("n12k4"); };
+  vector.reads_layout = [](std::string_view layout, const KernelDesc&, const Target&) { return layout == "n12k8"; };
+  other.pack_layout = [](const KernelDesc&, const Target&) { return std::string("n16k1"); };
+  rows = {matrix, other, vector, builtin_row()};
+  const auto layout_of = [](const KernelRef& kernel) {
+    return static_cast<const int8_mm::Plan*>(kernel->plan())->layout.id();
+  };
+  std::string shared_key;
+  {
+    const auto e = engine();
+    const KernelRef one = std::move(*e->get(desc(1))), many = std::move(*e->get(desc(100)));
+    CHECK(one->implementation().isa == IsaPath::sdot); // neon stands before it and cannot read the packs
+    CHECK(many->implementation().isa == IsaPath::i8mm);
+    CHECK(layout_of(one) == "n12k8");
+    CHECK(layout_of(many) == "n12k8");
+    CHECK(*e->pack_layout(desc(1)) == "n12k8");
+    CHECK(*e->pack_layout(desc(100)) == "n12k8");
+    const Explanation why = e->explain(desc(1), nullptr);
+    CHECK(why.candidates[1].reason == "reads packs of n16k1, these weights are packed as n12k8 here");
+    CHECK(why.pack_layout == "n12k8");
+    shared_key = one->key().hex();
+  }
+  config.disabled_paths = {IsaPath::i8mm};
+  {
+    const auto e = engine(); // neon leads now
+    CHECK(*e->pack_layout(desc(1)) == "n16k1");
+    CHECK((*e->get(desc(1)))->implementation().isa == IsaPath::neon);
+  }
+  config.disabled_paths.push_back(IsaPath::neon);
+  const auto e = engine();
+  const KernelRef one = std::move(*e->get(desc(1)));
+  CHECK(one->implementation().isa == IsaPath::sdot);
+  CHECK(layout_of(one) == "n12k4");
+  CHECK(one->key().hex() != shared_key); // the layout is part of the key
 }
 
 TEST_CASE_FIXTURE(Fixture, "a stored kernel that is not a code object is passed over") {

@@ -59,7 +59,7 @@ KernelDesc canonical_desc(std::int64_t m, std::int64_t n, std::int64_t k) {
 }
 
 CodeObject compile(const KernelDesc& desc, const Target& target) {
-  return must(portable::int8_mm().compile(desc, target));
+  return must(portable::int8_mm().compile(desc, target, portable::int8_mm().pack_layout(desc, target)));
 }
 
 /// The test program itself, run again in another process or from another place.
@@ -307,7 +307,7 @@ int main(int argc, char** argv) {
     return 0;
   }
   if (mode == "--status") {
-    const Result<CodeObject> code = portable::int8_mm().compile(canonical_desc(1, 1, 1), target_of("x86_64:"));
+    const Result<CodeObject> code = portable::int8_mm().compile(canonical_desc(1, 1, 1), target_of("x86_64:"), "n16k2");
     std::fputs(code ? "ok" : (std::string(name_of(code.status().code())) + ": " + code.status().message()).c_str(),
                stdout);
     return 0;

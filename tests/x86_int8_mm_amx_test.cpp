@@ -24,7 +24,7 @@ namespace {
 const Implementation kRow = x86::int8_mm_amx();
 
 Result<CodeObject> compile(std::int64_t m, std::int64_t n, std::int64_t k) {
-  return kRow.compile(int8_mm::op().canonical(int8_mm::make_desc(m, n, k)), Target{});
+  return kRow.compile(int8_mm::op().canonical(int8_mm::make_desc(m, n, k)), Target{}, kRow.pack_layout({}, {}));
 }
 
 /// Memory of exactly `bytes` bytes that ends at, or begins after, an inaccessible page.

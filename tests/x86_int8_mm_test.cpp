@@ -25,7 +25,7 @@ KernelDesc canonical(std::int64_t m, std::int64_t n, std::int64_t k) {
 }
 
 CodeObject compile(const Implementation& row, std::int64_t m, std::int64_t n, std::int64_t k) {
-  Result<CodeObject> code = row.compile(canonical(m, n, k), Target{});
+  Result<CodeObject> code = row.compile(canonical(m, n, k), Target{}, row.pack_layout(canonical(m, n, k), Target{}));
   REQUIRE_MESSAGE(code.is_ok(), (code ? "" : code.status().message()));
   return std::move(*code);
 }

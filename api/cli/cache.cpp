@@ -182,6 +182,13 @@ struct Recompiled {
 };
 
 /// Emission is deterministic, so a row of this version's generators must come out byte for byte.
+/// What the stored code reads; empty for an op without packs.
+std::string pack_layout_of(const KernelDesc& desc, const CodeObject& code) {
+  const OpSpec& op = *find_op(desc.op);
+  const Result<std::shared_ptr<const void>> plan = op.bind_plan(code.plan);
+  return op.pack_layout != nullptr && plan ? op.pack_layout(plan->get()) : "";
+}
+
 Result<Recompiled> recompile(Engine& engine) {
   const Result<std::vector<Store::Listed>> rows = engine.store()->list();
   if (!rows)
@@ -197,9 +204,8 @@ Result<Recompiled> recompile(Engine& engine) {
       continue;
     }
     const Result<KernelDesc> desc = parse_desc(row->desc);
-    const Target target = {
-        .arch = code->arch, .features = code->features, .sve_bits = code->vector_bits, .sme_bits = code->vector_bits};
-    const Result<CodeObject> again = desc ? implementation->compile(*desc, target) : Result<CodeObject>(desc.status());
+    const Result<CodeObject> again = desc ? implementation->compile(*desc, code->needs(), pack_layout_of(*desc, *code))
+                                          : Result<CodeObject>(desc.status());
     if (!again)
       recompiled.failed.push_back(fmt::format("{}: {}", row->key.hex(), again.status().message()));
     else if (again->serialise() == row->code)

@@ -1,4 +1,5 @@
 #include <memory>
+#include <optional>
 
 #include <fmt/format.h>
 
@@ -12,6 +13,7 @@ namespace {
 
 struct Options {
   std::vector<std::string> words;
+  std::optional<std::string> target;
   bool json = false;
 };
 
@@ -36,6 +38,7 @@ Json explanation_json(const KernelDesc& desc, const Explanation& e) {
           {"key", has_key(e) ? e.key.hex() : ""},
           {"key_text", e.key_text},
           {"pack_layout", e.pack_layout},
+          {"assumes", e.assumes},
           {"tier", e.tier},
           {"nearest", e.nearest}};
 }
@@ -56,6 +59,8 @@ void print_explanation(const KernelDesc& desc, const Explanation& e) {
   facts.row({"serves", fmt::format("m from {} to {}", e.m_range.min, e.m_range.max)});
   if (!e.pack_layout.empty())
     facts.row({"pack", e.pack_layout});
+  if (!e.assumes.empty())
+    facts.row({"assumes", e.assumes});
   facts.row({"cache", outcome_text(e)});
   if (!e.nearest.empty())
     facts.row({"nearest", e.nearest});
@@ -82,10 +87,13 @@ Result<Exit> explain(const Options& options) {
   const Result<KernelDesc> desc = desc_from_words(options.words);
   if (!desc)
     return desc.status();
+  const Result<std::optional<Target>> target = parse_target(options.target);
+  if (!target)
+    return target.status();
   const Result<std::unique_ptr<Engine>> engine = make_engine({});
   if (!engine)
     return engine.status();
-  const Explanation explanation = (*engine)->explain(*desc, nullptr);
+  const Explanation explanation = (*engine)->explain(*desc, *target ? &**target : nullptr);
   if (options.json)
     print_json(explanation_json(*desc, explanation));
   else
@@ -100,6 +108,7 @@ Command explain_command(CLI::App& kiln) {
   CLI::App* app =
       kiln.add_subcommand("explain", "Every candidate, taken or refused and why; hit or miss, and what differs");
   app->add_option("OP", options->words, "The op, then field=value")->required();
+  app->add_option("--target", options->target, "Another machine, as for warmup; default: this one");
   app->add_flag("--json", options->json, "Print one JSON object");
   return {app, [options] { return explain(*options); }};
 }

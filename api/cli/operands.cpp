@@ -87,6 +87,15 @@ Result<Operands> parse_operands(std::span<const std::string> words) {
   return operands;
 }
 
+Result<std::optional<Target>> parse_target(const std::optional<std::string>& text) {
+  if (!text)
+    return std::optional<Target>();
+  Result<Target> target = Target::parse(*text);
+  if (!target)
+    return target.status();
+  return std::optional<Target>(std::move(*target));
+}
+
 Result<KernelDesc> desc_from_words(std::span<const std::string> words) {
   const Result<Operands> operands = parse_operands(words);
   if (!operands)

@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -9,6 +10,7 @@
 #include "cache/status.h"
 #include "jit/desc.h"
 #include "jit/op.h"
+#include "jit/target.h"
 
 namespace kiln::cli {
 
@@ -26,6 +28,9 @@ Result<Operands> parse_operands(std::span<const std::string> words);
 
 /// For commands that take no tensors.
 Result<KernelDesc> desc_from_words(std::span<const std::string> words);
+
+/// The machine that an option names: nothing when the option was not given (this machine).
+Result<std::optional<Target>> parse_target(const std::optional<std::string>& text);
 
 /// The shape of the file given for a tensor, or null when none is.
 using GivenShape = std::function<const std::vector<std::int64_t>*(std::string_view tensor)>;

@@ -109,13 +109,10 @@ std::vector<Outcome> warm(Engine& engine, const std::vector<KernelDesc>& kernels
 }
 
 Result<Exit> warmup(const Options& options) {
-  std::optional<Target> target;
-  if (options.target) {
-    const Result<Target> parsed = Target::parse(*options.target);
-    if (!parsed)
-      return parsed.status();
-    target = *parsed;
-  }
+  const Result<std::optional<Target>> parsed = parse_target(options.target);
+  if (!parsed)
+    return parsed.status();
+  const std::optional<Target>& target = *parsed;
   const Result<std::vector<KernelDesc>> descs = asked_descs(options);
   if (!descs)
     return descs.status();

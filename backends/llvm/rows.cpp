@@ -36,7 +36,7 @@ std::string pack_layout(const KernelDesc&, const Target& target) {
   return int8_mm_layout(target.arch).id();
 }
 
-Result<CodeObject> compile(const KernelDesc& desc, const Target& target) {
+Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view) {
   if (Status status = supports(desc, target); !status)
     return status;
   const Target used{.arch = target.arch, .features = vector_features(desc, target)};

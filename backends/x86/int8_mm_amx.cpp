@@ -773,7 +773,7 @@ Implementation int8_mm_amx() {
                : "";
   };
   row.pack_layout = [](const KernelDesc&, const Target&) { return Emitter::kLayout.id(); };
-  row.compile = [](const KernelDesc& desc, const Target&) {
+  row.compile = [](const KernelDesc& desc, const Target&, std::string_view) {
     return Emitter(desc.value[int8_mm::kM], desc.value[int8_mm::kN], desc.value[int8_mm::kK]).emit();
   };
   return row;

@@ -58,7 +58,7 @@ public:
   }
 };
 
-Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
+Result<CodeObject> compile(const KernelDesc& desc, const Target&, std::string_view) {
   constexpr int bytes_per_element = 2;
   return compile_vex<Path>(desc, kLayout, kFeatures, bytes_per_element);
 }

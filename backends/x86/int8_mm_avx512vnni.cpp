@@ -170,7 +170,7 @@ private:
   asmjit::Label lanes_; ///< s32 0 … 15
 };
 
-Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
+Result<CodeObject> compile(const KernelDesc& desc, const Target&, std::string_view) {
   const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
   const Tile tile = tile_for(m_class, desc.value[int8_mm::kN] * k);
   const Heights heights = heights_for(m_class, tile.rows);

@@ -87,7 +87,7 @@ public:
   }
 };
 
-Result<CodeObject> compile(const KernelDesc& desc, const Target&) {
+Result<CodeObject> compile(const KernelDesc& desc, const Target&, std::string_view) {
   constexpr int bytes_per_element = 1;
   return compile_vex<Path>(desc, kLayout, kFeatures, bytes_per_element);
 }

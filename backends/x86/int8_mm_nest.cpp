@@ -52,7 +52,7 @@ Status supports_nest(const KernelDesc& desc, const Target&) {
 }
 
 Implementation nest_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),
-                        Result<CodeObject> (*compile)(const KernelDesc&, const Target&)) {
+                        Result<CodeObject> (*compile)(const KernelDesc&, const Target&, std::string_view)) {
   return {.op = OpId::int8_mm,
           .isa = isa,
           .backend = BackendId::x86,

@@ -35,7 +35,7 @@ Status supports_nest(const KernelDesc& desc, const Target& target);
 
 /// A row of the implementation table, but for what differs between the nest's paths.
 Implementation nest_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),
-                        Result<CodeObject> (*compile)(const KernelDesc&, const Target&));
+                        Result<CodeObject> (*compile)(const KernelDesc&, const Target&, std::string_view));
 
 struct NestShape {
   Heights heights;

@@ -96,6 +96,12 @@ MRange m_range(const KernelDesc& d) {
   return {previous + 1, kMaxSize};
 }
 
+KernelDesc pack_desc(const KernelDesc& d) {
+  KernelDesc out = d;
+  out.value[kM] = kAny;
+  return canonical(out);
+}
+
 double operations(const KernelDesc& d) {
   return 2.0 * static_cast<double>(m_of(d)) * static_cast<double>(n_of(d)) * static_cast<double>(k_of(d));
 }
@@ -125,6 +131,7 @@ const OpSpec& op() {
       .m_range = m_range,
       .bind_plan = bind_plan,
       .pack_layout = [](const void* plan) { return static_cast<const Plan*>(plan)->layout.id(); },
+      .pack_desc = pack_desc,
       .operations = operations,
       .bytes = bytes};
   return spec;
