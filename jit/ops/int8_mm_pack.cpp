@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "jit/ops/int8_mm.h"
 
@@ -10,45 +12,60 @@ namespace {
 
 using Row16 = std::int8_t __attribute__((vector_size(16)));
 
-Row16 load16(const std::int8_t* p) {
-  Row16 v;
-  std::memcpy(&v, p, 16);
-  return v;
-}
-void store16(std::int8_t* p, Row16 v) {
-  std::memcpy(p, &v, 16);
-}
+template <class Element> struct VectorOf;
+template <> struct VectorOf<std::int8_t> { using Type = Row16; };
+template <> struct VectorOf<std::int16_t> { using Type = std::int16_t __attribute__((vector_size(16))); };
+template <> struct VectorOf<std::int32_t> { using Type = std::int32_t __attribute__((vector_size(16))); };
+template <> struct VectorOf<std::int64_t> { using Type = std::int64_t __attribute__((vector_size(16))); };
 
-Row16 interleave_low(Row16 a, Row16 b) {
-  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-Row16 interleave_high(Row16 a, Row16 b) {
-  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
-using Pair8 = std::int16_t __attribute__((vector_size(16)));
-Pair8 interleave_pairs_low(Pair8 a, Pair8 b) {
-  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-}
-Pair8 interleave_pairs_high(Pair8 a, Pair8 b) {
-  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-}
-
-/// Sixteen columns of `kb` rows of B (kn) → out[16][kb].
-template <int kb> void transpose_kn(const std::int8_t* b, std::int64_t ldb, std::int8_t* out) {
-  if constexpr (kb == 2) {
-    const Row16 r0 = load16(b), r1 = load16(b + ldb);
-    store16(out, interleave_low(r0, r1));
-    store16(out + 16, interleave_high(r0, r1));
+/// The first `bytes` bytes from p, by one load.
+template <int bytes> Row16 load(const std::int8_t* p) {
+  using Element = std::conditional_t<bytes == 4, std::int32_t, std::int64_t>;
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+  if constexpr (bytes == 16) {
+    Row16 v;
+    std::memcpy(&v, p, bytes);
+    return v;
   } else {
-    static_assert(kb == 4);
-    const Row16 r0 = load16(b), r1 = load16(b + ldb), r2 = load16(b + 2 * ldb), r3 = load16(b + 3 * ldb);
-    const Pair8 low01 = (Pair8)interleave_low(r0, r1), high01 = (Pair8)interleave_high(r0, r1);
-    const Pair8 low23 = (Pair8)interleave_low(r2, r3), high23 = (Pair8)interleave_high(r2, r3);
-    store16(out, (Row16)interleave_pairs_low(low01, low23));
-    store16(out + 16, (Row16)interleave_pairs_high(low01, low23));
-    store16(out + 32, (Row16)interleave_pairs_low(high01, high23));
-    store16(out + 48, (Row16)interleave_pairs_high(high01, high23));
+    Element first;
+    std::memcpy(&first, p, bytes);
+    return (Row16) typename VectorOf<Element>::Type{first};
   }
+}
+
+/// The `Element`s of the low, or high, halves of a and b in turn.
+template <class Element, bool high> Row16 interleave(Row16 a, Row16 b) {
+  using Vector = typename VectorOf<Element>::Type;
+  const auto shuffle = [&]<int... i>(std::integer_sequence<int, i...>) {
+    constexpr int n = sizeof...(i), first = high ? n / 2 : 0;
+    return (Row16)__builtin_shufflevector((Vector)a, (Vector)b, (first + i / 2 + i % 2 * n)...);
+  };
+  return shuffle(std::make_integer_sequence<int, 16 / sizeof(Element)>());
+}
+
+/// `columns` (≤ 16) columns of `kb` rows of B (kn) → out[columns][kb]. Reads and writes nothing else.
+template <int kb, int columns> void transpose_kn(const std::int8_t* b, std::int64_t ldb, std::int8_t* out) {
+  Row16 rows[kb]; // in the end column after column, through runs of 2, 4, 8 of a column's elements
+  for (int k = 0; k < kb; ++k)
+    rows[k] = load<columns>(b + k * ldb);
+  const auto merge = [&]<class Element>(Element) {
+    constexpr int run = sizeof(Element);
+    Row16 merged[kb];
+    for (int first = 0; first < kb; first += 2 * run)
+      for (int i = 0; i < run; ++i) {
+        merged[first + 2 * i] = interleave<Element, false>(rows[first + i], rows[first + run + i]);
+        merged[first + 2 * i + 1] = interleave<Element, true>(rows[first + i], rows[first + run + i]);
+      }
+    std::copy(std::begin(merged), std::end(merged), rows);
+  };
+  if constexpr (kb >= 2)
+    merge(std::int8_t());
+  if constexpr (kb >= 4)
+    merge(std::int16_t());
+  if constexpr (kb >= 8)
+    merge(std::int32_t());
+  static_assert(kb == 1 || kb == 2 || kb == 4 || kb == 8);
+  std::memcpy(out, rows, columns * kb);
 }
 
 struct Panel {
@@ -68,12 +85,22 @@ void pack_elements(const Panel& p, BLayout b_layout, std::int64_t k_begin) {
       p.out[(k / p.k_block * p.n_block + j) * p.k_block + k % p.k_block] = p.b[j * step_n + k * step_k];
 }
 
-/// Returns the rows done, a multiple of k_block.
+/// Returns the rows done, a multiple of k_block. Columns that are no multiple of four are left to pack_elements.
 template <int kb> std::int64_t pack_whole_kn(const Panel& p) {
+  if (p.columns % 4 != 0)
+    return 0;
   const std::int64_t whole = p.k / kb * kb;
-  for (std::int64_t k = 0; k < whole; k += kb)
-    for (int j = 0; j < p.n_block; j += 16)
-      transpose_kn<kb>(p.b + k * p.ldb + j, p.ldb, p.out + k * p.n_block + j * kb);
+  for (std::int64_t k = 0; k < whole; k += kb) {
+    const std::int8_t* const row = p.b + k * p.ldb;
+    std::int8_t* const out = p.out + k * p.n_block;
+    std::int64_t j = 0;
+    for (; j + 16 <= p.columns; j += 16)
+      transpose_kn<kb, 16>(row + j, p.ldb, out + j * kb);
+    for (; j + 8 <= p.columns; j += 8)
+      transpose_kn<kb, 8>(row + j, p.ldb, out + j * kb);
+    for (; j < p.columns; j += 4)
+      transpose_kn<kb, 4>(row + j, p.ldb, out + j * kb);
+  }
   return whole;
 }
 
@@ -92,25 +119,19 @@ template <class Word> std::int64_t pack_whole_nk(const Panel& p) {
 }
 
 std::int64_t pack_whole(const Panel& p, BLayout b_layout) {
-  if (b_layout == BLayout::nk) {
-    switch (p.k_block) {
-    case 2:
-      return pack_whole_nk<std::uint16_t>(p);
-    case 4:
-      return pack_whole_nk<std::uint32_t>(p);
-    case 8:
-      return pack_whole_nk<std::uint64_t>(p);
-    default:
-      return 0;
-    }
+  const bool nk = b_layout == BLayout::nk;
+  switch (p.k_block) {
+  case 1:
+    return nk ? pack_whole_nk<std::uint8_t>(p) : pack_whole_kn<1>(p);
+  case 2:
+    return nk ? pack_whole_nk<std::uint16_t>(p) : pack_whole_kn<2>(p);
+  case 4:
+    return nk ? pack_whole_nk<std::uint32_t>(p) : pack_whole_kn<4>(p);
+  case 8:
+    return nk ? pack_whole_nk<std::uint64_t>(p) : pack_whole_kn<8>(p);
+  default:
+    return 0;
   }
-  if (p.columns == p.n_block && p.n_block % 16 == 0) {
-    if (p.k_block == 2)
-      return pack_whole_kn<2>(p);
-    if (p.k_block == 4)
-      return pack_whole_kn<4>(p);
-  }
-  return 0;
 }
 
 /// Σ_k of a packed panel, which wraps. Runs of at most 256 k-groups are summed in 16 bits, where the k_block lanes of
