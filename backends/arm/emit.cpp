@@ -57,6 +57,12 @@ void Assembler::word(std::uint32_t instruction, std::uint32_t general, std::uint
     first_error_ = error;
 }
 
+void Assembler::word(const sve::Word& word) {
+  if (word.bits == 0 && first_error_ == asmjit::kErrorOk)
+    first_error_ = asmjit::kErrorInvalidImmediate;
+  this->word(word.bits, word.general, word.vectors);
+}
+
 void Assembler::add_constant(const Gp& to, const Gp& from, std::int64_t value, const Gp& scratch) {
   constexpr std::int64_t k12 = 1 << 12, k24 = 1 << 24;
   const std::int64_t size = value < 0 ? -value : value;

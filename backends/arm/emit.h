@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "backends/arm/sve_words.h"
 #include "cache/status.h"
 #include "jit/code_object.h"
 #include "jit/target.h"
@@ -29,6 +30,7 @@ public:
 
   /// An instruction that asmjit does not know. Bit i of the masks: the code names x{i}, v{i} or z{i} in it.
   void word(std::uint32_t instruction, std::uint32_t general = 0, std::uint32_t vectors = 0);
+  void word(const sve::Word& word); ///< an empty word is an error
 
   /// `to = from + value` for any value; `scratch`, another register than `from`, holds it when no immediate can.
   void add_constant(const asmjit::a64::Gp& to, const asmjit::a64::Gp& from, std::int64_t value,

@@ -1,0 +1,283 @@
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <asmjit/core.h>
+
+#include <asmjit/arm/a64assembler.h>
+
+#include <fmt/format.h>
+#include <map>
+#include <regex>
+#include <string>
+#include <vector>
+
+#include "backends/arm/emit.h"
+#include "backends/arm/sve_words.h"
+#include "tests/llvm_mc.h"
+
+// Every function of sve_words.h over the extremes of each operand, all others varied with it, against llvm-mc.
+using namespace kiln::arm::sve;
+using asmjit::a64::sp;
+using asmjit::a64::w;
+using asmjit::a64::x;
+using asmjit::a64::xzr;
+
+namespace {
+
+struct Example {
+  std::string text;
+  Word word;
+};
+
+std::string name(const Gp& reg) {
+  return reg.isZR() ? "xzr" : reg.isSP() ? "sp" : fmt::format("x{}", reg.id());
+}
+
+const std::vector<std::uint32_t> kVectors = {0, 1, 15, 16, 30, 31}, kLowVectors = {0, 1, 6, 7},
+                                 kGoverning = {0, 1, 2, 6, 7}, kPredicates = {0, 1, 8, 14, 15}, kTiles = {0, 1, 2, 3},
+                                 kSliceRegisters = {12, 13, 14, 15};
+const std::vector<Gp> kRegisters = {x(0), x(1), x(15), x(16), x(30)}, kBases = {x(0), x(1), x(17), x(30), sp},
+                      kIndices = {x(0), x(1), x(17), x(30)};
+const std::vector<Element> kElements = {Element::b, Element::h, Element::s, Element::d};
+constexpr const char* kElementNames[] = {"b", "h", "s", "d"};
+const char* name(Element e) {
+  return kElementNames[static_cast<int>(e)];
+}
+
+/// Each list through all of its values while the others hold their first, their last and one between: what a swapped
+/// or truncated field would show.
+template <class F, class... T> void sweep(F&& f, const std::vector<T>&... lists) {
+  const std::size_t most = std::max({lists.size()...});
+  for (std::size_t i = 0; i < most; ++i)
+    for (std::size_t fixed = 0; fixed < 3; ++fixed) {
+      for (std::size_t moving = 0; moving < sizeof...(lists); ++moving) {
+        std::size_t position = 0;
+        const auto pick = [&](const auto& list) {
+          const std::size_t at = position++ == moving ? i % list.size() : fixed * (list.size() - 1) / 2;
+          return list[at];
+        };
+        // Braces keep the order of the picks.
+        std::tuple<T...> values{pick(lists)...};
+        std::apply(f, values);
+      }
+    }
+}
+
+std::vector<Example> examples() {
+  std::vector<Example> all;
+  const auto add_example = [&](std::string text, Word word) { all.push_back({std::move(text), word}); };
+  using U = std::uint32_t;
+  using I = int;
+
+  // Vector length.
+  const std::vector<I> multiples = {-32, -31, -1, 0, 1, 30, 31};
+  sweep([&](Gp r, I i) { add_example(fmt::format("rdvl {}, #{}", name(r), i), rdvl(r, i)); }, kRegisters, multiples);
+  sweep([&](Gp r, I i) { add_example(fmt::format("rdsvl {}, #{}", name(r), i), rdsvl(r, i)); }, kRegisters, multiples);
+  sweep([&](Gp d, Gp n, I i) { add_example(fmt::format("addvl {}, {}, #{}", name(d), name(n), i), addvl(d, n, i)); },
+        kBases, kBases, multiples);
+
+  // Predicates.
+  sweep([&](Element e, U p) { add_example(fmt::format("ptrue p{}.{}", p, name(e)), ptrue(e, P{p})); }, kElements,
+        kPredicates);
+  const std::vector<Gp> limits = {x(0), x(1), x(17), x(30), xzr};
+  for (const bool is_signed : {false, true})
+    sweep(
+        [&](Element e, U p, Gp n, Gp m) {
+          add_example(fmt::format("while{} p{}.{}, {}, {}", is_signed ? "lt" : "lo", p, name(e), name(n), name(m)),
+                      is_signed ? whilelt(e, P{p}, n, m) : whilelo(e, P{p}, n, m));
+        },
+        kElements, kPredicates, limits, limits);
+
+  // Memory.
+  const std::vector<I> near = {-8, -7, -1, 0, 1, 6, 7};
+  const auto vl = [](I i) { return i == 0 ? std::string() : fmt::format(", #{}, mul vl", i); };
+  const auto bytes = [](I i) { return i == 0 ? std::string() : fmt::format(", #{}", i); };
+  const auto loads = [&](const char* format, Word (*word)(Z, P, const Gp&, int), const std::vector<I>& immediates,
+                         const auto& suffix) {
+    sweep(
+        [&](U z, U p, Gp base, I i) {
+          add_example(fmt::format(fmt::runtime(format), z, p, name(base), suffix(i)), word(Z{z}, P{p}, base, i));
+        },
+        kVectors, kGoverning, kBases, immediates);
+  };
+  loads("ld1b {{ z{}.b }}, p{}/z, [{}{}]", ld1b, near, vl);
+  loads("ld1w {{ z{}.s }}, p{}/z, [{}{}]", ld1w, near, vl);
+  loads("st1b {{ z{}.b }}, p{}, [{}{}]", st1b, near, vl);
+  loads("st1w {{ z{}.s }}, p{}, [{}{}]", st1w, near, vl);
+  loads("ld1rqb {{ z{}.b }}, p{}/z, [{}{}]", ld1rqb, {-128, -112, -16, 0, 16, 96, 112}, bytes);
+  loads("ld1rw {{ z{}.s }}, p{}/z, [{}{}]", ld1rw, {0, 4, 128, 248, 252}, bytes);
+  loads("ld1rd {{ z{}.d }}, p{}/z, [{}{}]", ld1rd, {0, 8, 256, 496, 504}, bytes);
+  sweep(
+      [&](U z, U p, Gp base, Gp index) {
+        add_example(fmt::format("ld1b {{ z{}.b }}, p{}/z, [{}, {}]", z, p, name(base), name(index)),
+                    ld1b(Z{z}, P{p}, base, index));
+        add_example(fmt::format("ld1w {{ z{}.s }}, p{}/z, [{}, {}, lsl #2]", z, p, name(base), name(index)),
+                    ld1w(Z{z}, P{p}, base, index));
+      },
+      kVectors, kGoverning, kBases, kIndices);
+  const std::vector<Prefetch> prefetches = {Prefetch::pldl1keep, Prefetch::pldl1strm, Prefetch::pldl2keep,
+                                            Prefetch::pldl2strm, Prefetch::pstl1keep};
+  const std::map<Prefetch, std::string> prefetch_names = {{Prefetch::pldl1keep, "pldl1keep"},
+                                                          {Prefetch::pldl1strm, "pldl1strm"},
+                                                          {Prefetch::pldl2keep, "pldl2keep"},
+                                                          {Prefetch::pldl2strm, "pldl2strm"},
+                                                          {Prefetch::pstl1keep, "pstl1keep"}};
+  sweep(
+      [&](Prefetch o, Gp base, I i) {
+        add_example(fmt::format("prfm {}, [{}{}]", prefetch_names.at(o), name(base), bytes(i)), prfm(o, base, i));
+      },
+      prefetches, kBases, std::vector<I>{0, 8, 16384, 32752, 32760});
+  sweep(
+      [&](Prefetch o, Gp base, Gp index) {
+        add_example(fmt::format("prfm {}, [{}, {}]", prefetch_names.at(o), name(base), name(index)),
+                    prfm(o, base, index));
+      },
+      prefetches, kBases, kIndices);
+
+  // Vectors.
+  sweep([&](Element e, U z, I i) { add_example(fmt::format("mov z{}.{}, #{}", z, name(e), i), dup(e, Z{z}, i)); },
+        kElements, kVectors, std::vector<I>{-128, -127, -1, 0, 1, 127});
+  sweep(
+      [&](U d, U n, U m) {
+        add_example(fmt::format("sdot z{}.s, z{}.b, z{}.b", d, n, m), sdot(Z{d}, Z{n}, Z{m}));
+        add_example(fmt::format("smmla z{}.s, z{}.b, z{}.b", d, n, m), smmla(Z{d}, Z{n}, Z{m}));
+      },
+      kVectors, kVectors, kVectors);
+  sweep([&](U d, U n, U m,
+            I i) { add_example(fmt::format("sdot z{}.s, z{}.b, z{}.b[{}]", d, n, m, i), sdot(Z{d}, Z{n}, Z{m}, i)); },
+        kVectors, kVectors, kLowVectors, std::vector<I>{0, 1, 2, 3});
+  using Three = Word (*)(Element, Z, Z, Z);
+  for (const auto& [operation, word] : std::map<std::string, Three>{{"add", add},
+                                                                    {"zip1", zip1},
+                                                                    {"zip2", zip2},
+                                                                    {"uzp1", uzp1},
+                                                                    {"uzp2", uzp2},
+                                                                    {"trn1", trn1},
+                                                                    {"trn2", trn2}})
+    sweep(
+        [&, word = word, operation = operation](Element e, U d, U n, U m) {
+          add_example(fmt::format("{0} z{2}.{1}, z{3}.{1}, z{4}.{1}", operation, name(e), d, n, m),
+                      word(e, Z{d}, Z{n}, Z{m}));
+        },
+        kElements, kVectors, kVectors, kVectors);
+
+  // SME.
+  for (const auto& [text, mode] : std::map<std::string, Mode>{{" sm", Mode::sm}, {" za", Mode::za}, {"", Mode::both}}) {
+    add_example("smstart" + text, smstart(mode));
+    add_example("smstop" + text, smstop(mode));
+  }
+  for (const Gp& r : kRegisters) {
+    add_example("mrs " + name(r) + ", TPIDR2_EL0", mrs_tpidr2(r));
+    add_example("msr TPIDR2_EL0, " + name(r), msr_tpidr2(r));
+  }
+  for (U mask = 0; mask < 256; ++mask) {
+    std::string list;
+    for (int i = 0; i < 8; ++i)
+      if (mask >> i & 1)
+        list += fmt::format("{}za{}.d", list.empty() ? "" : ", ", i);
+    add_example("zero {" + list + "}", zero(mask));
+  }
+  const std::vector<Slice> slices = {Slice::horizontal, Slice::vertical};
+  const auto slice = [](U tile, Slice s, U ws, I offset) {
+    return fmt::format("za{}{}.s[w{}, {}]", tile, s == Slice::horizontal ? "h" : "v", ws, offset);
+  };
+  const std::vector<I> offsets = {0, 1, 2, 3};
+  sweep(
+      [&](U tile, Slice s, U ws, I offset, U p, Gp base, Gp index) {
+        const std::string memory =
+            index.isZR() ? fmt::format("[{}]", name(base)) : fmt::format("[{}, {}, lsl #2]", name(base), name(index));
+        add_example(fmt::format("ld1w {{ {} }}, p{}/z, {}", slice(tile, s, ws, offset), p, memory),
+                    ld1w(ZaTile{tile}, s, w(ws), offset, P{p}, base, index));
+        add_example(fmt::format("st1w {{ {} }}, p{}, {}", slice(tile, s, ws, offset), p, memory),
+                    st1w(ZaTile{tile}, s, w(ws), offset, P{p}, base, index));
+      },
+      kTiles, slices, kSliceRegisters, offsets, kGoverning, kBases, std::vector<Gp>{x(0), x(1), x(17), x(30), xzr});
+  sweep(
+      [&](U tile, Slice s, U ws, I offset, U p, U z) {
+        add_example(fmt::format("mova {}, p{}/m, z{}.s", slice(tile, s, ws, offset), p, z),
+                    mova(ZaTile{tile}, s, w(ws), offset, P{p}, Z{z}));
+        add_example(fmt::format("mova z{}.s, p{}/m, {}", z, p, slice(tile, s, ws, offset)),
+                    mova(Z{z}, P{p}, ZaTile{tile}, s, w(ws), offset));
+      },
+      kTiles, slices, kSliceRegisters, offsets, kGoverning, kVectors);
+  sweep(
+      [&](U ws, I offset, Gp base) {
+        add_example(fmt::format("str za[w{}, {}], [{}{}]", ws, offset, name(base), vl(offset)),
+                    str_za(w(ws), offset, base));
+      },
+      kSliceRegisters, std::vector<I>{0, 1, 7, 8, 14, 15}, kBases);
+  sweep(
+      [&](U tile, U pn, U pm, U n, U m) {
+        add_example(fmt::format("smopa za{}.s, p{}/m, p{}/m, z{}.b, z{}.b", tile, pn, pm, n, m),
+                    smopa(ZaTile{tile}, P{pn}, P{pm}, Z{n}, Z{m}));
+      },
+      kTiles, kGoverning, kGoverning, kVectors, kVectors);
+  return all;
+}
+
+/// Registers that the text names: bit i for x{i} and w{i}, or for z{i}.
+std::uint32_t named(const std::string& text, const std::regex& reg) {
+  std::uint32_t mask = 0;
+  for (std::sregex_iterator at(text.begin(), text.end(), reg), end; at != end; ++at)
+    mask |= 1u << std::stoi((*at)[1]);
+  return mask;
+}
+
+} // namespace
+
+TEST_CASE("every word is what llvm-mc-19 makes of its text, and names the registers of the text") {
+  const std::vector<Example> all = examples();
+  std::vector<std::string> lines;
+  for (const Example& example : all)
+    lines.push_back(example.text);
+  const std::vector<std::uint32_t> expected = kiln::test::assemble(lines);
+  const std::regex general("\\b[xw](\\d+)"), vectors("\\bz(\\d+)");
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    INFO(all[i].text);
+    CHECK(all[i].word.bits == expected[i]);
+    CHECK(all[i].word.general == named(all[i].text, general));
+    CHECK(all[i].word.vectors == named(all[i].text, vectors));
+  }
+  MESSAGE(all.size(), " instructions");
+}
+
+TEST_CASE("an operand out of its range gives an empty word") {
+  const Word refused[] = {rdvl(x(0), 32),
+                          rdvl(x(0), -33),
+                          addvl(x(0), x(0), 32),
+                          rdsvl(x(0), -33),
+                          ptrue(Element::b, P{16}),
+                          ld1b(Z{32}, P{0}, x(0), 0),
+                          ld1b(Z{0}, P{8}, x(0), 0),
+                          ld1b(Z{0}, P{0}, x(0), 8),
+                          st1w(Z{0}, P{0}, x(0), -9),
+                          ld1rqb(Z{0}, P{0}, x(0), 8),
+                          ld1rqb(Z{0}, P{0}, x(0), 128),
+                          ld1rw(Z{0}, P{0}, x(0), -4),
+                          ld1rd(Z{0}, P{0}, x(0), 512),
+                          ld1rd(Z{0}, P{0}, x(0), 4),
+                          prfm(Prefetch::pldl1keep, x(0), 32768),
+                          dup(Element::s, Z{0}, 128),
+                          sdot(Z{0}, Z{0}, Z{8}, 0),
+                          sdot(Z{0}, Z{0}, Z{0}, 4),
+                          zero(256),
+                          str_za(w(11), 0, x(0)),
+                          str_za(w(16), 0, x(0)),
+                          str_za(w(12), 16, x(0)),
+                          smopa(ZaTile{4}, P{0}, P{0}, Z{0}, Z{0}),
+                          smopa(ZaTile{0}, P{8}, P{0}, Z{0}, Z{0}),
+                          st1w(ZaTile{0}, Slice::vertical, w(12), 4, P{0}, x(0), x(0)),
+                          mova(Z{0}, P{0}, ZaTile{0}, Slice::vertical, w(12), -1)};
+  for (const Word& word : refused) {
+    CAPTURE(&word - refused);
+    CHECK(word.bits == 0);
+  }
+  kiln::arm::Assembler a;
+  a.word(dup(Element::s, Z{0}, 128));
+  CHECK(a.finish({}, 0, {}).status().code() == kiln::Code::compile_failed);
+}
+
+TEST_CASE("words are constants") {
+  static_assert(smstart(Mode::both).bits == 0xd503477f);
+  static_assert(smopa(ZaTile{1}, P{0}, P{0}, Z{2}, Z{3}).vectors == 0b1100);
+}
