@@ -27,6 +27,14 @@ constexpr std::uint8_t kTrap = 0xcc;
 constexpr std::uint8_t kTrap = 0x00;
 #endif
 
+// An Arm core may go on with what it fetched ahead, also where nothing has run yet, until it synchronises itself (Arm
+// Architecture Reference Manual, "Concurrent modification and execution of instructions").
+#ifdef __aarch64__
+constexpr bool kMayHoldFreshMemory = true;
+#else
+constexpr bool kMayHoldFreshMemory = false;
+#endif
+
 std::size_t round_up(std::size_t value, std::size_t step) {
   return (value + step - 1) / step * step;
 }
@@ -133,8 +141,8 @@ struct ExecutableMemory::Impl {
       }
       const std::uint8_t* code = chunk.mapping.address + offset;
       make_visible_to_instruction_fetch(code, size);
-      if (offset < chunk.executed_end)
-        os::synchronise_instruction_fetch();
+      if (kMayHoldFreshMemory || offset < chunk.executed_end)
+        os::synchronise_instruction_fetch(chunk.mapping, offset, size);
       chunk.executed_end = std::max(chunk.executed_end, offset + size);
       chunk.take(offset, size);
       bytes_used += size;

@@ -65,7 +65,7 @@ Result<CodeMapping> map_code(std::size_t size, bool anonymous);
 /// Replaces bytes of the mapping; instruction fetch is not synchronised by it.
 Status write_code(const CodeMapping& mapping, std::size_t offset, ByteSpan bytes);
 void unmap_code(const CodeMapping& mapping);
-/// Every thread of this process drops instructions it fetched before: needed when code replaces other code.
-void synchronise_instruction_fetch();
+/// Every thread of this process drops what it fetched of these bytes before: needed when code replaces other code.
+void synchronise_instruction_fetch(const CodeMapping& mapping, std::size_t offset, std::size_t size);
 
 } // namespace kiln::os

@@ -273,7 +273,45 @@ void unmap_code(const CodeMapping& mapping) {
     close(mapping.file);
 }
 
-void synchronise_instruction_fetch() {
+#ifdef __aarch64__
+namespace {
+
+/// Whether a function that was written over another through the file is what runs. True of every processor; qemu before
+/// 8.1 takes `ic ivau` for nothing and goes on with its translation of the first.
+bool runs_rewritten_code() {
+  const Result<CodeMapping> page = map_code(static_cast<std::size_t>(sysconf(_SC_PAGESIZE)), false);
+  if (!page)
+    return true;
+  bool runs_old = false;
+  for (const std::uint32_t value : {1u, 2u}) {
+    Writer function;
+    function.u32(0x52800000 | value << 5); // movz w0, #value
+    function.u32(0xd65f03c0);              // ret
+    if (!write_code(*page, 0, function.bytes()))
+      break;
+    char* code = reinterpret_cast<char*>(page->address);
+    __builtin___clear_cache(code, code + function.bytes().size());
+    runs_old = reinterpret_cast<std::uint32_t (*)()>(page->address)() != value;
+  }
+  unmap_code(*page);
+  return !runs_old;
+}
+
+} // namespace
+#endif
+
+void synchronise_instruction_fetch([[maybe_unused]] const CodeMapping& mapping, [[maybe_unused]] std::size_t offset,
+                                   [[maybe_unused]] std::size_t size) {
+#ifdef __aarch64__
+  static const bool runs_what_is_written = runs_rewritten_code();
+  if (!runs_what_is_written && mapping.file >= 0) {
+    // Mapped anew, the same bytes of the same file: an emulator then forgets what it made of them.
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const std::size_t begin = offset / page * page;
+    static_cast<void>(mmap(mapping.address + begin, offset + size - begin, PROT_READ | PROT_EXEC,
+                           MAP_SHARED | MAP_FIXED, mapping.file, static_cast<off_t>(begin)));
+  }
+#endif
   // A kernel without membarrier (before 4.16, or a sandbox) leaves what the processor does by itself, which is enough
   // on every x86-64 known to run Linux, whose caches see writes through another mapping.
   const auto barrier = [](int command) { return syscall(SYS_membarrier, command, 0, 0); };

@@ -28,6 +28,7 @@
 #include <doctest/doctest.h>
 
 #include "tests/child_process.h"
+#include "tests/emulator.h"
 
 using namespace kiln;
 using namespace kiln::test;
@@ -242,7 +243,8 @@ TEST_CASE("children made by fork load while threads of the parent do") {
   std::atomic<int> wrong{0};
   std::vector<std::thread> threads;
 #ifdef __SANITIZE_ADDRESS__
-  constexpr std::uint32_t kThreads = 0; // whose allocator of GCC 12 a child forked among threads may find locked for good
+  constexpr std::uint32_t kThreads =
+      0; // whose allocator of GCC 12 a child forked among threads may find locked for good
 #else
   constexpr std::uint32_t kThreads = 4;
 #endif
@@ -316,7 +318,7 @@ TEST_CASE("memory-deny-write-execute leaves loading as it is") {
     CHECK(status == 0);
 }
 
-TEST_CASE("a system without executable mappings is told as unsupported") {
+TEST_CASE("a system without executable mappings is told as unsupported" * doctest::skip(is_emulated())) {
   CHECK(exit_status_in_child([] {
           if (!refuse_executable_mappings())
             return 1;
@@ -326,7 +328,8 @@ TEST_CASE("a system without executable mappings is told as unsupported") {
         }) == 0);
 }
 
-TEST_CASE("without files, for want of descriptors or by a limit on their size, anonymous memory serves") {
+TEST_CASE("without files, for want of descriptors or by a limit on their size, anonymous memory serves" *
+          doctest::skip(is_emulated())) {
   for (const int resource : {RLIMIT_FSIZE, RLIMIT_NOFILE})
     CHECK(exit_status_in_child([&] {
             const rlimit limit = {0, 0};
@@ -338,7 +341,7 @@ TEST_CASE("without files, for want of descriptors or by a limit on their size, a
           }) == 0);
 }
 
-TEST_CASE("memory for a perf map is anonymous, and otherwise the same") {
+TEST_CASE("memory for a perf map is anonymous, and otherwise the same" * doctest::skip(is_emulated())) {
   ExecutableMemory memory(true);
   std::vector<const std::uint8_t*> blocks;
   for (std::uint32_t i = 0; i < 100; ++i) {

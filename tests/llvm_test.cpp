@@ -19,6 +19,7 @@
 #include "backends/llvm/shared_object.h"
 #include "cache/digest.h"
 #include "jit/ops/int8_mm.h"
+#include "tests/emulator.h"
 #include "tests/int8_mm_kernel_check.h"
 
 using namespace kiln;
@@ -65,7 +66,7 @@ CodeObject compile(const KernelDesc& desc, const Target& target) {
 /// The test program itself, run again in another process or from another place.
 std::string run(const std::string& command) {
   std::string out;
-  FILE* pipe = popen(command.c_str(), "r");
+  FILE* pipe = popen((emulator() + " " + command).c_str(), "r");
   REQUIRE(pipe != nullptr);
   for (std::array<char, 4096> buffer; std::size_t size = fread(buffer.data(), 1, buffer.size(), pipe);)
     out.append(buffer.data(), size);
@@ -290,7 +291,7 @@ TEST_CASE("without its shared object the path says what was looked for, and wher
   char directory[] = "/tmp/kiln-llvm-test-XXXXXX";
   REQUIRE(mkdtemp(directory) != nullptr);
   const std::string copy = std::string(directory) + "/lonely";
-  std::filesystem::copy_file("/proc/self/exe", copy);
+  std::filesystem::copy_file(std::filesystem::read_symlink("/proc/self/exe"), copy);
   const std::string message = run(copy + " --status");
   CHECK(message.starts_with("unsupported: libkiln-llvm.so.0"));
   CHECK(message.find(std::string(directory) + "/libkiln-llvm.so.0") != std::string::npos);

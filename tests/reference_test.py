@@ -37,7 +37,7 @@ def values(kind, count, rng):
 
 
 def main():
-    kiln = sys.argv[1]
+    kiln = [*os.environ.get("TEST_EMULATOR", "").split(), sys.argv[1]]
     seed = 20
     rng = random.Random(seed)
     environment = dict(os.environ, KILN_CACHE="off", KILN_FORCE="reference")
@@ -51,7 +51,7 @@ def main():
                 write_npy(a_file, "|i1", (m, k), struct.pack(f"{m * k}b", *a))
                 write_npy(b_file, "|i1", (k, n) if layout == "kn" else (n, k), struct.pack(f"{n * k}b", *b))
                 done = subprocess.run(
-                    [kiln, "run", "int8_mm", f"b_layout={layout}", f"a=@{a_file}", f"b=@{b_file}", f"out=@{c_file}", "--check", "--json",
+                    [*kiln, "run", "int8_mm", f"b_layout={layout}", f"a=@{a_file}", f"b=@{b_file}", f"out=@{c_file}", "--check", "--json",
                      f"m={m}", f"n={n}", f"k={k}"],
                     env=environment, capture_output=True, text=True)
                 what = f"m={m} n={n} k={k} {layout} {kind} seed {seed}"
