@@ -115,6 +115,12 @@ std::vector<Example> examples() {
                     ld1w(Z{z}, P{p}, base, index));
       },
       kVectors, kGoverning, kBases, kIndices);
+  sweep(
+      [&](U z, Gp base, I i) {
+        add_example(fmt::format("ldr z{}, [{}{}]", z, name(base), vl(i)), ldr(Z{z}, base, i));
+        add_example(fmt::format("str z{}, [{}{}]", z, name(base), vl(i)), str(Z{z}, base, i));
+      },
+      kVectors, kBases, std::vector<I>{-256, -255, -8, -7, -1, 0, 1, 7, 8, 254, 255});
   const std::vector<Prefetch> prefetches = {Prefetch::pldl1keep, Prefetch::pldl1strm, Prefetch::pldl2keep,
                                             Prefetch::pldl2strm, Prefetch::pstl1keep};
   const std::map<Prefetch, std::string> prefetch_names = {{Prefetch::pldl1keep, "pldl1keep"},
@@ -251,6 +257,9 @@ TEST_CASE("an operand out of its range gives an empty word") {
                           ld1b(Z{0}, P{8}, x(0), 0),
                           ld1b(Z{0}, P{0}, x(0), 8),
                           st1w(Z{0}, P{0}, x(0), -9),
+                          ldr(Z{0}, x(0), 256),
+                          ldr(Z{32}, x(0), 0),
+                          str(Z{0}, x(0), -257),
                           ld1rqb(Z{0}, P{0}, x(0), 8),
                           ld1rqb(Z{0}, P{0}, x(0), 128),
                           ld1rw(Z{0}, P{0}, x(0), -4),

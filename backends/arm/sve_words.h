@@ -66,6 +66,11 @@ public:
   constexpr Builder slice_register(const Gp& reg, int at) const {
     return with(in(std::int64_t{reg.id()} - 12, 0, 3), at).naming(1u << (reg.id() & 31), 0);
   }
+  /// A signed immediate of nine bits, the upper six apart from the lower three.
+  constexpr Builder far_vector(std::int64_t imm) const {
+    const std::uint32_t value = signed_immediate(imm, 9);
+    return with(value == kOutOfRange ? value : value >> 3, 16).with(value & 7, 10);
+  }
   constexpr Builder field(std::uint32_t value, int at) const { return with(value, at); }
   template <class Enum>
   requires std::is_enum_v<Enum>
@@ -167,6 +172,14 @@ constexpr Word st1b(Z zt, P pg, const Gp& base, int imm) {
 }
 constexpr Word st1w(Z zt, P pg, const Gp& base, int imm) {
   return detail::Builder(0xe540e000).field(detail::signed_immediate(imm, 4), 16).governing(pg, 10).x(base, 5).z(zt, 0);
+}
+
+/// A whole vector from or to base + imm · bytes of a vector.
+constexpr Word ldr(Z zt, const Gp& base, int imm) {
+  return detail::Builder(0x85804000).far_vector(imm).x(base, 5).z(zt, 0);
+}
+constexpr Word str(Z zt, const Gp& base, int imm) {
+  return detail::Builder(0xe5804000).far_vector(imm).x(base, 5).z(zt, 0);
 }
 
 enum class Prefetch : std::uint32_t { pldl1keep = 0, pldl1strm = 1, pldl2keep = 2, pldl2strm = 3, pstl1keep = 16 };
