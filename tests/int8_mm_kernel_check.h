@@ -22,8 +22,13 @@ struct KernelCase {
 };
 
 /// One compiled kernel against the reference, called as its plan says and without the driver: every buffer guarded, the
-/// workspace filled with garbage, nothing written between the rows of C.
-inline void check_int8_mm_kernel(const CodeObject& code, const KernelCase& c, std::mt19937& random) {
+/// workspace filled with garbage, nothing written between the rows of C. `enter` calls the entry: a test may look at the
+/// processor's state on both sides.
+inline void check_int8_mm_kernel(
+    const CodeObject& code, const KernelCase& c, std::mt19937& random,
+    void (*enter)(int8_mm::Entry, const int8_mm::Call&) = [](int8_mm::Entry entry, const int8_mm::Call& call) {
+      entry(&call);
+    }) {
   CAPTURE(c.m);
   CAPTURE(c.n);
   CAPTURE(c.k);
@@ -66,7 +71,7 @@ inline void check_int8_mm_kernel(const CodeObject& code, const KernelCase& c, st
                              .m = c.m,
                              .n = std::min(c.n_cut, c.n - column),
                              .workspace = workspace.as<void>()};
-    entry(&call);
+    enter(entry, call);
   }
   memory.release(*loaded);
   const bool equal = std::equal(expected.begin(), expected.end(), out.as<std::int32_t>());

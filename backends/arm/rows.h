@@ -2,4 +2,13 @@
 #include "jit/implementation.h"
 
 /// The aarch64 rows of the implementation table. All emission works on any host.
-namespace kiln::arm {} // namespace kiln::arm
+namespace kiln::arm {
+
+Implementation int8_mm_sme();
+Implementation int8_mm_sve_i8mm();
+Implementation int8_mm_i8mm();
+Implementation int8_mm_sve_sdot();
+Implementation int8_mm_sdot();
+Implementation int8_mm_neon();
+
+} // namespace kiln::arm

@@ -1,0 +1,654 @@
+#include "backends/arm/int8_mm_nest.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+
+#include <arm_generator_id.h>
+#include <fmt/format.h>
+
+namespace kiln::arm {
+
+using namespace asmjit::a64;
+using asmjit::Label;
+using int8_mm::Call;
+
+namespace {
+
+// Roles that only the nest itself knows, beside those of the header. x18 belongs to the platform.
+constexpr GpX call = x0;          // until the arguments are loaded
+constexpr GpX b = x1;             // the column tile's first byte
+constexpr GpX c = x2;             // the column tile's row 0
+constexpr GpX n_left = x3;        // columns from here to the end of the call
+constexpr GpX ldc = x4;           // bytes
+constexpr GpX a_tile = x5;        // the row tile in the workspace
+constexpr GpX rows_left = x7;     // from this row tile on, where units are pairs
+constexpr GpX turns = x9;         // of the K loop, left
+constexpr GpX height = x15;       // of the row tile, units
+constexpr GpX tiles_left = x17;   // row tiles
+constexpr GpX tiles = x19;        // of the call
+constexpr GpX short_tiles = x20;  // of them, the last ones, are one unit lower
+constexpr GpX short_height = x21; // units; the only height with single tiles
+constexpr GpX workspace = x22;    //
+constexpr GpX slices_left = x24;  // of the panel
+constexpr GpX m = x25;            //
+constexpr GpX pair_rows = x26;    // rows of the tile, where units are pairs
+constexpr GpX c_tile = x27;       // the row tile's row 0 in C
+constexpr GpX other = x16;        // scratch
+constexpr int kSavedGeneral = 10, kSavedVectors = 8;
+
+constexpr int kVectorBytes = 16;
+
+/// One K loop body's loads and products, in the order of the products. Registers are taken as they become free, each
+/// load as early as they allow: cores that execute in order wait least that way.
+class Steps {
+public:
+  Steps(Assembler& a, const NestShape& shape, Path& path) : a_(a), shape_(shape), path_(path) {}
+
+  /// Steps [first, last) of a turn for a tile of `units`. False when registers run out.
+  bool emit(int units, int first, int last) {
+    const int first_unit = shape_.heights.max - units, vectors = shape_.vectors();
+    products_.clear();
+    loads_.clear();
+    const int a_load = shape_.a_load, first_a = first * shape_.a_step_bytes() / a_load;
+    of_a_.assign(static_cast<std::size_t>((last * shape_.a_step_bytes() + a_load - 1) / a_load - first_a), -1);
+    of_b_.assign(static_cast<std::size_t>((last - first) * vectors), -1);
+    for (int step = first; step < last; ++step)
+      for (int begin = 0; begin < vectors; begin += shape_.together)
+        for (int unit = 0; unit < units; ++unit) {
+          const int a_at = step * shape_.a_step_bytes() + unit * shape_.unit_bytes();
+          for (int vector = begin; vector < std::min(vectors, begin + shape_.together); ++vector) {
+            const int a = need(of_a_, a_at / a_load - first_a, {.a = true, .offset = a_at / a_load * a_load});
+            const int b =
+                need(of_b_, (step - first) * vectors + vector,
+                     {.panel = vector / shape_.columns.vectors,
+                      .offset = step * shape_.step_bytes() + vector % shape_.columns.vectors * shape_.vector_bytes});
+            products_.push_back({first_unit + unit, vector, a, a_at % a_load, b});
+          }
+        }
+    return emit_in_order();
+  }
+
+private:
+  struct Load {
+    bool a = false;
+    int panel = 0; ///< of B
+    int offset = 0;
+    int index = 0; ///< in of_a_ or of_b_
+    int first_use = 0, last_use = 0;
+    int reg = -1;
+  };
+  struct Product {
+    int unit, vector, a, a_byte, b;
+  };
+
+  int need(std::vector<int>& known, int index, Load load) {
+    int& id = known[static_cast<std::size_t>(index)];
+    const int now = static_cast<int>(products_.size());
+    if (id < 0) {
+      id = static_cast<int>(loads_.size());
+      load.index = index;
+      load.first_use = now;
+      loads_.push_back(load);
+    }
+    loads_[static_cast<std::size_t>(id)].last_use = now;
+    return id;
+  }
+
+  /// The load of the 16 bytes behind those of `load`, when one instruction can do both and it is needed soon.
+  Load* partner(const Load& load) {
+    constexpr int kSoon = 24, kLargestOffset = 1008; // LDP (SIMD&FP): a signed 7-bit multiple of 16
+    const std::vector<int>& known = load.a ? of_a_ : of_b_;
+    if (!shape_.pairs || load.offset > kLargestOffset || load.index + 1 >= static_cast<int>(known.size()))
+      return nullptr;
+    const int id = known[static_cast<std::size_t>(load.index) + 1];
+    if (id < 0)
+      return nullptr;
+    Load& next = loads_[static_cast<std::size_t>(id)];
+    const bool adjacent = next.panel == load.panel && next.offset == load.offset + kVectorBytes;
+    return adjacent && next.reg < 0 && next.first_use - load.first_use <= kSoon ? &next : nullptr;
+  }
+
+  bool emit_in_order() {
+    free_.clear();
+    for (int i = 0; i < shape_.loads; ++i)
+      free_.push_back(i);
+    std::size_t next_free = 0, next_load = 0;
+    const auto take = [&] { return free_[next_free++]; };
+    for (int now = 0; now < static_cast<int>(products_.size()); ++now) {
+      for (; next_load < loads_.size(); ++next_load) {
+        Load& load = loads_[next_load];
+        if (load.reg >= 0) // loaded beside another
+          continue;
+        const std::size_t free = free_.size() - next_free;
+        Load* const second = partner(load);
+        const bool urgent = load.first_use <= now;
+        if (free == 0 || (free == 1 && second != nullptr && !urgent))
+          break;
+        const GpX& base = load.a ? role::a_k : role::b_k[load.panel];
+        const int offset = load.a ? load.offset - shape_.a_bias : load.offset;
+        load.reg = take();
+        if (second != nullptr && free >= 2) {
+          second->reg = take();
+          path_.load_two(load.reg, second->reg, base, offset);
+        } else if (load.a) {
+          path_.load_a(load.reg, base, offset);
+        } else {
+          path_.load_b(load.reg, base, offset);
+        }
+      }
+      const Product& p = products_[static_cast<std::size_t>(now)];
+      const Load &a = loads_[static_cast<std::size_t>(p.a)], &b = loads_[static_cast<std::size_t>(p.b)];
+      if (a.reg < 0 || b.reg < 0)
+        return false;
+      path_.multiply(p.unit, p.vector, a.reg, p.a_byte, b.reg);
+      if (a.last_use == now)
+        free_.push_back(a.reg);
+      if (b.last_use == now)
+        free_.push_back(b.reg);
+    }
+    path_.finish_products();
+    return true;
+  }
+
+  Assembler& a_;
+  const NestShape& shape_;
+  Path& path_;
+  std::vector<Product> products_;
+  std::vector<Load> loads_;      ///< in the order of their first use
+  std::vector<int> of_a_, of_b_; ///< by place in the turn: index in loads_, or −1
+  std::vector<int> free_;        ///< registers, a queue
+};
+
+class Nest {
+public:
+  Nest(Assembler& assembler, const NestShape& shape, Path& path)
+      : a_(assembler), shape_(shape), path_(path), steps_(assembler, shape, path), heights_(shape.heights),
+        tail_(assembler.newLabel()), row_tile_done_(assembler.newLabel()) {}
+
+  bool emit() {
+    const Label column_tile = a_.newLabel(), row_tile = a_.newLabel();
+    a_.enter(kSavedGeneral, kSavedVectors);
+    split_rows();
+    if (shape_.k > 0)
+      copy_rows();
+    load_arguments();
+
+    a_.bind(column_tile);
+    begin_column_tile();
+    a_.bind(row_tile);
+    begin_row_tile();
+    const bool fits = row_tile_heights();
+    a_.cmp(n_left, shape_.tile_columns());
+    a_.b_lt(tail_);
+    a_.bind(row_tile_done_);
+    end_row_tile(row_tile);
+    end_column_tile(column_tile);
+    a_.leave();
+
+    a_.bind(tail_);
+    copy_tail();
+    return fits;
+  }
+
+private:
+  const GpX& rows() const { return shape_.unit_rows == 1 ? height : pair_rows; }
+
+  /// m rows into tiles of which heights.
+  void split_rows() {
+    a_.ldr(m, ptr(call, offsetof(Call, m)));
+    a_.ldr(workspace, ptr(call, offsetof(Call, workspace)));
+    const GpX units = shape_.unit_rows == 1 ? m : x9;
+    if (shape_.unit_rows == 2) {
+      a_.add(units, m, 1);
+      a_.lsr(units, units, 1);
+    }
+    if (heights_.single_tile) {
+      a_.mov(short_height, units);
+      return;
+    }
+    a_.add(tiles, units, heights_.max - 1);
+    if (std::has_single_bit(static_cast<unsigned>(heights_.max))) {
+      a_.lsr(tiles, tiles, std::countr_zero(static_cast<unsigned>(heights_.max)));
+    } else {
+      a_.mov(other, heights_.max);
+      a_.udiv(tiles, tiles, other);
+    }
+    const GpX tall_tiles = other;
+    a_.udiv(short_height, units, tiles);
+    a_.msub(tall_tiles, short_height, tiles, units);
+    a_.sub(short_tiles, tiles, tall_tiles);
+  }
+
+  /// height, and rows(), of the row tile that is `tiles_left` from the end.
+  void row_tile_size() {
+    if (heights_.single_tile) {
+      a_.mov(height, short_height);
+      if (shape_.unit_rows == 2)
+        a_.mov(pair_rows, m);
+      return;
+    }
+    a_.cmp(tiles_left, short_tiles);
+    a_.cinc(height, short_height, CondCode::kGT);
+    if (shape_.unit_rows == 2) { // the last pair may be a single row
+      a_.lsl(pair_rows, height, 1);
+      a_.cmp(pair_rows, rows_left);
+      a_.csel(pair_rows, pair_rows, rows_left, CondCode::kLT);
+    }
+  }
+
+  // ---------------------------------------------------------------- A into the workspace
+
+  /// Rows that share 16 bytes of a step.
+  int group_rows() const { return std::min(shape_.a_rows, kVectorBytes / (shape_.layout.k_block * shape_.a_copies)); }
+
+  /// [row tile][step][a_rows][a_copies][k_block], zero beyond K. Rows that a tile lacks are copies of its last one:
+  /// what comes of them is not stored.
+  void copy_rows() {
+    const GpX row = x1, lda = x2, last = x3, tile_out = x4, out = x5, k = x9, next = x14, groups_left = x16;
+    const GpX group[4] = {x10, x11, x12, x13};
+    const int rows_of_group = group_rows(), groups = shape_.a_rows / rows_of_group;
+    const std::int64_t whole = shape_.k / 16 * 16, rest = shape_.k % 16;
+    const int chunk_bytes = 16 * shape_.a_rows * shape_.a_copies;
+    const Label next_tile = a_.newLabel(), next_group = a_.newLabel(), next_chunk = a_.newLabel();
+
+    a_.ldr(row, ptr(call, offsetof(Call, a)));
+    a_.ldr(lda, ptr(call, offsetof(Call, lda)));
+    a_.add_constant(tile_out, workspace, shape_.a_offset(), next);
+    if (rest > 0)
+      a_.movi(zero().b16(), 0);
+    if (!heights_.single_tile)
+      a_.mov(tiles_left, tiles);
+    if (shape_.unit_rows == 2)
+      a_.mov(rows_left, m);
+    a_.bind(next_tile);
+    row_tile_size();
+    a_.sub(next, rows(), 1);
+    a_.madd(last, next, lda, row);
+    a_.mov(group[0], row);
+    if (groups > 1)
+      a_.mov(groups_left, groups);
+    a_.bind(next_group);
+    const auto step_row = [&](const GpX& to, const GpX& from) {
+      a_.add(next, from, lda);
+      a_.cmp(next, last);
+      a_.csel(to, next, last, CondCode::kLS);
+    };
+    for (int i = 1; i < rows_of_group; ++i)
+      step_row(group[i], group[i - 1]);
+    a_.mov(k, 0);
+    a_.mov(out, tile_out);
+    if (whole > 0) {
+      if (whole > 16)
+        a_.bind(next_chunk);
+      for (int i = 0; i < rows_of_group; ++i)
+        a_.ldr(bytes_of(i), ptr(group[i], k));
+      interleave(out);
+      a_.add(k, k, 16);
+      if (whole > 16 || rest > 0)
+        a_.add(out, out, chunk_bytes);
+      if (whole > 16) {
+        if (whole < 4096) {
+          a_.cmp(k, whole);
+        } else {
+          a_.mov(next, whole);
+          a_.cmp(k, next);
+        }
+        a_.b_lt(next_chunk);
+      }
+    }
+    if (rest > 0) {
+      if (whole > 0)
+        a_.sub(k, k, 16 - rest);
+      for (int i = 0; i < rows_of_group; ++i)
+        load_rest(bytes_of(i), group[i], k, next);
+      interleave(out);
+    }
+    if (groups > 1) {
+      step_row(group[0], group[rows_of_group - 1]);
+      a_.add(tile_out, tile_out, kVectorBytes);
+      a_.subs(groups_left, groups_left, 1);
+      a_.b_ne(next_group);
+    }
+    if (heights_.single_tile)
+      return;
+    a_.add(row, last, lda);
+    a_.add_constant(tile_out, tile_out, shape_.a_tile_bytes() - (groups > 1 ? groups * kVectorBytes : 0), next);
+    if (shape_.unit_rows == 2)
+      a_.sub(rows_left, rows_left, pair_rows);
+    a_.subs(tiles_left, tiles_left, 1);
+    a_.b_ne(next_tile);
+  }
+
+  static VecV bytes_of(int i) { return VecV(i); }
+  static VecV zero() { return VecV(31); }
+
+  /// The last K mod 16 bytes of a row and zeros. With 16 and more the last 16 are loaded, at `from` + `k`, and shifted.
+  void load_rest(const VecV& to, const GpX& from, const GpX& k, const GpX& at) {
+    const int rest = static_cast<int>(shape_.k % 16);
+    if (shape_.k >= 16) {
+      a_.ldr(to, ptr(from, k));
+      a_.ext(to.b16(), to.b16(), zero().b16(), 16 - rest);
+      return;
+    }
+    int done = 0;
+    for (const int size : {8, 4, 2, 1}) {
+      if ((rest & size) == 0)
+        continue;
+      if (done == 0) { // the rest of the register becomes 0
+        if (size == 8)
+          a_.ldr(to.d(), ptr(from));
+        else if (size == 4)
+          a_.ldr(to.s(), ptr(from));
+        else if (size == 2)
+          a_.ldr(to.h(), ptr(from));
+        else
+          a_.ldr(to.b(), ptr(from));
+      } else {
+        a_.add(at, from, done);
+        if (size == 4)
+          a_.ld1(to.s(done / 4), ptr(at));
+        else if (size == 2)
+          a_.ld1(to.h(done / 2), ptr(at));
+        else
+          a_.ld1(to.b(done), ptr(at));
+      }
+      done += size;
+    }
+  }
+
+  /// 16 bytes of each row of the group, in bytes_of, to the steps that they belong to, from `out` on.
+  void interleave(const GpX& out) {
+    const int stride = shape_.a_step_bytes(), rows_of_group = group_rows();
+    const VecV r0 = bytes_of(0), r1 = bytes_of(1), r2 = bytes_of(2), r3 = bytes_of(3);
+    const VecV t0 = VecV(4), t1 = VecV(5), t2 = VecV(6), t3 = VecV(7);
+    if (rows_of_group == 1 && shape_.a_copies == 1) {
+      a_.str(r0, ptr(out));
+    } else if (shape_.layout.k_block == 4 && rows_of_group == 2) {
+      a_.zip1(t0.s4(), r0.s4(), r1.s4());
+      a_.zip2(t1.s4(), r0.s4(), r1.s4());
+      a_.stp(t0, t1, ptr(out));
+    } else if (shape_.layout.k_block == 4) {
+      a_.zip1(t0.s4(), r0.s4(), r2.s4());
+      a_.zip2(t1.s4(), r0.s4(), r2.s4());
+      a_.zip1(t2.s4(), r1.s4(), r3.s4());
+      a_.zip2(t3.s4(), r1.s4(), r3.s4());
+      a_.zip1(r0.s4(), t0.s4(), t2.s4());
+      a_.zip2(r1.s4(), t0.s4(), t2.s4());
+      a_.zip1(r2.s4(), t1.s4(), t3.s4());
+      a_.zip2(r3.s4(), t1.s4(), t3.s4());
+      for (int step = 0; step < 4; ++step)
+        a_.str(bytes_of(step), ptr(out, step * stride));
+    } else {
+      const bool twice = shape_.a_copies == 2;
+      a_.zip1(t0.d2(), r0.d2(), (twice ? r0 : r1).d2());
+      a_.zip2(t1.d2(), r0.d2(), (twice ? r0 : r1).d2());
+      a_.str(t0, ptr(out));
+      a_.str(t1, ptr(out, stride));
+    }
+  }
+
+  // ---------------------------------------------------------------- the loops
+
+  void load_arguments() {
+    a_.ldr(b, ptr(call, offsetof(Call, b)));
+    a_.ldr(c, ptr(call, offsetof(Call, c)));
+    a_.ldr(n_left, ptr(call, offsetof(Call, n)));
+    a_.ldr(ldc, ptr(call, offsetof(Call, ldc)));
+    a_.lsl(ldc, ldc, 2);
+    if (shape_.slices() > 1)
+      a_.mov(slices_left, shape_.slices());
+  }
+
+  void begin_column_tile() {
+    a_.add_constant(a_tile, workspace, shape_.a_offset(), role::scratch);
+    a_.mov(c_tile, c);
+    if (!heights_.single_tile)
+      a_.mov(tiles_left, tiles);
+    if (shape_.unit_rows == 2)
+      a_.mov(rows_left, m);
+  }
+
+  void begin_row_tile() {
+    row_tile_size();
+    // Columns beyond N are stored to the workspace, and copied from there as far as they are C's.
+    a_.mov(role::scratch, 4 * shape_.tile_columns());
+    a_.cmp(n_left, shape_.tile_columns());
+    a_.csel(role::c_row, c_tile, workspace, CondCode::kGE);
+    a_.csel(role::store_stride, ldc, role::scratch, CondCode::kGE);
+    path_.clear();
+    if (shape_.steps() == 0)
+      return;
+    a_.add_constant(role::a_k, a_tile, shape_.a_bias - left_out_ * shape_.a_step_bytes(), role::scratch);
+    a_.add_constant(role::b_k[0], b, -left_out_ * shape_.step_bytes(), role::scratch);
+    for (int p = 1; p < shape_.columns.panels; ++p) {
+      // A panel beyond N is computed from the tile's first one, and not stored.
+      a_.add_constant(role::b_k[p], role::b_k[0], p * shape_.layout.panel_bytes(shape_.k), role::scratch);
+      a_.cmp(n_left, p * shape_.layout.n_block);
+      a_.csel(role::b_k[p], role::b_k[p], role::b_k[0], CondCode::kGT);
+    }
+  }
+
+  /// The K loop of each height, the highest last: it goes on to store all rows, the others enter behind the first ones.
+  bool row_tile_heights() {
+    const auto [min, max, single_tile] = heights_;
+    std::vector<Label> k_loop, store;
+    for (int h = min; h <= max; ++h) {
+      k_loop.push_back(a_.newLabel());
+      store.push_back(a_.newLabel());
+    }
+    for (int h = max; h > min; --h) {
+      a_.cmp(height, h);
+      a_.b_eq(k_loop[static_cast<std::size_t>(h - min)]);
+    }
+    bool fits = true;
+    for (int h = min; h <= max; ++h) {
+      a_.bind(k_loop[static_cast<std::size_t>(h - min)]);
+      fits = run_through_k(h) && fits;
+      if (h < max)
+        a_.b(store[static_cast<std::size_t>(h - min)]);
+    }
+    const Label stored = a_.newLabel();
+    for (int unit = 0; unit < max; ++unit) {
+      if (max - unit >= min)
+        a_.bind(store[static_cast<std::size_t>(max - unit - min)]);
+      for (int row = 0; row < shape_.unit_rows; ++row) {
+        if (row == 1 && unit + 1 == max) // m is odd: the last tile's last unit is one row
+          a_.tbnz(pair_rows, 0, stored);
+        path_.store_row(unit, row);
+        if (unit + 1 < max || row + 1 < shape_.unit_rows)
+          a_.add(role::c_row, role::c_row, role::store_stride);
+      }
+    }
+    a_.bind(stored);
+    return fits;
+  }
+
+  bool run_through_k(int h) {
+    if (shape_.turns() == 1)
+      return steps_.emit(h, 0, static_cast<int>(shape_.steps()));
+    const Label turn = a_.newLabel(), entry = a_.newLabel();
+    a_.mov(turns, shape_.turns());
+    if (left_out_ > 0)
+      a_.b(entry);
+    a_.bind(turn);
+    bool fits = left_out_ == 0 || steps_.emit(h, 0, left_out_);
+    a_.bind(entry);
+    fits = steps_.emit(h, left_out_, shape_.unroll) && fits;
+    a_.add(role::a_k, role::a_k, shape_.a_step_bytes() * shape_.unroll);
+    for (int p = 0; p < shape_.columns.panels; ++p)
+      a_.add_constant(role::b_k[p], role::b_k[p], shape_.step_bytes() * shape_.unroll, role::scratch);
+    a_.subs(turns, turns, 1);
+    a_.b_ne(turn);
+    return fits;
+  }
+
+  void end_row_tile(const Label& row_tile) {
+    if (heights_.single_tile)
+      return;
+    a_.madd(c_tile, rows(), ldc, c_tile);
+    a_.add_constant(a_tile, a_tile, shape_.a_tile_bytes(), role::scratch);
+    if (shape_.unit_rows == 2)
+      a_.sub(rows_left, rows_left, pair_rows);
+    a_.subs(tiles_left, tiles_left, 1);
+    a_.b_ne(row_tile);
+  }
+
+  void end_column_tile(const Label& column_tile) {
+    const std::int64_t panels_bytes = shape_.columns.panels * shape_.layout.panel_bytes(shape_.k);
+    if (shape_.slices() == 1) {
+      a_.add_constant(b, b, panels_bytes, role::scratch);
+    } else {
+      const Label same_panel = a_.newLabel();
+      const int slice_bytes = shape_.columns.vectors * shape_.vector_bytes;
+      a_.add(b, b, slice_bytes);
+      a_.subs(slices_left, slices_left, 1);
+      a_.b_ne(same_panel);
+      a_.mov(slices_left, shape_.slices());
+      a_.add_constant(b, b, panels_bytes - shape_.slices() * slice_bytes, role::scratch);
+      a_.bind(same_panel);
+    }
+    a_.add(c, c, 4 * shape_.tile_columns());
+    a_.subs(n_left, n_left, shape_.tile_columns());
+    a_.b_gt(column_tile);
+  }
+
+  /// The tile's first n_left columns, from the workspace to C.
+  void copy_tail() {
+    const GpX from_row = x8, to_row = x9, from = x10, to = x11, left = x12, tail_rows = x13;
+    const Label next_row = a_.newLabel(), next_four = a_.newLabel(), two = a_.newLabel(), one = a_.newLabel(),
+                row_done = a_.newLabel();
+    a_.mov(from_row, workspace);
+    a_.mov(to_row, c_tile);
+    a_.mov(tail_rows, rows());
+    a_.bind(next_row);
+    a_.mov(from, from_row);
+    a_.mov(to, to_row);
+    a_.subs(left, n_left, 4);
+    a_.b_lt(two);
+    a_.bind(next_four);
+    a_.ldr(q0, ptr_post(from, 16));
+    a_.str(q0, ptr_post(to, 16));
+    a_.subs(left, left, 4);
+    a_.b_ge(next_four);
+    a_.bind(two); // the low bits of a count less 4 are those of the count
+    a_.tbz(left, 1, one);
+    a_.ldr(d0, ptr_post(from, 8));
+    a_.str(d0, ptr_post(to, 8));
+    a_.bind(one);
+    a_.tbz(left, 0, row_done);
+    a_.ldr(s0, ptr(from));
+    a_.str(s0, ptr(to));
+    a_.bind(row_done);
+    a_.add(from_row, from_row, 4 * shape_.tile_columns());
+    a_.add(to_row, to_row, ldc);
+    a_.subs(tail_rows, tail_rows, 1);
+    a_.b_ne(next_row);
+    a_.b(row_tile_done_);
+  }
+
+  Assembler& a_;
+  const NestShape& shape_;
+  Path& path_;
+  Steps steps_;
+  const Heights heights_;
+  const int left_out_ = shape_.left_out();
+  Label tail_, row_tile_done_;
+};
+
+} // namespace
+
+Heights heights_for(std::int64_t m_class, int unit_rows, int max_height) {
+  std::int64_t first = 1;
+  for (const std::int64_t bound : int8_mm::kMClasses) {
+    if (bound == m_class)
+      break;
+    first = bound + 1;
+  }
+  const auto units = [&](std::int64_t rows) { return (rows + unit_rows - 1) / unit_rows; };
+  // The lowest tile of an unbounded class occurs within one period of the split from its first m.
+  const std::int64_t last = m_class == kAny ? units(first) + max_height * max_height : units(m_class);
+  Heights heights{max_height, 1, true};
+  for (std::int64_t u = units(first); u <= last; ++u) {
+    const std::int64_t tiles = (u + max_height - 1) / max_height;
+    heights.min = static_cast<int>(std::min<std::int64_t>(heights.min, u / tiles));
+    heights.max = static_cast<int>(std::max<std::int64_t>(heights.max, (u + tiles - 1) / tiles));
+    heights.single_tile = heights.single_tile && tiles == 1;
+  }
+  return heights;
+}
+
+Columns columns_for(int panel_vectors, int most, int multiple) {
+  Columns columns{1, multiple};
+  for (int vectors = multiple; vectors <= std::min(panel_vectors, most); vectors += multiple)
+    if (panel_vectors % vectors == 0)
+      columns.vectors = vectors;
+  if (columns.vectors == panel_vectors)
+    columns.panels = std::clamp(most / panel_vectors, 1, role::kPanels);
+  return columns;
+}
+
+void VectorPath::clear() {
+  for (int i = 0; i < shape_.heights.max * shape_.vectors() * per_product_; ++i)
+    a_.movi(acc(0, 0, i).s4(), 0);
+}
+
+void VectorPath::load_a(int to, const Gp& base, int offset) {
+  a_.ldr(VecV(to), ptr(base, offset));
+}
+
+void VectorPath::load_b(int to, const Gp& base, int offset) {
+  a_.ldr(VecV(to), ptr(base, offset));
+}
+
+void VectorPath::load_two(int to, int second, const Gp& base, int offset) {
+  a_.ldp(VecV(to), VecV(second), ptr(base, offset));
+}
+
+int8_mm::Plan NestShape::plan() const {
+  return {.layout = layout,
+          .m_step = unit_rows, // heights adapt to any cut
+          .n_step = columns.panels * layout.n_block,
+          .workspace_fixed = a_offset() + a_tile_bytes(), // the last tile may lack rows
+          .workspace_per_row = (a_tile_bytes() + tile_rows() - 1) / tile_rows()};
+}
+
+Result<CodeObject> emit_nest(Assembler& a, const NestShape& shape, Path& path, Features features,
+                             std::int32_t vector_bits) {
+  if (!Nest(a, shape, path).emit())
+    return Status::error(Code::compile_failed, "int8_mm: a step of K needs more registers than its loads have");
+  return a.finish(features, vector_bits, shape.plan().values());
+}
+
+Implementation nest_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),
+                        bool (*reads_layout)(std::string_view, const KernelDesc&, const Target&),
+                        Result<CodeObject> (*compile)(const KernelDesc&, const Target&, std::string_view)) {
+  return {.op = OpId::int8_mm,
+          .isa = isa,
+          .backend = BackendId::arm,
+          .generator = GeneratorId::asmjit,
+          .generator_digest = k_arm_generator_digest,
+          .arch = Arch::aarch64,
+          .needs = needs,
+          .supports = supports_nest,
+          .pack_layout = pack_layout,
+          .reads_layout = reads_layout,
+          .compile = compile};
+}
+
+Status unreadable(IsaPath isa, std::string_view pack_layout, const KernelDesc& desc) {
+  const std::int64_t m_class = desc.value[int8_mm::kM];
+  return Status::error(Code::unsupported, fmt::format("int8_mm: {} reads no packs of {} with m={}", name_of(isa),
+                                                      pack_layout, m_class == kAny ? "any" : std::to_string(m_class)));
+}
+
+Status supports_nest(const KernelDesc& desc, const Target&) {
+  constexpr std::int64_t max_k = 1 << 26;
+  if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
+    return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
+  if (desc.value[int8_mm::kK] > max_k)
+    return Status::error(Code::unsupported, fmt::format("k={}: allowed is at most {}", desc.value[int8_mm::kK], max_k));
+  return {};
+}
+
+} // namespace kiln::arm

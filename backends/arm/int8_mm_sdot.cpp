@@ -1,0 +1,106 @@
+#include "backends/arm/int8_mm_nest.h"
+#include "backends/arm/rows.h"
+
+/// int8_mm with SDOT (FEAT_DotProd): four products a lane, summed into s32.
+///
+/// From packs of four k a column (n12k4, and those of SME machines) SDOT by element: a lane of A, four k of one row,
+/// meets four columns. A tile of 8 × 12 has 24 accumulators and takes 27 instructions a step for 24 SDOT. What bounds
+/// it: the pipes of SDOT, two or four a cycle.
+///
+/// From packs of eight k a column (machines with SMMLA, which does all but the lowest tiles there) a vector holds two
+/// columns, so that two lanes make up a result: A's eight k are in the workspace twice, and the halves are added in the
+/// end. What bounds it: loads of weights, one for each SDOT with one row.
+namespace kiln::arm {
+namespace {
+
+using namespace asmjit::a64;
+using int8_mm::PackLayout;
+
+constexpr PackLayout kLayout{.n_block = 12, .k_block = 4};
+constexpr Features kFeatures{Feature::neon, Feature::dotprod};
+
+/// A vector of B: four k of four columns.
+class ByElement final : public VectorPath {
+public:
+  ByElement(Assembler& a, const NestShape& shape) : VectorPath(a, shape, shape.loads, 1) {}
+
+  void multiply(int unit, int vector, int a, int a_byte, int b) override {
+    a_.sdot(acc(unit, vector).s4(), VecV(b).b16(), VecV(a).b4(static_cast<std::uint32_t>(a_byte / 4)));
+  }
+
+  void store_row(int unit, int) override {
+    store(shape_.vectors(), [&](int vector) { return acc(unit, vector); });
+  }
+};
+
+/// A vector of B: eight k of two columns.
+class ByPairs final : public VectorPath {
+public:
+  ByPairs(Assembler& a, const NestShape& shape) : VectorPath(a, shape, shape.loads, 1) {}
+
+  void multiply(int unit, int vector, int a, int, int b) override {
+    a_.sdot(acc(unit, vector).s4(), VecV(b).b16(), VecV(a).b16());
+  }
+
+  void store_row(int unit, int) override {
+    const int count = shape_.vectors() / 2;
+    for (int i = 0; i < count; ++i)
+      a_.addp(VecV(i).s4(), acc(unit, 2 * i).s4(), acc(unit, 2 * i + 1).s4());
+    store(count, [](int i) { return VecV(i); });
+  }
+};
+
+/// Rows of a tile and, with them, columns: 24 accumulators at most.
+NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout) {
+  NestShape shape{.layout = layout, .k = k, .together = 2};
+  if (layout.k_block == 8) {
+    const int rows = m_class == 1 ? 1 : 2;
+    shape.heights = heights_for(m_class, 1, rows);
+    shape.a_rows = rows;
+    shape.a_copies = 2;
+    shape.columns = columns_for(layout.n_block / 2, 12, 2);
+    return shape;
+  }
+  // Four panels of one row leave accumulators unused: SDOT forwards its accumulator in a cycle, loads bound it.
+  const bool by_twelve = layout.n_block % 12 == 0;
+  const int rows = m_class == kAny || m_class > 8 ? (by_twelve ? 8 : 6) : static_cast<int>(m_class);
+  const int max_rows = by_twelve ? rows : std::min(rows, 6);
+  const int vectors = max_rows > 6 ? 3 : max_rows > 4 ? 4 : max_rows > 2 ? 6 : max_rows == 2 ? 12 : 16;
+  shape.heights = heights_for(m_class, 1, max_rows);
+  shape.a_rows = shape.heights.max <= 2 ? shape.heights.max : (shape.heights.max + 3) / 4 * 4;
+  shape.columns = columns_for(layout.n_block / 4, vectors, 1);
+  shape.unroll = max_rows == 1 ? 8 : 4;
+  return shape;
+}
+
+bool reads_layout(std::string_view id, const KernelDesc& desc, const Target&) {
+  const Result<PackLayout> layout = PackLayout::parse(id);
+  if (!layout)
+    return false;
+  const std::int64_t m_class = desc.value[int8_mm::kM];
+  if (layout->k_block == 8) // more rows are SMMLA's wherever weights are packed so
+    return layout->n_block % 12 == 0 && (m_class == 1 || m_class == 2);
+  return layout->k_block == 4 && (layout->n_block % 12 == 0 || layout->n_block % 8 == 0);
+}
+
+Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
+  if (!reads_layout(pack_layout, desc, target))
+    return unreadable(IsaPath::sdot, pack_layout, desc);
+  const NestShape shape = shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout));
+  Assembler a;
+  if (shape.layout.k_block == 8) {
+    ByPairs path(a, shape);
+    return emit_nest(a, shape, path, kFeatures, 0);
+  }
+  ByElement path(a, shape);
+  return emit_nest(a, shape, path, kFeatures, 0);
+}
+
+} // namespace
+
+Implementation int8_mm_sdot() {
+  return nest_row(
+      IsaPath::sdot, kFeatures, [](const KernelDesc&, const Target&) { return kLayout.id(); }, reads_layout, compile);
+}
+
+} // namespace kiln::arm
