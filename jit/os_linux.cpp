@@ -17,7 +17,6 @@
 #include <string_view>
 #include <sys/auxv.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -320,10 +319,64 @@ void synchronise_instruction_fetch([[maybe_unused]] const CodeMapping& mapping, 
     barrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED_SYNC_CORE);
 }
 
+#ifdef __aarch64__
+namespace {
+
+/// In bits, by the instruction, which gives what this thread has: a system may lower it (PR_SVE_SET_VL, PR_SME_SET_VL).
+/// As words, for assemblers that do not know SVE or SME (Arm Architecture Reference Manual, C8 and C9).
+int sve_vector_bits() {
+  register std::uint64_t bytes __asm__("x0");
+  __asm__ volatile(".inst 0x04bf5020" : "=r"(bytes)); // rdvl x0, #1
+  return static_cast<int>(8 * bytes);
+}
+/// Of streaming mode; no SVE is needed to ask.
+int sme_vector_bits() {
+  register std::uint64_t bytes __asm__("x0");
+  __asm__ volatile(".inst 0x04bf5820" : "=r"(bytes)); // rdsvl x0, #1
+  return static_cast<int>(8 * bytes);
+}
+
+/// MIDR_EL1 of core 0, else of the core this runs on, which the kernel reads for us if it says so; 0 when it does not.
+std::uint64_t main_id() {
+  const std::string text = first_line("/sys/devices/system/cpu/cpu0/regs/identification/midr_el1");
+  constexpr int kHwcapCpuid = 11; // Documentation/arch/arm64/cpu-feature-registers.rst
+  std::uint64_t id = std::strtoull(text.c_str(), nullptr, 16);
+  if (id == 0 && (getauxval(AT_HWCAP) >> kHwcapCpuid & 1) != 0)
+    __asm__("mrs %0, midr_el1" : "=r"(id));
+  return id;
+}
+
+/// What LLVM's -mcpu calls the core, from implementer and part (arch/arm64/include/asm/cputype.h).
+std::string core_name(std::uint64_t midr) {
+  struct Row {
+    unsigned implementer, part;
+    const char* name;
+  };
+  constexpr Row rows[] = {
+      {0x41, 0xd03, "cortex-a53"},  {0x41, 0xd05, "cortex-a55"},  {0x41, 0xd07, "cortex-a57"},
+      {0x41, 0xd08, "cortex-a72"},  {0x41, 0xd09, "cortex-a73"},  {0x41, 0xd0a, "cortex-a75"},
+      {0x41, 0xd0b, "cortex-a76"},  {0x41, 0xd0c, "neoverse-n1"}, {0x41, 0xd0d, "cortex-a77"},
+      {0x41, 0xd40, "neoverse-v1"}, {0x41, 0xd41, "cortex-a78"},  {0x41, 0xd44, "cortex-x1"},
+      {0x41, 0xd46, "cortex-a510"}, {0x41, 0xd47, "cortex-a710"}, {0x41, 0xd48, "cortex-x2"},
+      {0x41, 0xd49, "neoverse-n2"}, {0x41, 0xd4d, "cortex-a715"}, {0x41, 0xd4e, "cortex-x3"},
+      {0x41, 0xd4f, "neoverse-v2"}, {0x41, 0xd80, "cortex-a520"}, {0x41, 0xd81, "cortex-a720"},
+      {0x41, 0xd82, "cortex-x4"},   {0x41, 0xd84, "neoverse-v3"}, {0x41, 0xd85, "cortex-x925"},
+      {0x41, 0xd87, "cortex-a725"}, {0x41, 0xd8e, "neoverse-n3"}, {0x46, 0x001, "a64fx"},
+      {0x51, 0x001, "oryon-1"},     {0xc0, 0xac3, "ampere1"},     {0xc0, 0xac4, "ampere1a"},
+  };
+  for (const Row& row : rows)
+    if (row.implementer == (midr >> 24 & 0xff) && row.part == (midr >> 4 & 0xfff))
+      return row.name;
+  return midr != 0 ? fmt::format("aarch64, MIDR {:#010x}", midr) : "aarch64";
+}
+
+} // namespace
+#endif
+
 ArmProcessor arm_processor() {
   ArmProcessor processor;
 #ifdef __aarch64__
-  // arch/arm64/include/uapi/asm/hwcap.h and include/uapi/linux/prctl.h; newer than some C libraries' headers.
+  // arch/arm64/include/uapi/asm/hwcap.h; newer than some C libraries' headers.
   struct Capability {
     unsigned long kind;
     int bit;
@@ -334,26 +387,14 @@ ArmProcessor arm_processor() {
       {AT_HWCAP2, 14, Feature::bf16}, {AT_HWCAP, 10, Feature::fp16},    {AT_HWCAP, 22, Feature::sve},
       {AT_HWCAP2, 1, Feature::sve2},  {AT_HWCAP2, 23, Feature::sme},    {AT_HWCAP2, 37, Feature::sme2},
   };
-  constexpr int kPrSveGetVl = 51, kPrSmeGetVl = 64, kVlLengthMask = 0xffff;
-  const auto vector_bits = [&](int command) {
-    const int result = prctl(command);
-    return result < 0 ? 0 : 8 * (result & kVlLengthMask);
-  };
-
   for (const Capability& capability : kCapabilities)
     if ((getauxval(capability.kind) >> capability.bit & 1) != 0)
       processor.features.add(capability.feature);
   if (processor.features.has(Feature::sve))
-    processor.sve_bits = vector_bits(kPrSveGetVl);
+    processor.sve_bits = sve_vector_bits();
   if (processor.features.has(Feature::sme))
-    processor.sme_bits = vector_bits(kPrSmeGetVl);
-  if (processor.sve_bits == 0)
-    processor.features = processor.features.without({Feature::sve, Feature::sve2});
-  if (processor.sme_bits == 0)
-    processor.features = processor.features.without({Feature::sme, Feature::sme2});
-
-  const std::string midr = first_line("/sys/devices/system/cpu/cpu0/regs/identification/midr_el1");
-  processor.name = midr.empty() ? "aarch64" : "aarch64, MIDR " + midr;
+    processor.sme_bits = sme_vector_bits();
+  processor.name = core_name(main_id());
 #endif
   return processor;
 }

@@ -63,13 +63,28 @@ constexpr KnownTarget kKnownTargets[] = {
                        "amx-tile,amx-int8,amx-bf16"},
     {"zen4", "x86_64:avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16"},
     {"zen5", "x86_64:avx2,fma,f16c,bmi2,avxvnni,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16"},
+    {"cortex-a53", "aarch64:neon"},
     {"cortex-a72", "aarch64:neon"},
+    {"cortex-a55", "aarch64:neon,dotprod,fullfp16"},
+    {"cortex-a76", "aarch64:neon,dotprod,fullfp16"},
+    {"cortex-a78", "aarch64:neon,dotprod,fullfp16"},
+    {"cortex-x1", "aarch64:neon,dotprod,fullfp16"},
+    {"cortex-x2", "aarch64:neon,dotprod,i8mm,bf16,fullfp16,sve,sve2;sve=128"},
+    {"cortex-x4", "aarch64:neon,dotprod,i8mm,bf16,fullfp16,sve,sve2;sve=128"},
     {"neoverse-n1", "aarch64:neon,dotprod,fullfp16"},
     {"neoverse-v1", "aarch64:neon,dotprod,i8mm,bf16,fullfp16,sve;sve=256"},
     {"neoverse-n2", "aarch64:neon,dotprod,i8mm,bf16,fullfp16,sve,sve2;sve=128"},
     {"neoverse-v2", "aarch64:neon,dotprod,i8mm,bf16,fullfp16,sve,sve2;sve=128"},
+    {"neoverse-v3", "aarch64:neon,dotprod,i8mm,bf16,fullfp16,sve,sve2;sve=128"},
+    {"graviton2", "aarch64:neon,dotprod,fullfp16"},                            // neoverse-n1
+    {"graviton3", "aarch64:neon,dotprod,i8mm,bf16,fullfp16,sve;sve=256"},      // neoverse-v1
+    {"graviton4", "aarch64:neon,dotprod,i8mm,bf16,fullfp16,sve,sve2;sve=128"}, // neoverse-v2
+    {"ampere1", "aarch64:neon,dotprod,i8mm,bf16,fullfp16"},
+    {"oryon-1", "aarch64:neon,dotprod,i8mm,bf16,fullfp16"},
+    {"a64fx", "aarch64:neon,fullfp16,sve;sve=512"},
     {"apple-m1", "aarch64:neon,dotprod,fullfp16"},
     {"apple-m2", "aarch64:neon,dotprod,i8mm,bf16,fullfp16"},
+    {"apple-m3", "aarch64:neon,dotprod,i8mm,bf16,fullfp16"},
     {"apple-m4", "aarch64:neon,dotprod,i8mm,bf16,fullfp16,sme,sme2;sme=512"},
 };
 

@@ -622,7 +622,7 @@ class BadCalls(CommandTest):
         self.refused("bench", *SHAPE, "a=@a.npy", says="makes its own tensors")
 
     def test_too_large_for_memory(self):
-        self.refused("run", "int8_mm", "m=1", "n=2147483647", "k=1000000000", says=["tensor b", "no memory for 2147483647000000000 bytes"], expect=FAILED)
+        self.refused("run", "int8_mm", "m=1", "n=2147483647", "k=1000000", says=["tensor b", "no memory for 2147483647000000 bytes"], expect=FAILED)
 
     def test_toggles(self):
         for name, value, message in (

@@ -37,6 +37,7 @@ static const linear kinds[KINDS] = {
 
 typedef struct options {
   long layers;
+  int once;                      /* each phase, for a quick look */
   double gops_limit, gbps_limit; /* of this machine; 0: not known */
 } options;
 
@@ -285,6 +286,8 @@ static int parse_options(int count, char** words, options* result) {
     char *end = "", *end2 = "";
     if (strcmp(words[i], "--layers") == 0 && i + 1 < count) {
       result->layers = strtol(words[++i], &end, 10);
+    } else if (strcmp(words[i], "--once") == 0) {
+      result->once = 1;
     } else if (strcmp(words[i], "--limits") == 0 && i + 2 < count) {
       result->gops_limit = strtod(words[++i], &end);
       result->gbps_limit = strtod(words[++i], &end2);
@@ -303,14 +306,16 @@ int main(int count, char** words) {
   options given;
   if (!parse_options(count, words, &given)) {
     fprintf(stderr,
-            "usage: qwen3_host [--layers 1...%d] [--limits GOPS GBPS]\n"
+            "usage: qwen3_host [--layers 1...%d] [--once] [--limits GOPS GBPS]\n"
+            "  --once    one prefill and one decode step instead of several\n"
             "  --limits  what this machine can compute and read; adds each layer's fraction of it to the table\n",
             LAYERS);
     return 2;
   }
   model m;
-  const int done = model_create(&m, given.layers) && run_phase(&m, "prefill", PREFILL_TOKENS, 3, &given) &&
-                   run_phase(&m, "decode", 1, 10, &given) && print_sources(&m) && check_layer(&m);
+  const int done = model_create(&m, given.layers) &&
+                   run_phase(&m, "prefill", PREFILL_TOKENS, given.once ? 1 : 3, &given) &&
+                   run_phase(&m, "decode", 1, given.once ? 1 : 10, &given) && print_sources(&m) && check_layer(&m);
   model_destroy(&m);
   return done ? 0 : 1;
 }
