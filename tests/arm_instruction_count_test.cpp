@@ -1,0 +1,166 @@
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <unistd.h>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "backends/table.h"
+#include "bench/arm_loops.h"
+#include "jit/engine.h"
+#include "jit/ops/int8_mm_driver.h"
+#include "tests/guarded_buffer.h"
+
+/// Where a whole op call of every aarch64 row spends its instructions, counted under qemu by tests/qemu_count.c: proves
+/// that the loops which bench_arm_mca judges, cut from the same bytes by the same code, are the hot ones. Sums are not
+/// looked at (qemu 7.2 computes SMOPA wrongly; what is executed does not depend on them). Runs with QEMU_PLUGIN as
+/// tests/CMakeLists.txt sets it, and the file that the plugin writes in KILN_COUNT_FILE.
+
+using namespace kiln;
+
+namespace {
+
+constexpr long kCountSyscall = 0x4b494c4e, kBegin = 1, kEnd = 2; // tests/qemu_count.c
+
+struct Counts {
+  std::uint64_t all = 0;             ///< instructions between the marks
+  std::vector<std::uint64_t> kernel; ///< by word of the kernel's image
+};
+
+Counts read_counts(const char* path, const std::uint8_t* image, std::size_t bytes) {
+  Counts counts;
+  counts.kernel.resize(bytes / 4);
+  FILE* file = std::fopen(path, "r");
+  REQUIRE_MESSAGE(file != nullptr, "no counts in ", path, ": is QEMU_PLUGIN set, and qemu's?");
+  const auto base = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(image));
+  std::uint64_t address = 0, instructions = 0, count = 0;
+  while (std::fscanf(file, "%" SCNx64 " %" SCNu64 " %" SCNu64, &address, &instructions, &count) == 3) {
+    counts.all += instructions * count;
+    for (std::uint64_t i = 0; i < instructions; ++i)
+      if (const std::uint64_t word = (address + 4 * i - base) / 4; address + 4 * i >= base && word < bytes / 4)
+        counts.kernel[word] += count;
+  }
+  char last[11] = {};
+  const bool complete = std::fscanf(file, " %10[# a-z]", last) == 1 && std::string(last) == "# complete";
+  std::fclose(file);
+  std::remove(path);
+  REQUIRE(complete);
+  return counts;
+}
+
+/// This machine without the features that the row does not use: weights are then laid out as the row likes best.
+Machine machine_for(const Implementation& row) {
+  Machine machine = detect_machine();
+  Target target{.arch = machine.target.arch, .features = {Feature::neon}};
+  for (const Feature feature : row.needs.list())
+    target.features.add(feature);
+  if (target.features.has(Feature::sve))
+    target.sve_bits = machine.target.sve_bits;
+  if (target.features.has(Feature::sme))
+    target.sme_bits = machine.target.sme_bits;
+  CAPTURE(machine.target.text());
+  CAPTURE(target.text());
+  REQUIRE(machine.target.features.contains(target.features));
+  machine.target = target;
+  return machine;
+}
+
+struct Shares {
+  double hottest =
+      0; ///< of the kernel's instructions: the hot loop with the most multiply-adds, which is what is judged
+  double outside = 0; ///< of the call's instructions, the driver's with them: outside every hot loop
+};
+
+Shares count(Engine& engine, const Implementation& row, std::int64_t m, std::int64_t n, std::int64_t k) {
+  const Result<KernelRef> got = engine.get(int8_mm::make_desc(m, n, k));
+  REQUIRE_MESSAGE(got.is_ok(), (got ? "" : got.status().message()));
+  const Kernel& kernel = **got;
+  REQUIRE(kernel.implementation().isa == row.isa);
+  const auto& plan = *static_cast<const int8_mm::Plan*>(kernel.plan());
+  const std::vector<std::int8_t> a(static_cast<std::size_t>(m * k), 1), b(static_cast<std::size_t>(n * k), 1);
+  std::vector<std::int32_t> c(static_cast<std::size_t>(m * n));
+  const Result<int8_mm::Pack> pack =
+      int8_mm::Pack::make(plan.layout, b.data(), k, int8_mm::BLayout::nk, n, k, engine.runtime().parallel);
+  REQUIRE(pack.is_ok());
+  int8_mm::Args args = {.m = m, .a = a.data(), .lda = k, .pack = &*pack, .c = c.data(), .ldc = n};
+  const Result<std::uint64_t> workspace_bytes = int8_mm::workspace_bytes(kernel, args);
+  REQUIRE(workspace_bytes.is_ok());
+  const test::GuardedBuffer workspace((*workspace_bytes + 63) / 64 * 64, test::Guard::after);
+  args.workspace = workspace.as<void>();
+  args.workspace_bytes = *workspace_bytes;
+
+  const char* path = std::getenv("KILN_COUNT_FILE");
+  REQUIRE(path != nullptr);
+  syscall(kCountSyscall, kBegin);
+  const Status status = int8_mm::run(kernel, args);
+  syscall(kCountSyscall, kEnd);
+  REQUIRE(status.is_ok());
+  const Counts counts = read_counts(path, kernel.text().data(), kernel.text().size());
+
+  CodeObject code = kernel.code();
+  code.image.assign(kernel.text().begin(), kernel.text().end());
+  const Result<std::vector<bench::Instruction>> instructions = bench::instructions_of(code);
+  REQUIRE_MESSAGE(instructions.is_ok(), (instructions ? "" : instructions.status().message()));
+  std::uint64_t in_kernel = 0, in_hottest = 0, in_hot = 0, macs = 0;
+  for (const std::uint64_t executed : counts.kernel)
+    in_kernel += executed;
+  for (const bench::Instruction& instruction : *instructions)
+    macs += instruction.is_mac() ? counts.kernel[instruction.offset / 4] : 0;
+  const std::vector<bench::Loop> loops = bench::hot_loops(*instructions);
+  REQUIRE(!loops.empty());
+  for (const bench::Loop& loop : loops) {
+    std::uint64_t executed = 0;
+    for (const bench::Instruction& instruction : loop.body)
+      executed += counts.kernel[instruction.offset / 4];
+    in_hot += executed;
+    if (&loop == &loops.front())
+      in_hottest = executed;
+  }
+  REQUIRE(in_kernel > 0);
+  REQUIRE(counts.all >= in_kernel);
+  const auto share = [](std::uint64_t part, std::uint64_t whole) {
+    return static_cast<double>(part) / static_cast<double>(whole);
+  };
+  const Shares shares = {share(in_hottest, in_kernel), 1 - share(in_hot, counts.all)};
+  fmt::print("{:<9} {:>4}×{}×{} {:<7} {:>11} instructions, {:>10} in the kernel, {:6.3f} per MAC instruction, {:7.3f} "
+             "per 1000 "
+             "products; hot loop {:#x}–{:#x} {:5.1f} %, outside hot loops {:5.2f} %\n",
+             name_of(row.isa), m, n, k, plan.layout.id(), counts.all, in_kernel, share(counts.all, macs),
+             1000 * share(counts.all, static_cast<std::uint64_t>(m * n * k)), loops.front().begin(),
+             loops.front().end(), 100 * shares.hottest, 100 * shares.outside);
+  std::fflush(stdout);
+  return shares;
+}
+
+} // namespace
+
+TEST_CASE("the loop that is judged is the hot one, and little is executed outside") {
+  int rows = 0;
+  for (const Implementation& row : implementation_table()) {
+    if (row.op != OpId::int8_mm || row.compile == nullptr || (!row.any_arch && row.arch != Arch::aarch64))
+      continue;
+    CAPTURE(std::string(name_of(row.isa)));
+    EngineOptions options;
+    options.config.cache = CacheMode::off;
+    options.config.threads = 1;
+    options.config.forced.push_back({OpId::int8_mm, row.isa});
+    options.machine = machine_for(row);
+    options.implementations = implementation_table();
+    Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
+    REQUIRE_MESSAGE(engine.is_ok(), (engine ? "" : engine.status().message()));
+    for (const std::int64_t m : {1, 4, 16, 32})
+      count(**engine, row, m, 512, 512); // for the reader
+    const Shares whole = count(**engine, row, 64, 512, 512), large = count(**engine, row, 256, 1024, 1024);
+    if (row.generator != GeneratorId::asmjit) // LLVM's loops are as they are
+      continue;
+    CHECK(large.hottest >= 0.9);
+    CHECK(whole.outside <= (row.isa == IsaPath::sme ? 0.2 : 0.08));
+    ++rows;
+  }
+  CHECK(rows >= 4); // neon, sdot, i8mm, sme at least
+}
