@@ -1,0 +1,40 @@
+#include "backends/arm/int8_mm_sve.h"
+
+namespace kiln::arm {
+
+using asmjit::a64::Gp;
+
+void SvePath::clear() {
+  a_.word(sve::ptrue(sve::Element::b, kAll));
+  for (int unit = 0; unit < shape_.heights.max; ++unit)
+    for (int vector = 0; vector < shape_.vectors(); ++vector)
+      a_.word(sve::dup(sve::Element::s, acc(unit, vector), 0));
+}
+
+void SvePath::load_b(int to, const Gp& base, int offset) {
+  const int vector = offset / shape_.vector_bytes;
+  constexpr int kReach = 7; // LD1B (scalar plus immediate): −8 … 7 vectors
+  // A64FX does two LD1B a cycle, one LDR (its microarchitecture manual, instruction attributes).
+  a_.word(vector <= kReach ? sve::ld1b(z(to), kAll, base, vector) : sve::ldr(z(to), base, vector));
+}
+
+int8_mm::PackLayout sve_pack_layout(const Target& target, int k_block) {
+  return {.n_block = target.sve_bits / 128 * 12, .k_block = k_block};
+}
+
+int panel_vectors(int8_mm::PackLayout layout, const Target& target) {
+  const int bytes = layout.n_block * layout.k_block, vector_bytes = target.sve_bits / 8;
+  return vector_bytes > 0 && bytes % vector_bytes == 0 ? bytes / vector_bytes : 0;
+}
+
+Status supports_sve(const KernelDesc& desc, const Target& target) {
+  if (target.sve_bits < 256)
+    return Status::error(Code::unsupported, "128-bit vectors: NEON registers do as well");
+  return supports_nest(desc, target);
+}
+
+std::int32_t sve_vector_bits(const Target& target) {
+  return target.sve_bits;
+}
+
+} // namespace kiln::arm

@@ -1,0 +1,37 @@
+#pragma once
+#include <cstdint>
+
+#include "backends/arm/int8_mm_nest.h"
+
+/// What the SVE paths of int8_mm share. A kernel is made for one vector length, which is part of its key and checked
+/// when it is loaded: offsets are constants, and of predicates one that is all true is enough.
+namespace kiln::arm {
+
+class SvePath : public Path {
+public:
+  SvePath(Assembler& assembler, const NestShape& shape) : a_(assembler), shape_(shape) {}
+
+  void clear() override; ///< sets the predicate of the loads too
+  void load_b(int to, const asmjit::a64::Gp& base, int offset) override;
+  void load_two(int, int, const asmjit::a64::Gp&, int) override {} // shape.pairs is false
+
+protected:
+  static constexpr sve::P kAll{0};
+  static sve::Z z(int id) { return {static_cast<std::uint32_t>(id)}; }
+  sve::Z acc(int unit, int vector) const { return z(shape_.loads + unit * shape_.vectors() + vector); }
+  /// To vector `at` of role::c_row.
+  void store(sve::Z from, int at) { a_.word(sve::str(from, role::c_row, at)); }
+
+  Assembler& a_;
+  const NestShape& shape_;
+};
+
+/// Twelve columns for each 128 bits of a vector: three vectors of four k a column, or six of eight.
+int8_mm::PackLayout sve_pack_layout(const Target& target, int k_block);
+/// Vectors of a panel, 0 when its columns do not fill whole ones.
+int panel_vectors(int8_mm::PackLayout layout, const Target& target);
+
+Status supports_sve(const KernelDesc& desc, const Target& target);
+std::int32_t sve_vector_bits(const Target& target);
+
+} // namespace kiln::arm

@@ -1,0 +1,96 @@
+#include <arm_generator_id.h>
+
+#include "backends/arm/int8_mm_sve.h"
+#include "backends/arm/rows.h"
+
+/// int8_mm with SMMLA on SVE vectors (FEAT_SVE with FEAT_I8MM): in each 128 bits eight k of two rows times eight k of
+/// two columns. A pair of rows is loaded into every 128 bits, so that a vector of B, VL / 64 columns, meets it whole. A
+/// tile of four pairs × six vectors has 24 accumulators and takes 34 instructions a step for 24 SMMLA. What bounds it:
+/// the pipes of SMMLA, two a cycle on Neoverse V1.
+namespace kiln::arm {
+namespace {
+
+using asmjit::a64::Gp;
+using int8_mm::PackLayout;
+
+constexpr Features kFeatures{Feature::neon, Feature::i8mm, Feature::sve};
+
+class SveSmmlaPath final : public SvePath {
+public:
+  using SvePath::SvePath;
+
+  void load_a(int to, const Gp& base, int offset) override { a_.word(sve::ld1rqb(z(to), kAll, base, offset)); }
+
+  void multiply(int unit, int vector, int a, int, int b) override {
+    a_.word(sve::smmla(acc(unit, vector), z(a), z(b)));
+  }
+
+  /// The even 64 bits of the blocks are columns of the pair's first row, the odd ones of its second.
+  void store_row(int unit, int row) override {
+    for (int vector = 0; vector < shape_.vectors(); vector += 2) {
+      const sve::Z columns = z(vector / 2 % shape_.loads), left = acc(unit, vector), right = acc(unit, vector + 1);
+      a_.word(row == 0 ? sve::uzp1(sve::Element::d, columns, left, right)
+                       : sve::uzp2(sve::Element::d, columns, left, right));
+      store(columns, vector / 2);
+    }
+  }
+};
+
+NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout, const Target& target) {
+  const bool low = m_class != kAny && m_class <= 4;
+  const int pairs = low ? static_cast<int>((m_class + 1) / 2) : 4;
+  NestShape shape{.layout = layout,
+                  .k = k,
+                  .unit_rows = 2,
+                  .vector_bytes = target.sve_bits / 8,
+                  .together = 2,
+                  .pairs = false,
+                  .unroll = 2};
+  shape.heights = heights_for(m_class, shape.unit_rows, pairs);
+  shape.a_rows = 2 * shape.heights.max;
+  shape.columns = columns_for(panel_vectors(layout, target), low ? 12 : 6, 2);
+  return shape;
+}
+
+bool reads_layout(std::string_view id, const KernelDesc&, const Target& target) {
+  const Result<PackLayout> layout = PackLayout::parse(id);
+  const int vectors = layout && layout->k_block == 8 ? panel_vectors(*layout, target) : 0;
+  return vectors > 0 && vectors % 6 == 0;
+}
+
+std::string declines(const KernelDesc& desc, const Target&) {
+  const std::int64_t m_class = desc.value[int8_mm::kM];
+  return m_class == 1 || m_class == 2 ? "two rows or fewer: SDOT reads each weight once" : "";
+}
+
+Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
+  if (!reads_layout(pack_layout, desc, target))
+    return Status::error(Code::unsupported,
+                         std::string("int8_mm: sve_i8mm does not read packs of ").append(pack_layout) +
+                             " with this vector length");
+  const NestShape shape =
+      shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout), target);
+  Assembler a;
+  SveSmmlaPath path(a, shape);
+  return emit_nest(a, shape, path, kFeatures, target.sve_bits);
+}
+
+} // namespace
+
+Implementation int8_mm_sve_i8mm() {
+  return {.op = OpId::int8_mm,
+          .isa = IsaPath::sve_i8mm,
+          .backend = BackendId::arm,
+          .generator = GeneratorId::asmjit,
+          .generator_digest = k_arm_generator_digest,
+          .arch = Arch::aarch64,
+          .needs = kFeatures,
+          .vector_bits = sve_vector_bits,
+          .supports = supports_sve,
+          .declines = declines,
+          .pack_layout = [](const KernelDesc&, const Target& target) { return sve_pack_layout(target, 8).id(); },
+          .reads_layout = reads_layout,
+          .compile = compile};
+}
+
+} // namespace kiln::arm
