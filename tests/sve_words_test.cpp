@@ -192,20 +192,19 @@ std::vector<Example> examples() {
       [&](U tile, Slice s, U ws, I offset, U p, Gp base, Gp index) {
         const std::string memory =
             index.isZR() ? fmt::format("[{}]", name(base)) : fmt::format("[{}, {}, lsl #2]", name(base), name(index));
-        add_example(fmt::format("ld1w {{ {} }}, p{}/z, {}", slice(tile, s, ws, offset), p, memory),
-                    ld1w(ZaTile{tile}, s, w(ws), offset, P{p}, base, index));
         add_example(fmt::format("st1w {{ {} }}, p{}, {}", slice(tile, s, ws, offset), p, memory),
                     st1w(ZaTile{tile}, s, w(ws), offset, P{p}, base, index));
       },
-      kTiles, slices, kSliceRegisters, offsets, kGoverning, kBases, std::vector<Gp>{x(0), x(1), x(17), x(30), xzr});
+      kTiles, slices, kSliceRegisters, offsets, kGoverning, kBases, limits);
   sweep(
-      [&](U tile, Slice s, U ws, I offset, U p, U z) {
-        add_example(fmt::format("mova {}, p{}/m, z{}.s", slice(tile, s, ws, offset), p, z),
-                    mova(ZaTile{tile}, s, w(ws), offset, P{p}, Z{z}));
-        add_example(fmt::format("mova z{}.s, p{}/m, {}", z, p, slice(tile, s, ws, offset)),
-                    mova(Z{z}, P{p}, ZaTile{tile}, s, w(ws), offset));
+      [&](Slice s, U ws, I offset, U p, Gp base, Gp index) {
+        const std::string memory =
+            index.isZR() ? fmt::format("[{}]", name(base)) : fmt::format("[{}, {}]", name(base), name(index));
+        add_example(fmt::format("ld1b {{ za0{}.b[w{}, {}] }}, p{}/z, {}", s == Slice::horizontal ? "h" : "v", ws,
+                                offset, p, memory),
+                    ld1b_za(s, w(ws), offset, P{p}, base, index));
       },
-      kTiles, slices, kSliceRegisters, offsets, kGoverning, kVectors);
+      slices, kSliceRegisters, std::vector<I>{0, 1, 7, 8, 14, 15}, kGoverning, kBases, limits);
   sweep(
       [&](U ws, I offset, Gp base) {
         add_example(fmt::format("str za[w{}, {}], [{}{}]", ws, offset, name(base), vl(offset)),
@@ -276,7 +275,7 @@ TEST_CASE("an operand out of its range gives an empty word") {
                           smopa(ZaTile{4}, P{0}, P{0}, Z{0}, Z{0}),
                           smopa(ZaTile{0}, P{8}, P{0}, Z{0}, Z{0}),
                           st1w(ZaTile{0}, Slice::vertical, w(12), 4, P{0}, x(0), x(0)),
-                          mova(Z{0}, P{0}, ZaTile{0}, Slice::vertical, w(12), -1)};
+                          ld1b_za(Slice::vertical, w(12), 16, P{0}, x(0), x(0))};
   for (const Word& word : refused) {
     CAPTURE(&word - refused);
     CHECK(word.bits == 0);

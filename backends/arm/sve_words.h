@@ -240,7 +240,7 @@ constexpr Word smstart(Mode mode) {
 constexpr Word smstop(Mode mode) {
   return detail::Builder(0xd503407f).field(mode, 9);
 }
-/// Register of the ZA lazy-save scheme (AAPCS64, 6.6.9).
+/// Register of the ZA lazy-save scheme (AAPCS64, "The ZA lazy saving scheme").
 constexpr Word mrs_tpidr2(const Gp& rt) {
   return detail::Builder(0xd53bd0a0).x(rt, 0);
 }
@@ -251,17 +251,18 @@ constexpr Word msr_tpidr2(const Gp& rt) {
 constexpr Word zero(std::uint32_t d_tiles) {
   return detail::Builder(0xc0080000).field(detail::in(d_tiles, 0, 255), 0);
 }
-/// One slice of tile.s, the one of number ws + offset, offset 0 … 3, from or to base + 4 · index.
-constexpr Word ld1w(ZaTile tile, Slice slice, const Gp& ws, int offset, P pg, const Gp& base, const Gp& index) {
-  return detail::Builder(0xe0800000)
+/// To slice ws + offset of za0.b, offset 0 … 15, from base + index. Horizontal slice 4i + t of za0.b is horizontal
+/// slice i of za{t}.s.
+constexpr Word ld1b_za(Slice slice, const Gp& ws, int offset, P pg, const Gp& base, const Gp& index) {
+  return detail::Builder(0xe0000000)
       .x(index, 16)
       .field(slice, 15)
       .slice_register(ws, 13)
       .governing(pg, 10)
       .x(base, 5)
-      .field(detail::in(tile.id, 0, 3), 2)
-      .field(detail::in(offset, 0, 3), 0);
+      .field(detail::in(offset, 0, 15), 0);
 }
+/// Slice ws + offset of tile.s, offset 0 … 3, to base + 4 · index.
 constexpr Word st1w(ZaTile tile, Slice slice, const Gp& ws, int offset, P pg, const Gp& base, const Gp& index) {
   return detail::Builder(0xe0a00000)
       .x(index, 16)
@@ -275,26 +276,6 @@ constexpr Word st1w(ZaTile tile, Slice slice, const Gp& ws, int offset, P pg, co
 /// Vector ws + offset of the ZA array, whole, to base + offset · bytes of a streaming vector, offset 0 … 15.
 constexpr Word str_za(const Gp& ws, int offset, const Gp& base) {
   return detail::Builder(0xe1200000).slice_register(ws, 13).x(base, 5).field(detail::in(offset, 0, 15), 0);
-}
-/// A slice of a tile from a vector, elements that the predicate holds.
-constexpr Word mova(ZaTile tile, Slice slice, const Gp& ws, int offset, P pg, Z zn) {
-  return detail::Builder(0xc0800000)
-      .field(slice, 15)
-      .slice_register(ws, 13)
-      .governing(pg, 10)
-      .z(zn, 5)
-      .field(detail::in(tile.id, 0, 3), 2)
-      .field(detail::in(offset, 0, 3), 0);
-}
-/// A vector from a slice of a tile.
-constexpr Word mova(Z zd, P pg, ZaTile tile, Slice slice, const Gp& ws, int offset) {
-  return detail::Builder(0xc0820000)
-      .field(slice, 15)
-      .slice_register(ws, 13)
-      .governing(pg, 10)
-      .field(detail::in(tile.id, 0, 3), 7)
-      .field(detail::in(offset, 0, 3), 5)
-      .z(zd, 0);
 }
 /// tile.s[i][j] += Σ of four products zn.b[4i + r] · zm.b[4j + r], signed, of elements that pn and pm hold.
 constexpr Word smopa(ZaTile tile, P pn, P pm, Z zn, Z zm) {

@@ -1,0 +1,624 @@
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <vector>
+
+#include <arm_generator_id.h>
+#include <fmt/format.h>
+
+#include "backends/arm/emit.h"
+#include "backends/arm/rows.h"
+#include "backends/arm/sve_words.h"
+#include "jit/ops/int8_mm.h"
+
+// int8_mm on SME, with instructions of SME1 only. T = SVL / 32 is the height and the width of a tile of s32 sums; ZA
+// holds four of them, and SMOPA adds to one the products of T rows × 4 of K with 4 of K × T columns, two vectors.
+//
+//   A's rows become vectors of T rows × 4 of K in the workspace, once for the call
+//   per two panels of 2T columns               they stay in L2 for all rows
+//     per panel
+//       per 2T rows                            wide: 2 × 2 tiles of sums, 4 vector loads for 4 products
+//     the last 1 … T rows                      narrow: 1 × 4 tiles of sums, 5 vector loads for 4 products
+//
+// Remainders:
+// - M: rows of A beyond m are zeros in the workspace, their sums are not stored. Between T + 1 and 2T rows are wide.
+// - K: A's bytes beyond K are not loaded, and zeros in the workspace; so they are in the pack.
+// - N: the pack is zero beyond N; predicates keep its sums from memory. A last single panel is 1 × 2 in narrow.
+//
+// The loops along K load vectors kAhead steps before their use, into registers of their own, from the last steps of one
+// turn on for the first of the next, so that neither an in-order unit nor one behind a queue waits. What the last turn
+// loads ahead is thrown away: of A what lies behind in the workspace, of B the panel's beginning.
+//
+// Rules of SME (Arm ARM DDI 0487, B1.4.7; AAPCS64):
+// - One smstart and one smstop a call. Between them only scalar, SME and streaming SVE instructions; outside of them
+//   no SVE instruction, which cores without SVE refuse, but rdsvl.
+// - Both clear the vector registers, of which d8 … d15 are the caller's, and set FPSR.
+// - The function has a private ZA ("The ZA lazy saving scheme"): when TPIDR2_EL0 holds the address of a block, ZA is
+//   the caller's: its first num_za_save_slices vectors go to za_save_buffer, and TPIDR2_EL0 becomes 0. ZA is off at
+//   return.
+namespace kiln::arm {
+namespace {
+
+using asmjit::Label;
+using int8_mm::Call;
+using namespace asmjit::a64;
+using sve::Element;
+using sve::P;
+using sve::Slice;
+using sve::Z;
+using sve::ZaTile;
+
+constexpr int kTiles = 4;        ///< of s32 in ZA
+constexpr int kUnroll = 8;       ///< steps of K in a turn: two vectors a step fill the range of a load's immediate
+constexpr int kAhead = 3;        ///< steps between a load and its use
+constexpr int kRegisterSets = 4; ///< of a step's vectors: one in use, kAhead on their way
+constexpr int kSliceStep = 4;    ///< slices that the offset of one slice register reaches
+constexpr std::int64_t kMaxK = std::int64_t{1} << 24;
+constexpr std::int64_t kFewestWeights = 2048; ///< below, see declines
+
+/// A vector sequence that the loop along K walks through.
+struct Stream {
+  Gp pointer;       ///< kUnroll / 2 steps beyond where the next turn begins
+  int vectors;      ///< in a step
+  bool wraps;       ///< the last turn loads ahead from `restart`
+  Gp restart = xzr; ///< where `pointer` began
+};
+/// sums[tile] += rows · columns, numbers of a step's vectors in the order of the streams.
+struct Product {
+  std::uint32_t tile;
+  int rows, columns;
+};
+/// Two tiles side by side on their way to C: the first T columns from `base` on, then the next T.
+struct TilePair {
+  std::uint32_t left, right;
+  Gp base; ///< the row's first element
+  P left_columns, right_columns;
+};
+
+class Emitter {
+public:
+  Emitter(std::int64_t m_class, std::int64_t n, std::int64_t k, int sme_bits)
+      : n_(n), k_(k), sme_bits_(sme_bits), t_(sme_bits / 32), layout_(layout(sme_bits)),
+        panel_bytes_(layout_.panel_bytes(k)), has_wide_(m_class == kAny || m_class > t_),
+        has_narrow_(!has_wide_ || m_class == kAny || m_class > 2 * t_) {}
+
+  static int8_mm::PackLayout layout(int sme_bits) { return {.n_block = 2 * (sme_bits / 32), .k_block = 4}; }
+  static constexpr Features kNeeds{Feature::sme};
+
+  Result<CodeObject> emit() {
+    const Label scalar = a_.newLabel();
+    a_.word(sve::rdsvl(scratch_, 1));
+    a_.cmp(scratch_, vector_bytes());
+    a_.b_ne(scalar);
+    a_.enter(kSavedGeneral, kSavedVectors);
+    commit_lazy_save();
+    a_.mrs(fpsr_, Predicate::SysReg::kFPSR);
+    a_.word(sve::smstart(sve::Mode::both));
+    a_.word(sve::ptrue(Element::b, kAll));
+    if (k_ > 0)
+      copy_rows();
+    multiply();
+    a_.word(sve::smstop(sve::Mode::both));
+    a_.msr(Predicate::SysReg::kFPSR, fpsr_);
+    a_.leave();
+    a_.bind(scalar);
+    multiply_without_vectors();
+    return a_.finish(kNeeds, sme_bits_, plan().values());
+  }
+
+private:
+  int8_mm::Plan plan() const {
+    int8_mm::Plan plan;
+    plan.layout = layout_;
+    plan.m_step = static_cast<std::int32_t>(has_wide_ ? 2 * t_ : t_);
+    plan.n_step = static_cast<std::int32_t>(group_columns());
+    // Whole tiles of rows.
+    plan.workspace_per_row = 4 * steps_in_workspace();
+    plan.workspace_fixed = (t_ - 1) * plan.workspace_per_row;
+    return plan;
+  }
+
+  int vector_bytes() const { return static_cast<int>(4 * t_); }
+  std::int64_t steps() const { return (k_ + 3) / 4; }
+  /// Of each tile of rows: copy_rows writes whole slices groups, the loop along K reads kAhead steps beyond the end.
+  std::int64_t steps_in_workspace() const { return k_ == 0 ? 0 : (steps() + 3) / 4 * 4 + kAhead; }
+  std::int64_t wide_block_bytes() const { return steps_in_workspace() * 2 * vector_bytes(); }
+  std::int64_t panel_columns() const { return 2 * t_; }
+  int group_panels() const { return has_narrow_ ? 2 : 1; }
+  std::int64_t group_columns() const { return group_panels() * panel_columns(); }
+  /// From the begin of a stream to where its pointer stands.
+  int bias(int vectors) const { return kUnroll / 2 * vectors * vector_bytes(); }
+
+  Mem field(std::size_t offset) const { return ptr(call_, static_cast<std::int32_t>(offset)); }
+
+  /// Of another function's ZA, as __arm_tpidr2_save does it. The block: za_save_buffer at byte 0, num_za_save_slices as
+  /// 16 bits at byte 8. Legal outside streaming mode, with ZA on, as it is when TPIDR2_EL0 is not 0.
+  void commit_lazy_save() {
+    const Gp block = x(9), buffer = x(10), slices = x(11), index = w(12);
+    const Label done = a_.newLabel(), none = a_.newLabel(), slice = a_.newLabel();
+    a_.word(sve::mrs_tpidr2(block));
+    a_.cbz(block, done);
+    a_.ldr(buffer, ptr(block));
+    a_.ldrh(slices.w(), ptr(block, 8));
+    a_.cbz(buffer, none);
+    a_.cbz(slices, none);
+    a_.mov(index, 0);
+    a_.bind(slice);
+    a_.word(sve::str_za(index, 0, buffer));
+    a_.add(buffer, buffer, vector_bytes());
+    a_.add(index, index, 1);
+    a_.cmp(index, slices.w());
+    a_.b_ne(slice);
+    a_.bind(none);
+    a_.word(sve::msr_tpidr2(xzr));
+    a_.bind(done);
+  }
+
+  // ---------------------------------------------------------------- A → workspace
+
+  /// [block of rows][step of K][1 or 2 tiles][T rows][4 bytes]: two tiles where more than T rows are left. Rows enter
+  /// ZA as horizontal slices of bytes and leave it as vertical slices of words.
+  void copy_rows() {
+    const Label block = a_.newLabel(), tile = a_.newLabel(), chunk = a_.newLabel(), done = a_.newLabel();
+    const std::int64_t chunk_bytes = kTiles * vector_bytes(), chunks = k_ / chunk_bytes, rest = k_ % chunk_bytes;
+    const Gp count = x(26), in_block = x(26), stride = x(24);
+    a_.ldr(copy_.row, field(offsetof(Call, a)));
+    a_.ldr(copy_.lda, field(offsetof(Call, lda)));
+    a_.ldr(copy_.rows_left, field(offsetof(Call, m)));
+    a_.ldr(copy_.block, field(offsetof(Call, workspace)));
+    for (int i = 1; i < kTiles; ++i)
+      a_.mov(copy_.vector[i], i * vector_bytes());
+    if (rest % vector_bytes() != 0) {
+      a_.mov(scratch_, rest % vector_bytes());
+      a_.word(sve::whilelt(Element::b, kLastBytes, xzr, scratch_));
+    }
+    a_.bind(block);
+    a_.mov(stride, t_); // in words
+    if (has_wide_) {
+      a_.lsl(scratch_, stride, 1);
+      a_.cmp(copy_.rows_left, t_);
+      a_.csel(stride, scratch_, stride, asmjit::arm::CondCode::kGT);
+    }
+    a_.mov(copy_.step[1], stride);
+    a_.lsl(copy_.step[2], stride, 1);
+    a_.add(copy_.step[3], stride, copy_.step[2]);
+    a_.mov(copy_.tile, copy_.block);
+    a_.bind(tile);
+    a_.mov(scratch_, t_);
+    a_.cmp(copy_.rows_left, scratch_);
+    a_.csel(copy_.rows, copy_.rows_left, scratch_, asmjit::arm::CondCode::kLT);
+    a_.mov(copy_.from, copy_.row);
+    a_.mov(copy_.to, copy_.tile);
+    if (chunks > 0) {
+      a_.mov(count, chunks);
+      a_.bind(chunk);
+      copy_chunk(chunk_bytes);
+      a_.add_constant(copy_.from, copy_.from, chunk_bytes, scratch_);
+      a_.subs(count, count, 1);
+      a_.b_ne(chunk);
+    }
+    if (rest > 0)
+      copy_chunk(rest);
+    a_.subs(copy_.rows_left, copy_.rows_left, t_);
+    a_.b_le(done);
+    // Rows are left: this tile was one of two.
+    a_.add(copy_.row, copy_.row, copy_.lda, lsl(std::countr_zero(static_cast<std::uint64_t>(t_))));
+    a_.add(copy_.tile, copy_.tile, vector_bytes());
+    a_.sub(in_block, copy_.tile, copy_.block);
+    a_.cmp(in_block, 2 * vector_bytes());
+    a_.b_ne(tile);
+    a_.add_constant(copy_.block, copy_.block, wide_block_bytes(), scratch_);
+    a_.b(block);
+    a_.bind(done);
+  }
+
+  /// `bytes` of each row of the tile, at most what four tiles of ZA hold.
+  void copy_chunk(std::int64_t bytes) {
+    const Gp from = x(27), left = x(13), index = w(12);
+    const int tiles = static_cast<int>((bytes + vector_bytes() - 1) / vector_bytes());
+    const Label row = a_.newLabel();
+    a_.word(sve::zero(kAllOfZa));
+    a_.mov(from, copy_.from);
+    a_.mov(left, copy_.rows);
+    a_.mov(index, 0);
+    a_.bind(row);
+    for (int i = 0; i < tiles; ++i) {
+      const bool cut = (i + 1) * vector_bytes() > bytes;
+      a_.word(sve::ld1b_za(Slice::horizontal, index, i, cut ? kLastBytes : kAll, from, copy_.vector[i]));
+    }
+    a_.add(from, from, copy_.lda);
+    a_.add(index, index, kTiles);
+    a_.subs(left, left, 1);
+    a_.b_ne(row);
+    for (int i = 0; i < tiles; ++i) {
+      const std::int64_t tile_steps = (std::min<std::int64_t>(bytes - i * vector_bytes(), vector_bytes()) + 3) / 4;
+      const std::int64_t turns = (tile_steps + kSliceStep - 1) / kSliceStep;
+      const Label turn = a_.newLabel();
+      a_.mov(index, 0);
+      a_.bind(turn);
+      for (int j = 0; j < kSliceStep; ++j)
+        a_.word(
+            sve::st1w(ZaTile{static_cast<std::uint32_t>(i)}, Slice::vertical, index, j, kAll, copy_.to, copy_.step[j]));
+      a_.add(copy_.to, copy_.to, copy_.step[1], lsl(4)); // kSliceStep steps, in words
+      if (turns > 1) {
+        a_.add(index, index, kSliceStep);
+        a_.cmp(index, static_cast<std::int64_t>(turns * kSliceStep));
+        a_.b_ne(turn);
+      }
+    }
+  }
+
+  // ---------------------------------------------------------------- products
+
+  void multiply() {
+    const Label group = a_.newLabel();
+    a_.ldr(b_, field(offsetof(Call, b)));
+    a_.ldr(c_, field(offsetof(Call, c)));
+    a_.ldr(n_left_, field(offsetof(Call, n)));
+    a_.ldr(ldc_, field(offsetof(Call, ldc)));
+    a_.mov(tile_columns_, t_);
+    a_.add(row_offset_[1][1], ldc_, t_);
+    for (int row = 2; row < kSliceStep; ++row) {
+      a_.add(row_offset_[row][0], row_offset_[row - 1][0], ldc_);
+      a_.add(row_offset_[row][1], row_offset_[row][0], t_);
+    }
+    a_.bind(group);
+    if (has_wide_)
+      wide_rows();
+    if (has_narrow_)
+      narrow_rows();
+    a_.add_constant(b_, b_, group_panels() * panel_bytes_, scratch_);
+    a_.add(c_, c_, 4 * group_columns());
+    a_.subs(n_left_, n_left_, group_columns());
+    a_.b_gt(group);
+  }
+
+  /// The panels of the group, each with all blocks of 2T rows and one of more than T. Leaves rows_left_ and a_block_ at
+  /// the rows for narrow_rows.
+  void wide_rows() {
+    const Gp n_left = x(24), c_panel = x(25);
+    const Label panel = a_.newLabel(), block = a_.newLabel(), next = a_.newLabel(), done = a_.newLabel();
+    const bool several = has_narrow_; // blocks of rows, panels
+    a_.add_constant(b_restart_, b_, bias(2), scratch_);
+    a_.mov(n_left, n_left_);
+    a_.mov(c_panel, c_);
+    a_.bind(panel);
+    a_.word(sve::whilelt(Element::s, kColumns[0], xzr, n_left));
+    a_.word(sve::whilelt(Element::s, kColumns[1], tile_columns_, n_left));
+    a_.ldr(rows_left_, field(offsetof(Call, m)));
+    a_.ldr(a_block_, field(offsetof(Call, workspace)));
+    a_.mov(c_row_, c_panel);
+    if (several) {
+      a_.cmp(rows_left_, t_);
+      a_.b_le(next);
+    }
+    a_.bind(block);
+    a_.word(sve::zero(kAllOfZa));
+    a_.add_constant(a_k_, a_block_, bias(2), scratch_);
+    a_.mov(b_k_[0], b_restart_);
+    along_k({{a_k_, 2, false}, {b_k_[0], 2, true, b_restart_}}, {{0, 0, 2}, {1, 0, 3}, {2, 1, 2}, {3, 1, 3}});
+    const TilePair upper = {0, 1, c_row_, kColumns[0], kColumns[1]}, lower = {2, 3, c_row_, kColumns[0], kColumns[1]};
+    a_.mov(rows_, t_);
+    store(rows_, t_, {upper});
+    a_.subs(rows_left_, rows_left_, t_);
+    a_.cmp(rows_left_, tile_columns_);
+    a_.csel(rows_, rows_left_, tile_columns_, asmjit::arm::CondCode::kLT);
+    store(rows_, 0, {lower});
+    a_.sub(rows_left_, rows_left_, t_);
+    if (several) {
+      a_.add_constant(a_block_, a_block_, wide_block_bytes(), scratch_);
+      a_.cmp(rows_left_, t_);
+      a_.b_gt(block);
+      a_.bind(next);
+      a_.subs(n_left, n_left, panel_columns());
+      a_.b_le(done);
+      a_.add_constant(b_restart_, b_restart_, panel_bytes_, scratch_);
+      a_.add(c_panel, c_panel, 4 * panel_columns());
+      a_.sub(scratch_, c_panel, c_);
+      a_.cmp(scratch_, 4 * group_columns());
+      a_.b_ne(panel);
+      a_.bind(done);
+    }
+  }
+
+  /// The group's two panels, or its one, with the last 1 … T rows.
+  void narrow_rows() {
+    const Gp second = x(27);
+    const Label single = a_.newLabel(), done = a_.newLabel();
+    const std::int64_t last_group = n_ % group_columns();
+    const bool has_pairs = n_ > panel_columns(), has_single = last_group > 0 && last_group <= panel_columns();
+    const std::vector<Product> one_panel = {{0, 0, 1}, {1, 0, 2}},
+                               two_panels = {{0, 0, 1}, {1, 0, 2}, {2, 0, 3}, {3, 0, 4}};
+    if (has_wide_) {
+      a_.cmp(rows_left_, 0);
+      a_.b_le(done);
+      a_.ldr(c_row_, field(offsetof(Call, m)));
+      a_.sub(c_row_, c_row_, rows_left_);
+      a_.mul(c_row_, c_row_, ldc_);
+      a_.add(c_row_, c_, c_row_, lsl(2));
+    } else {
+      a_.ldr(rows_left_, field(offsetof(Call, m)));
+      a_.ldr(a_block_, field(offsetof(Call, workspace)));
+      a_.mov(c_row_, c_);
+    }
+    a_.word(sve::whilelt(Element::s, kColumns[0], xzr, n_left_));
+    for (int i = 1; i < kTiles; ++i) {
+      a_.mov(scratch_, i * t_);
+      a_.word(sve::whilelt(Element::s, kColumns[i], scratch_, n_left_));
+    }
+    a_.word(sve::zero(kAllOfZa));
+    a_.add_constant(a_k_, a_block_, bias(1), scratch_);
+    a_.add_constant(b_restart_, b_, bias(2), scratch_);
+    a_.mov(b_k_[0], b_restart_);
+    const TilePair left = {0, 1, c_row_, kColumns[0], kColumns[1]}, right = {2, 3, second, kColumns[2], kColumns[3]};
+    if (has_pairs && has_single) {
+      a_.cmp(n_left_, panel_columns());
+      a_.b_le(single);
+    }
+    if (has_pairs) {
+      a_.add_constant(b_second_restart_, b_restart_, panel_bytes_, scratch_);
+      a_.mov(b_k_[1], b_second_restart_);
+      a_.add(second, c_row_, 4 * panel_columns());
+      along_k({{a_k_, 1, false}, {b_k_[0], 2, true, b_restart_}, {b_k_[1], 2, true, b_second_restart_}}, two_panels);
+      store(rows_left_, 0, {left, right});
+    }
+    if (has_single) {
+      if (has_pairs) {
+        a_.b(done);
+        a_.bind(single);
+      }
+      along_k({{a_k_, 1, false}, {b_k_[0], 2, true, b_restart_}}, one_panel);
+      store(rows_left_, 0, {left});
+    }
+    a_.bind(done);
+  }
+
+  /// Sums of all steps of K. steps % kUnroll of them come first, the turns of the loop after them.
+  void along_k(const std::vector<Stream>& streams, const std::vector<Product>& products) {
+    int vectors = 0;
+    for (const Stream& stream : streams)
+      vectors += stream.vectors;
+    const auto reg = [&](std::int64_t step, int vector) {
+      return Z{static_cast<std::uint32_t>(step % kRegisterSets * vectors + vector)};
+    };
+    std::vector<sve::Word> loads;
+    /// Those of a step, `offset` steps after where the turn at the pointers begins.
+    const auto load = [&](std::int64_t step, int offset) {
+      loads.clear();
+      int vector = 0;
+      for (const Stream& stream : streams)
+        for (int i = 0; i < stream.vectors; ++i)
+          loads.push_back(
+              sve::ld1b(reg(step, vector++), kAll, stream.pointer, (offset - kUnroll / 2) * stream.vectors + i));
+    };
+    /// The products of a step, among them the loads.
+    const auto multiply = [&](std::int64_t step) {
+      std::size_t loaded = 0;
+      for (std::size_t i = 0; i < products.size(); ++i) {
+        for (const std::size_t due = loads.size() * (i + 1) / products.size(); loaded < due; ++loaded)
+          a_.word(loads[loaded]);
+        const Product& product = products[i];
+        a_.word(sve::smopa(ZaTile{product.tile}, kAll, kAll, reg(step, product.rows), reg(step, product.columns)));
+      }
+      loads.clear();
+    };
+    const auto advance = [&](std::int64_t by_steps) {
+      for (const Stream& stream : streams)
+        a_.add_constant(stream.pointer, stream.pointer, by_steps * stream.vectors * vector_bytes(), scratch_);
+    };
+
+    const std::int64_t first = steps() % kUnroll, turns = steps() / kUnroll;
+    const std::int64_t early = turns > 0 ? first + kAhead : first; // steps loaded before the loop
+    const auto load_early = [&](std::int64_t step) {
+      if (step >= early)
+        return;
+      if (step == first && first > 0)
+        advance(first);
+      load(step, static_cast<int>(step < first ? step : step - first));
+    };
+    for (std::int64_t step = 0; step < std::min<std::int64_t>(kAhead, early); ++step) {
+      load_early(step);
+      for (const sve::Word& word : loads)
+        a_.word(word);
+      loads.clear();
+    }
+    for (std::int64_t step = 0; step < first; ++step) {
+      load_early(step + kAhead);
+      multiply(step);
+    }
+    if (turns == 0)
+      return;
+    const Label turn = a_.newLabel();
+    a_.mov(turns_, turns);
+    a_.bind(turn);
+    for (int index = 0; index < kUnroll; ++index) {
+      if (index + kAhead == kUnroll) {
+        advance(kUnroll);
+        a_.subs(turns_, turns_, 1);
+        for (const Stream& stream : streams)
+          if (stream.wraps)
+            a_.csel(stream.pointer, stream.restart, stream.pointer, asmjit::arm::CondCode::kEQ);
+      }
+      load(first + index + kAhead, (index + kAhead) % kUnroll);
+      multiply(first + index);
+    }
+    a_.b_ne(turn);
+  }
+
+  /// Rows 0 … rows − 1 of the tiles to C; the bases move on by them. `constant_rows` is their number where it is known,
+  /// then a multiple of kSliceStep, else 0, and `rows` may be less than 1.
+  void store(const Gp& rows, std::int64_t constant_rows, const std::vector<TilePair>& pairs) {
+    const Gp groups = x(13), index = w(12);
+    const Label group = a_.newLabel(), rest = a_.newLabel(), row = a_.newLabel(), done = a_.newLabel();
+    const auto store_row = [&](int i) {
+      for (const TilePair& pair : pairs) {
+        a_.word(
+            sve::st1w(ZaTile{pair.left}, Slice::horizontal, index, i, pair.left_columns, pair.base, row_offset_[i][0]));
+        a_.word(sve::st1w(ZaTile{pair.right}, Slice::horizontal, index, i, pair.right_columns, pair.base,
+                          row_offset_[i][1]));
+      }
+    };
+    const auto advance = [&](int log2_rows) {
+      for (const TilePair& pair : pairs)
+        a_.add(pair.base, pair.base, ldc_, lsl(2 + log2_rows));
+    };
+    a_.mov(index, 0);
+    if (constant_rows > 0) {
+      a_.mov(groups, constant_rows / kSliceStep);
+    } else {
+      a_.asr(groups, rows, 2);
+      a_.cmp(groups, 0);
+      a_.b_le(rest);
+    }
+    a_.bind(group);
+    for (int i = 0; i < kSliceStep; ++i)
+      store_row(i);
+    advance(2);
+    a_.add(index, index, kSliceStep);
+    a_.subs(groups, groups, 1);
+    a_.b_ne(group);
+    if (constant_rows > 0)
+      return;
+    a_.bind(rest);
+    a_.cmp(rows, 0);
+    a_.b_le(done);
+    a_.ands(groups, rows, kSliceStep - 1);
+    a_.b_eq(done);
+    a_.bind(row);
+    store_row(0);
+    advance(0);
+    a_.add(index, index, 1);
+    a_.subs(groups, groups, 1);
+    a_.b_ne(row);
+    a_.bind(done);
+  }
+
+  // ---------------------------------------------------------------- another vector length
+
+  /// The same sums on a thread that was given another streaming vector length than the one this code is made for
+  /// (prctl, PR_SME_SET_VL), where no vector instruction would be right: slow and exact. Saves no register.
+  void multiply_without_vectors() {
+    const Gp row_a = x(1), lda = x(2), row_c = x(3), ldc = x(4), rows = x(5), n = x(6), column = x(7), b = x(8),
+             index = x(10), sum = w(11), at = x(12), a_value = w(13), b_value = w(14), panel_bytes = x(15);
+    const Label row = a_.newLabel(), element = a_.newLabel(), step = a_.newLabel(), finished = a_.newLabel();
+    const std::int64_t k_step_bytes = panel_columns() * 4;
+    a_.ldr(row_a, field(offsetof(Call, a)));
+    a_.ldr(lda, field(offsetof(Call, lda)));
+    a_.ldr(row_c, field(offsetof(Call, c)));
+    a_.ldr(ldc, field(offsetof(Call, ldc)));
+    a_.ldr(rows, field(offsetof(Call, m)));
+    a_.ldr(n, field(offsetof(Call, n)));
+    a_.mov(panel_bytes, panel_bytes_);
+    a_.bind(row);
+    a_.mov(column, 0);
+    a_.bind(element);
+    // The column's first 4 bytes: panel column / 2T, place column % 2T.
+    a_.ldr(b, field(offsetof(Call, b)));
+    a_.lsr(at, column, std::countr_zero(static_cast<std::uint64_t>(panel_columns())));
+    a_.madd(b, at, panel_bytes, b);
+    a_.and_(at, column, panel_columns() - 1);
+    a_.add(b, b, at, lsl(2));
+    a_.mov(sum, 0);
+    if (k_ > 0) {
+      a_.mov(index, 0);
+      a_.bind(step);
+      a_.ldrsb(a_value, ptr(row_a, index));
+      a_.lsr(at, index, 2);
+      a_.lsl(at, at, std::countr_zero(static_cast<std::uint64_t>(k_step_bytes)));
+      a_.and_(scratch_, index, 3);
+      a_.add(at, at, scratch_);
+      a_.ldrsb(b_value, ptr(b, at));
+      a_.madd(sum, a_value, b_value, sum);
+      a_.add(index, index, 1);
+      a_.mov(scratch_, k_);
+      a_.cmp(index, scratch_);
+      a_.b_ne(step);
+    }
+    a_.str(sum, ptr(row_c, column, lsl(2)));
+    a_.add(column, column, 1);
+    a_.cmp(column, n);
+    a_.b_ne(element);
+    a_.add(row_a, row_a, lda);
+    a_.add(row_c, row_c, ldc, lsl(2));
+    a_.subs(rows, rows, 1);
+    a_.b_ne(row);
+    a_.bind(finished);
+    a_.ret(x(30));
+  }
+
+  std::int64_t n_, k_;
+  int sme_bits_;
+  std::int64_t t_; ///< rows and columns of a tile
+  int8_mm::PackLayout layout_;
+  std::int64_t panel_bytes_;
+  bool has_wide_, has_narrow_;
+  Assembler a_;
+
+  static constexpr std::uint32_t kAllOfZa = 255;
+  static constexpr int kSavedGeneral = 10, kSavedVectors = 8;
+  // Predicates: every byte; the bytes of a row's last vector before K; columns of each tile before N.
+  static constexpr P kAll{0}, kLastBytes{1}, kColumns[kTiles] = {{2}, {3}, {4}, {5}};
+
+  // Registers of the whole call, then of its two parts. Slices of ZA are numbered by w12 alone.
+  const Gp call_ = x(0), scratch_ = x(9), fpsr_ = x(28);
+  struct {
+    Gp row = x(1), lda = x(2), rows_left = x(3), block = x(4), tile = x(5), from = x(6), to = x(7), rows = x(8);
+    Gp vector[kTiles] = {xzr, x(10), x(11), x(14)};   ///< bytes of so many vectors
+    Gp step[kSliceStep] = {xzr, x(15), x(16), x(17)}; ///< words of so many steps in the workspace
+  } copy_;
+  const Gp b_ = x(3), c_ = x(2), n_left_ = x(4); ///< of the group: its first panel; its first column, row 0
+  const Gp ldc_ = x(1), tile_columns_ = x(14);
+  /// Words from a row of C to each of the first tiles of the next ones.
+  const Gp row_offset_[kSliceStep][2] = {{xzr, x(14)}, {x(1), x(15)}, {x(16), x(17)}, {x(19), x(20)}};
+  const Gp a_block_ = x(23), c_row_ = x(22), rows_left_ = x(21), rows_ = x(26);
+  const Gp a_k_ = x(6), b_k_[2] = {x(7), x(8)}, turns_ = x(5), b_restart_ = x(10), b_second_restart_ = x(11);
+};
+
+} // namespace
+
+Implementation int8_mm_sme() {
+  Implementation row{};
+  row.op = OpId::int8_mm;
+  row.isa = IsaPath::sme;
+  row.backend = BackendId::arm;
+  row.generator = GeneratorId::asmjit;
+  row.generator_digest = k_arm_generator_digest;
+  row.arch = Arch::aarch64;
+  row.needs = Emitter::kNeeds;
+  row.vector_bits = [](const Target& target) -> std::int32_t { return target.sme_bits; };
+  row.supports = [](const KernelDesc& desc, const Target& target) -> Status {
+    if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
+      return Status::error(Code::unsupported, "int8_mm on sme: a_dtype=u8, allowed is s8");
+    if (desc.value[int8_mm::kK] > kMaxK)
+      return Status::error(Code::unsupported,
+                           fmt::format("int8_mm on sme: k={}, allowed is at most {}", desc.value[int8_mm::kK], kMaxK));
+    if (target.sme_bits < 128 || target.sme_bits > 2048 || !std::has_single_bit(static_cast<unsigned>(target.sme_bits)))
+      return Status::error(Code::unsupported,
+                           fmt::format("int8_mm on sme: a streaming vector length of {} bits, allowed is 128, 256, "
+                                       "512, 1024 or 2048",
+                                       target.sme_bits));
+    return {};
+  };
+  row.declines = [](const KernelDesc& desc, const Target& target) -> std::string {
+    const auto& value = desc.value;
+    // Whether weights are that few does not depend on m: all of their kernels read one pack.
+    if (value[int8_mm::kN] * value[int8_mm::kK] < kFewestWeights)
+      return fmt::format("fewer than {} weights: too few products to pay for entering streaming mode", kFewestWeights);
+    if (value[int8_mm::kM] >= 0 && value[int8_mm::kM] <= 2 && target.features.has(Feature::dotprod))
+      return "M ≤ 2: memory bound, and sdot reads each weight once without streaming mode";
+    return {};
+  };
+  row.pack_layout = [](const KernelDesc&, const Target& target) { return Emitter::layout(target.sme_bits).id(); };
+  row.assumes = [](const Target& target) {
+    return fmt::format("each thread has an SME unit to itself: where the cores of a cluster share one, more threads "
+                       "than units gain nothing. Each thread keeps the streaming vector length of {} bits: on one that "
+                       "was given another (PR_SME_SET_VL) the kernel is exact but computes without vectors",
+                       target.sme_bits);
+  };
+  row.compile = [](const KernelDesc& desc, const Target& target, std::string_view) {
+    return Emitter(desc.value[int8_mm::kM], desc.value[int8_mm::kN], desc.value[int8_mm::kK], target.sme_bits).emit();
+  };
+  return row;
+}
+
+} // namespace kiln::arm
