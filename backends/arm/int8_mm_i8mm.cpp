@@ -42,6 +42,7 @@ NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout) {
   shape.heights = heights_for(m_class, shape.unit_rows, pairs);
   shape.a_rows = 2 * shape.heights.max;
   shape.columns = columns_for(layout.n_block / 2, low ? 12 : 6, 2);
+  shape.loads = 32 - shape.heights.max * shape.vectors();
   return shape;
 }
 

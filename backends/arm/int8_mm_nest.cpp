@@ -43,127 +43,143 @@ constexpr int kVectorBytes = 16;
 /// load as early as they allow: cores that execute in order wait least that way.
 class Steps {
 public:
-  Steps(Assembler& a, const NestShape& shape, Path& path) : a_(a), shape_(shape), path_(path) {}
+  Steps(const NestShape& shape, Path& path) : shape_(shape), path_(path) {}
 
   /// Steps [first, last) of a turn for a tile of `units`. False when registers run out.
   bool emit(int units, int first, int last) {
-    const int first_unit = shape_.heights.max - units, vectors = shape_.vectors();
+    const int first_unit = shape_.heights.max - units, vectors = shape_.columns.vectors, all = shape_.vectors();
+    const int first_a = first * shape_.a_step_bytes() / kVectorBytes;
     products_.clear();
     loads_.clear();
-    const int a_load = shape_.a_load, first_a = first * shape_.a_step_bytes() / a_load;
-    of_a_.assign(static_cast<std::size_t>((last * shape_.a_step_bytes() + a_load - 1) / a_load - first_a), -1);
-    of_b_.assign(static_cast<std::size_t>((last - first) * vectors), -1);
+    of_a_.assign(static_cast<std::size_t>((last * shape_.a_step_bytes() + kVectorBytes - 1) / kVectorBytes - first_a),
+                 -1);
+    of_b_.assign(static_cast<std::size_t>((last - first) * all), -1);
     for (int step = first; step < last; ++step)
-      for (int begin = 0; begin < vectors; begin += shape_.together)
+      for (int begin = 0; begin < all; begin += shape_.together) {
+        const int end = std::min(all, begin + shape_.together);
+        int of_vector[kMostTogether];
+        for (int vector = begin; vector < end; ++vector) {
+          const int panel = vector / vectors, in_panel = vector % vectors;
+          of_vector[vector - begin] = need(of_b_, (panel * (last - first) + step - first) * vectors + in_panel, false,
+                                           panel, step * shape_.step_bytes() + in_panel * shape_.vector_bytes);
+        }
         for (int unit = 0; unit < units; ++unit) {
           const int a_at = step * shape_.a_step_bytes() + unit * shape_.unit_bytes();
-          for (int vector = begin; vector < std::min(vectors, begin + shape_.together); ++vector) {
-            const int a = need(of_a_, a_at / a_load - first_a, {.a = true, .offset = a_at / a_load * a_load});
-            const int b =
-                need(of_b_, (step - first) * vectors + vector,
-                     {.panel = vector / shape_.columns.vectors,
-                      .offset = step * shape_.step_bytes() + vector % shape_.columns.vectors * shape_.vector_bytes});
-            products_.push_back({first_unit + unit, vector, a, a_at % a_load, b});
+          const int a = need(of_a_, a_at / kVectorBytes - first_a, true, 0, a_at / kVectorBytes * kVectorBytes);
+          for (int vector = begin; vector < end; ++vector) {
+            const int now = static_cast<int>(products_.size()), b = of_vector[vector - begin];
+            load(a).last_use = load(b).last_use = now;
+            products_.push_back({first_unit + unit, vector, a, a_at % kVectorBytes, b});
           }
         }
+      }
     return emit_in_order();
   }
 
 private:
   struct Load {
-    bool a = false;
-    int panel = 0; ///< of B
-    int offset = 0;
-    int index = 0; ///< in of_a_ or of_b_
-    int first_use = 0, last_use = 0;
-    int reg = -1;
+    bool a;
+    int panel; ///< of B
+    int offset;
+    int index;               ///< in of_a_ or of_b_
+    int first_use, last_use; ///< products
+    int reg;                 ///< −1: not loaded
   };
   struct Product {
     int unit, vector, a, a_byte, b;
   };
 
-  int need(std::vector<int>& known, int index, Load load) {
+  static constexpr int kMostTogether = 4;
+
+  Load& load(int id) { return loads_[static_cast<std::size_t>(id)]; }
+
+  int need(std::vector<int>& known, int index, bool a, int panel, int offset) {
     int& id = known[static_cast<std::size_t>(index)];
-    const int now = static_cast<int>(products_.size());
     if (id < 0) {
+      const int now = static_cast<int>(products_.size());
       id = static_cast<int>(loads_.size());
-      load.index = index;
-      load.first_use = now;
-      loads_.push_back(load);
+      loads_.push_back({a, panel, offset, index, now, now, -1});
     }
-    loads_[static_cast<std::size_t>(id)].last_use = now;
     return id;
   }
 
   /// The load of the 16 bytes behind those of `load`, when one instruction can do both and it is needed soon.
-  Load* partner(const Load& load) {
+  Load* partner(const Load& of) {
     constexpr int kSoon = 24, kLargestOffset = 1008; // LDP (SIMD&FP): a signed 7-bit multiple of 16
-    const std::vector<int>& known = load.a ? of_a_ : of_b_;
-    if (!shape_.pairs || load.offset > kLargestOffset || load.index + 1 >= static_cast<int>(known.size()))
+    const std::vector<int>& known = of.a ? of_a_ : of_b_;
+    if (!shape_.pairs || of.offset > kLargestOffset || of.index + 1 >= static_cast<int>(known.size()))
       return nullptr;
-    const int id = known[static_cast<std::size_t>(load.index) + 1];
+    const int id = known[static_cast<std::size_t>(of.index) + 1];
     if (id < 0)
       return nullptr;
-    Load& next = loads_[static_cast<std::size_t>(id)];
-    const bool adjacent = next.panel == load.panel && next.offset == load.offset + kVectorBytes;
-    return adjacent && next.reg < 0 && next.first_use - load.first_use <= kSoon ? &next : nullptr;
+    Load& next = load(id);
+    const bool adjacent = next.panel == of.panel && next.offset == of.offset + kVectorBytes;
+    return adjacent && next.reg < 0 && next.first_use - of.first_use <= kSoon ? &next : nullptr;
   }
 
   bool emit_in_order() {
     free_.clear();
     for (int i = 0; i < shape_.loads; ++i)
       free_.push_back(i);
-    std::size_t next_free = 0, next_load = 0;
-    const auto take = [&] { return free_[next_free++]; };
+    next_free_ = next_load_ = 0;
+    bool full = false; // since then no register became free
     for (int now = 0; now < static_cast<int>(products_.size()); ++now) {
-      for (; next_load < loads_.size(); ++next_load) {
-        Load& load = loads_[next_load];
-        if (load.reg >= 0) // loaded beside another
-          continue;
-        const std::size_t free = free_.size() - next_free;
-        Load* const second = partner(load);
-        const bool urgent = load.first_use <= now;
-        if (free == 0 || (free == 1 && second != nullptr && !urgent))
-          break;
-        const GpX& base = load.a ? role::a_k : role::b_k[load.panel];
-        const int offset = load.a ? load.offset - shape_.a_bias : load.offset;
-        load.reg = take();
-        if (second != nullptr && free >= 2) {
-          second->reg = take();
-          path_.load_two(load.reg, second->reg, base, offset);
-        } else if (load.a) {
-          path_.load_a(load.reg, base, offset);
-        } else {
-          path_.load_b(load.reg, base, offset);
-        }
+      if (next_load_ < loads_.size() && (!full || loads_[next_load_].first_use <= now)) {
+        issue_loads(now);
+        full = true;
       }
       const Product& p = products_[static_cast<std::size_t>(now)];
-      const Load &a = loads_[static_cast<std::size_t>(p.a)], &b = loads_[static_cast<std::size_t>(p.b)];
+      const Load &a = load(p.a), &b = load(p.b);
       if (a.reg < 0 || b.reg < 0)
         return false;
       path_.multiply(p.unit, p.vector, a.reg, p.a_byte, b.reg);
-      if (a.last_use == now)
-        free_.push_back(a.reg);
-      if (b.last_use == now)
-        free_.push_back(b.reg);
+      for (const Load* const used : {&a, &b})
+        if (used->last_use == now) {
+          free_.push_back(used->reg);
+          full = false;
+        }
     }
     path_.finish_products();
     return true;
   }
 
-  Assembler& a_;
+  /// Loads in the order of their use, as far as registers go.
+  void issue_loads(int now) {
+    for (; next_load_ < loads_.size(); ++next_load_) {
+      Load& first = loads_[next_load_];
+      if (first.reg >= 0) // loaded beside another
+        continue;
+      const std::size_t free = free_.size() - next_free_;
+      Load* const second = partner(first);
+      if (free == 0 || (free == 1 && second != nullptr && first.first_use > now))
+        return;
+      const GpX& base = first.a ? role::a_k : role::b_k[first.panel];
+      const int offset = first.a ? first.offset - shape_.a_bias : first.offset;
+      first.reg = free_[next_free_++];
+      if (second != nullptr && free >= 2) {
+        second->reg = free_[next_free_++];
+        path_.load_two(first.reg, second->reg, base, offset);
+      } else if (first.a) {
+        path_.load_a(first.reg, base, offset);
+      } else {
+        path_.load_b(first.reg, base, offset);
+      }
+    }
+  }
+
   const NestShape& shape_;
   Path& path_;
   std::vector<Product> products_;
   std::vector<Load> loads_;      ///< in the order of their first use
   std::vector<int> of_a_, of_b_; ///< by place in the turn: index in loads_, or −1
-  std::vector<int> free_;        ///< registers, a queue
+  std::vector<int> free_;        ///< registers, a queue from next_free_ on
+  std::size_t next_free_ = 0, next_load_ = 0;
 };
 
 class Nest {
 public:
   Nest(Assembler& assembler, const NestShape& shape, Path& path)
-      : a_(assembler), shape_(shape), path_(path), steps_(assembler, shape, path), heights_(shape.heights),
+      : a_(assembler), shape_(shape), path_(path), steps_(shape, path), heights_(shape.heights),
         tail_(assembler.newLabel()), row_tile_done_(assembler.newLabel()) {}
 
   bool emit() {

@@ -53,7 +53,7 @@ struct NestShape {
   int a_load = 16;  ///< bytes of A in a register: 16, or fewer where a load replicates them
   Columns columns;
   int vector_bytes = 16; ///< of a vector of B: 16, or SVE's
-  int together = 1;      ///< vectors of B that a unit of rows meets before the next unit
+  int together = 1;      ///< vectors of B that a unit of rows meets before the next unit, 4 at most
   int loads = 8;         ///< registers 0 … loads − 1 hold A and B, those above are the path's
   bool pairs = true;     ///< two 16-byte loads in one instruction
   int a_bias = 0;        ///< added to a_k, for loads whose offsets begin below 0

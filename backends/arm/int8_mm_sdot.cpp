@@ -59,6 +59,7 @@ NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout) {
     shape.a_rows = rows;
     shape.a_copies = 2;
     shape.columns = columns_for(layout.n_block / 2, 12, 2);
+    shape.loads = 32 - rows * shape.vectors();
     return shape;
   }
   // Four panels of one row leave accumulators unused: SDOT forwards its accumulator in a cycle, loads bound it.
@@ -69,6 +70,7 @@ NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout) {
   shape.heights = heights_for(m_class, 1, max_rows);
   shape.a_rows = shape.heights.max <= 2 ? shape.heights.max : (shape.heights.max + 3) / 4 * 4;
   shape.columns = columns_for(layout.n_block / 4, vectors, 1);
+  shape.loads = 32 - shape.heights.max * shape.vectors();
   shape.unroll = max_rows == 1 ? 8 : 4;
   return shape;
 }
