@@ -48,11 +48,10 @@ public:
   /// Steps [first, last) of a turn for a tile of `units`. False when registers run out.
   bool emit(int units, int first, int last) {
     const int first_unit = shape_.heights.max - units, vectors = shape_.columns.vectors, all = shape_.vectors();
-    const int first_a = first * shape_.a_step_bytes() / kVectorBytes;
+    const int a_load = shape_.a_load, first_a = first * shape_.a_step_bytes() / a_load;
     products_.clear();
     loads_.clear();
-    of_a_.assign(static_cast<std::size_t>((last * shape_.a_step_bytes() + kVectorBytes - 1) / kVectorBytes - first_a),
-                 -1);
+    of_a_.assign(static_cast<std::size_t>((last * shape_.a_step_bytes() + a_load - 1) / a_load - first_a), -1);
     of_b_.assign(static_cast<std::size_t>((last - first) * all), -1);
     for (int step = first; step < last; ++step)
       for (int begin = 0; begin < all; begin += shape_.together) {
@@ -65,11 +64,11 @@ public:
         }
         for (int unit = 0; unit < units; ++unit) {
           const int a_at = step * shape_.a_step_bytes() + unit * shape_.unit_bytes();
-          const int a = need(of_a_, a_at / kVectorBytes - first_a, true, 0, a_at / kVectorBytes * kVectorBytes);
+          const int a = need(of_a_, a_at / a_load - first_a, true, 0, a_at / a_load * a_load);
           for (int vector = begin; vector < end; ++vector) {
             const int now = static_cast<int>(products_.size()), b = of_vector[vector - begin];
             load(a).last_use = load(b).last_use = now;
-            products_.push_back({first_unit + unit, vector, a, a_at % kVectorBytes, b});
+            products_.push_back({first_unit + unit, vector, a, a_at % a_load, b});
           }
         }
       }

@@ -53,7 +53,7 @@ NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout, con
                   .k = k,
                   .a_load = layout.k_block,
                   .vector_bytes = target.sve_bits / 8,
-                  .together = rows > 2 ? vectors : 1, // what is fewer stays in registers for a step
+                  .together = rows > 2 ? 3 : 1, // A's registers are the fewer ones with two rows
                   .pairs = false,
                   .unroll = 2};
   shape.heights = heights_for(m_class, 1, rows);
