@@ -81,6 +81,16 @@ std::size_t Loop::loads() const {
   return static_cast<std::size_t>(std::count_if(body.begin(), body.end(), [](auto& i) { return i.is_load(); }));
 }
 
+std::size_t Loop::accumulators() const {
+  std::set<std::string_view> names;
+  for (const Instruction& instruction : body)
+    if (instruction.is_mac())
+      names.insert(std::string_view(instruction.text)
+                       .substr(0, instruction.text.find(','))
+                       .substr(instruction.mnemonic().size()));
+  return names.size();
+}
+
 std::size_t Loop::loads_used_once() const {
   constexpr std::size_t kNone = ~std::size_t{0};
   std::array<std::size_t, kVectorRegisters> loader; // index in the body of the load whose value the register holds

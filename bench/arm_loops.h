@@ -32,6 +32,8 @@ struct Loop {
   std::uint64_t end() const { return body.back().offset + 4; }
   std::size_t macs() const;
   std::size_t loads() const;
+  /// Different first operands of MAC instructions: vector registers, or ZA tiles.
+  std::size_t accumulators() const;
   /// Load instructions all of whose registers feed at most one MAC instruction: what is used once, as weights are in a
   /// GEMV. The others' registers serve several.
   std::size_t loads_used_once() const;

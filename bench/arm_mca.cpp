@@ -7,7 +7,7 @@
 /// class of m, N = K = 1024; kernels of the same bytes once. The hot loop is cut from the emitted bytes by its back
 /// edge (bench/arm_loops.h; tests/arm_instruction_count_test proves under qemu that it is where a call spends its
 /// instructions). Per kernel and core:
-///   instr       instructions of one iteration, MACs of them multiply-add instructions
+///   instr       instructions of one iteration, MACs of them multiply-add instructions, on that many registers or tiles
 ///   loads/MAC   load instructions per MAC instruction; `once` those whose registers feed one MAC only (weights in a
 ///               GEMV)
 ///   cycles      per iteration, steady state: what 100 iterations take beyond 40
@@ -93,8 +93,8 @@ bool serves(const Implementation& row, const KernelDesc& desc, const Target& tar
 }
 
 /// The kernels that one class of machines may run, with the layout of weights that the engine chooses for it and the
-/// one that suits the row best.
-void add_kernels(const KnownTarget& known, std::vector<Kernel>& kernels) {
+/// one that suits the row best; `failures` for what cannot be compiled.
+void add_kernels(const KnownTarget& known, std::vector<Kernel>& kernels, std::vector<std::string>& failures) {
   const Target target = take(Target::parse(known.text));
   const std::span<const Implementation> rows = implementation_table();
   const OpSpec& op = int8_mm::op();
@@ -113,7 +113,13 @@ void add_kernels(const KnownTarget& known, std::vector<Kernel>& kernels) {
       if (chosen != layouts.front() && row.reads(chosen, desc, target))
         layouts.push_back(chosen);
       for (const std::string& layout : layouts) {
-        Kernel kernel = {&row, m, layout, take(row.compile(desc, target, layout)), {}, {}};
+        Result<CodeObject> code = row.compile(desc, target, layout);
+        if (!code) {
+          failures.push_back(fmt::format("{} m={} {} for {}: {}", name_of(row.isa), m_text(m), layout, known.name,
+                                         code.status().message()));
+          continue;
+        }
+        Kernel kernel = {&row, m, layout, std::move(*code), {}, {}};
         auto same = std::find_if(kernels.begin(), kernels.end(), [&](const Kernel& k) {
           return k.row == kernel.row && k.m == kernel.m && k.code.image == kernel.code.image;
         });
@@ -133,11 +139,11 @@ void add_kernels(const KnownTarget& known, std::vector<Kernel>& kernels) {
   }
 }
 
-std::vector<Kernel> emit_all() {
+std::vector<Kernel> emit_all(std::vector<std::string>& failures) {
   std::vector<Kernel> kernels;
   for (const KnownTarget& known : known_targets())
     if (take(Target::parse(known.text)).arch == Arch::aarch64)
-      add_kernels(known, kernels);
+      add_kernels(known, kernels, failures);
   for (const Implementation& row : implementation_table())
     if (row.op == OpId::int8_mm && row.arch == Arch::aarch64 && !row.any_arch &&
         std::none_of(kernels.begin(), kernels.end(), [&](const Kernel& kernel) { return kernel.row == &row; }))
@@ -266,6 +272,8 @@ std::vector<double> steady_cycles(std::string_view mcpu, const std::vector<Regio
       text.replace(at, 1, std::to_string(number));
     assembly += fmt::format("# LLVM-MCA-BEGIN {0}\n{1}# LLVM-MCA-END {0}\n", number, text);
   }
+  if (numbers.empty())
+    return {};
   const TemporaryFile file(assembly);
   const std::vector<double> few = simulate(mcpu, file.path(), numbers.size(), kFew),
                             many = simulate(mcpu, file.path(), numbers.size(), kMany);
@@ -309,16 +317,22 @@ std::vector<Modelled> model(const std::vector<Kernel>& kernels, const Core& core
 
 // ---------------------------------------------------------------- figures
 
-bool is_gemm(const Kernel& kernel) {
-  return kernel.m == kAny || kernel.m >= 8;
+bool is_judged_for(std::int64_t m) {
+  return m == kAny || m == 1 || m >= 8;
 }
 
-/// Of the SDOT and SMMLA loops of matrix kernels that some machine takes; 0 where a ratio is only told.
+/// Of the SDOT and SMMLA loops that some machine takes, those of matrix kernels and of the GEMV for m = 1; 0 where a
+/// ratio is only told.
 double ratio_to_reach(const Kernel& kernel) {
   const IsaPath isa = kernel.row->isa;
   const bool judged =
       isa == IsaPath::sdot || isa == IsaPath::i8mm || isa == IsaPath::sve_i8mm || isa == IsaPath::sve_sdot;
-  return judged && is_gemm(kernel) && !kernel.taken_by.empty() ? 0.95 : 0;
+  return judged && is_judged_for(kernel.m) && !kernel.taken_by.empty() ? 0.95 : 0;
+}
+
+/// A GEMV, the smallest matrix kernel, the largest.
+bool is_plotted(std::int64_t m) {
+  return m == 1 || m == 4 || m == kAny;
 }
 
 struct Options {
@@ -379,7 +393,11 @@ int judge_mix(const Kernel& kernel) {
     at_most("loads of weights per MAC", once / macs, 1);
     at_most("other loads per MAC", (loads - once) / macs, 0.25);
   }
-  if (kernel.row->isa == IsaPath::sme && kernel.m == kAny) {
+  if (kernel.row->isa == IsaPath::sme && (kernel.m == 32 || kernel.m == kAny)) {
+    if (loop.accumulators() != 4) {
+      fmt::print("  SHORT {}: {} ZA tiles live, to reach 4\n", kernel.name(), loop.accumulators());
+      ++short_of;
+    }
     at_most("loads per SMOPA", loads / macs, 1);
     at_most("instructions that are neither SMOPA nor load", 1 - (macs + loads) / static_cast<double>(loop.body.size()),
             0.1);
@@ -393,8 +411,9 @@ void print_kernel(const Kernel& kernel, bool with_loop) {
   std::string taken_by;
   for (const std::string& name : kernel.taken_by)
     taken_by += (taken_by.empty() ? "" : ", ") + name;
-  fmt::print("{}: bytes {:#x}–{:#x}, {} instr, {} MACs, {:.3f} loads/MAC ({:.3f} once), MACs + loads {:.1f} %; {}\n",
-             kernel.name(), loop.begin(), loop.end(), loop.body.size(), loop.macs(),
+  fmt::print("{}: bytes {:#x}–{:#x}, {} instr, {} MACs on {} accumulators, {:.3f} loads/MAC ({:.3f} once), MACs + "
+             "loads {:.1f} %; {}\n",
+             kernel.name(), loop.begin(), loop.end(), loop.body.size(), loop.macs(), loop.accumulators(),
              static_cast<double>(loop.loads()) / macs, static_cast<double>(loop.loads_used_once()) / macs,
              100.0 * (macs + static_cast<double>(loop.loads())) / static_cast<double>(loop.body.size()),
              taken_by.empty() ? "taken by no class of machines" : "taken by " + taken_by);
@@ -404,14 +423,17 @@ void print_kernel(const Kernel& kernel, bool with_loop) {
 }
 
 int run(const Options& options) {
-  std::vector<Kernel> kernels = emit_all();
+  std::vector<std::string> failures;
+  std::vector<Kernel> kernels = emit_all(failures);
   std::erase_if(kernels, [&](const Kernel& kernel) { return !options.wants(kernel); });
   std::vector<Modelled> modelled;
   for (const Core& core : kCores)
     for (Modelled& one : model(kernels, core))
       modelled.push_back(one);
 
-  int short_of = 0, judged = 0;
+  int short_of = static_cast<int>(failures.size()), judged = 0;
+  for (const std::string& failure : failures)
+    fmt::print("SHORT {}\n", failure);
   std::vector<PlotPoint> points;
   nlohmann::ordered_json rows = nlohmann::ordered_json::array();
   for (const Kernel& kernel : kernels) {
@@ -439,9 +461,9 @@ int run(const Options& options) {
                       {"mac_bound", one.mac_bound},
                       {"load_bound", one.load_bound},
                       {"ratio", one.ratio()}});
-      if (!kernel.taken_by.empty())
-        points.push_back({std::string(name_of(kernel.row->isa)), fmt::format("m={} {}", m_text(kernel.m), one.core),
-                          one.ratio(), 0, reach});
+      if (!kernel.taken_by.empty() && is_plotted(kernel.m))
+        points.push_back({fmt::format("{} {}", name_of(kernel.row->isa), kernel.pack_layout),
+                          fmt::format("m={} {}", m_text(kernel.m), one.core), one.ratio(), 0, reach});
     }
   }
   fmt::print("{} kernels on {} cores; {} ratios had to be reached; {} figures fell short\n", kernels.size(),

@@ -70,10 +70,11 @@ Machine machine_for(const Implementation& row) {
   return machine;
 }
 
+/// Of the instructions of the whole call, the driver's among them.
 struct Shares {
   double hottest =
       0; ///< of the kernel's instructions: the hot loop with the most multiply-adds, which is what is judged
-  double outside = 0; ///< of the call's instructions, the driver's with them: outside every hot loop
+  double outside = 0; ///< outside every hot loop
 };
 
 Shares count(Engine& engine, const Implementation& row, std::int64_t m, std::int64_t n, std::int64_t k) {
@@ -126,7 +127,7 @@ Shares count(Engine& engine, const Implementation& row, std::int64_t m, std::int
   const auto share = [](std::uint64_t part, std::uint64_t whole) {
     return static_cast<double>(part) / static_cast<double>(whole);
   };
-  const Shares shares = {share(in_hottest, in_kernel), 1 - share(in_hot, counts.all)};
+  const Shares shares = {share(in_hottest, counts.all), 1 - share(in_hot, counts.all)};
   fmt::print("{:<9} {:>4}×{}×{} {:<7} {:>11} instructions, {:>10} in the kernel, {:6.3f} per MAC instruction, {:7.3f} "
              "per 1000 "
              "products; hot loop {:#x}–{:#x} {:5.1f} %, outside hot loops {:5.2f} %\n",
