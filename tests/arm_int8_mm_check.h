@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <random>
@@ -13,6 +14,7 @@
 
 #include "jit/implementation.h"
 #include "tests/aarch64_call.h"
+#include "tests/emulator.h"
 #include "tests/int8_mm_kernel_check.h"
 #include "tests/llvm_mc.h"
 
@@ -49,6 +51,11 @@ inline bool serves(const ArmPath& path, std::int64_t m) {
 inline constexpr std::int64_t kOneOfEachClass[] = {1, 2, 4, 8, 16, 32, 33};
 
 // ---------------------------------------------------------------- what the code looks like
+
+/// Under an emulator the host's programs are out of reach; the code is the same there.
+inline bool has_llvm_mc() {
+  return !is_emulated() && std::system("command -v llvm-mc-19 >/dev/null") == 0;
+}
 
 inline std::vector<std::string> listing(const CodeObject& code) {
   std::vector<std::uint32_t> words(code.image.size() / 4);
@@ -214,6 +221,9 @@ inline void check_sums_wrap(const std::vector<ArmPath>& paths) {
   // 2^17 products of (−128)·(−128) are 2^31: one more than s32 holds.
   constexpr std::int64_t k = std::int64_t{1} << 17;
   for_each_runnable(paths, [&](const ArmPath& path) {
+    // Wide panels would only take memory and time: n is 3.
+    if (int8_mm::PackLayout::parse(path.layout)->n_block > std::max(12, path.target.sve_bits / 128 * 12))
+      return;
     for (const std::int64_t m : {1, 5})
       if (serves(path, m))
         check_kernel(path, {.m = m, .n = 3, .k = k, .n_cut = 3, .values = Values::all_lowest, .guard = Guard::after},

@@ -1,7 +1,6 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
-#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -9,7 +8,6 @@
 
 #include "backends/arm/rows.h"
 #include "tests/arm_int8_mm_check.h"
-#include "tests/emulator.h"
 
 /// The SVE paths of int8_mm, kernel by kernel: what emission promises for every vector length on any host, and on
 /// aarch64 what the kernels of the machine's own vector length compute.
@@ -107,7 +105,7 @@ TEST_CASE("what a path cannot do is refused with the reason") {
   }
 }
 
-TEST_CASE("every word is an instruction to llvm-mc, none names x18" * doctest::skip(is_emulated())) {
+TEST_CASE("every word is an instruction to llvm-mc, none names x18" * doctest::skip(!has_llvm_mc())) {
   for (const int bits : {256, 2048})
     for (const ArmPath& path : paths_for(bits))
       for (const std::int64_t m : kOneOfEachClass)
@@ -122,7 +120,7 @@ TEST_CASE("every word is an instruction to llvm-mc, none names x18" * doctest::s
         }
 }
 
-TEST_CASE("what the K loops consist of" * doctest::skip(is_emulated())) {
+TEST_CASE("what the K loops consist of" * doctest::skip(!has_llvm_mc())) {
   struct Expected {
     std::size_t path; ///< of paths_for
     std::int64_t m;

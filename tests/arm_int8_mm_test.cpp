@@ -1,18 +1,11 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
-#include <algorithm>
-#include <random>
 #include <string>
 #include <vector>
 
-#include <fmt/format.h>
-
 #include "backends/arm/rows.h"
-#include "tests/aarch64_call.h"
-#include "tests/emulator.h"
-#include "tests/int8_mm_kernel_check.h"
-#include "tests/llvm_mc.h"
+#include "tests/arm_int8_mm_check.h"
 
 /// The paths of int8_mm on aarch64 that use v registers, kernel by kernel: what emission promises on any host, and on
 /// aarch64 those that the machine can execute against the reference.
@@ -22,14 +15,7 @@ using namespace kiln::test;
 
 namespace {
 
-/// A path on one of the layouts that it reads.
-struct Case {
-  Implementation row;
-  const char* layout;
-  std::int64_t most_rows = kAny; ///< that it serves from this layout
-};
-
-std::vector<Case> cases() {
+std::vector<ArmPath> paths() {
   return {
       {arm::int8_mm_sdot(), "n12k4"},    {arm::int8_mm_sdot(), "n24k4"}, // SVE of 256 bits without SMMLA
       {arm::int8_mm_sdot(), "n8k4"},                                     // SME of 128 … 2048 bits
@@ -41,82 +27,10 @@ std::vector<Case> cases() {
   };
 }
 
-std::string name_of(const Case& c) {
-  return fmt::format("{} on {}", kiln::name_of(c.row.isa), c.layout);
-}
-
-KernelDesc canonical(std::int64_t m, std::int64_t n, std::int64_t k) {
-  return int8_mm::op().canonical(int8_mm::make_desc(m, n, k));
-}
-
-CodeObject compile(const Case& c, std::int64_t m, std::int64_t n, std::int64_t k) {
-  Result<CodeObject> code = c.row.compile(canonical(m, n, k), Target{.arch = Arch::aarch64}, c.layout);
-  REQUIRE_MESSAGE(code.is_ok(), (code ? "" : code.status().message()));
-  return std::move(*code);
-}
-
-bool serves(const Case& c, std::int64_t m) {
-  return c.most_rows == kAny || m <= c.most_rows;
-}
-
-constexpr std::int64_t kOneOfEachClass[] = {1, 2, 4, 8, 16, 32, 33};
-
-// ---------------------------------------------------------------- what the code looks like
-
-/// Under an emulator the host's programs are out of reach; the code is the same there.
-bool has_llvm_mc() {
-  return !is_emulated() && std::system("command -v llvm-mc-19 >/dev/null") == 0;
-}
-
-std::vector<std::string> listing(const CodeObject& code) {
-  std::vector<std::uint32_t> words(code.image.size() / 4);
-  std::memcpy(words.data(), code.image.data(), code.image.size());
-  return disassemble(words);
-}
-
-bool begins_with(const std::string& line, std::initializer_list<const char*> mnemonics) {
-  return std::any_of(mnemonics.begin(), mnemonics.end(),
-                     [&](const char* mnemonic) { return line.starts_with(std::string(mnemonic) + " "); });
-}
-
-/// The loops through K: bodies that end in a branch back over products, and contain no other branch.
-std::vector<std::vector<std::string>> k_loops(const std::vector<std::string>& lines) {
-  std::vector<std::vector<std::string>> loops;
-  for (std::size_t i = 0; i < lines.size(); ++i) {
-    int distance = 0;
-    if (std::sscanf(lines[i].c_str(), "b.ne #%d", &distance) != 1 || distance >= 0)
-      continue;
-    std::vector<std::string> body(lines.begin() + static_cast<std::ptrdiff_t>(i) + distance / 4,
-                                  lines.begin() + static_cast<std::ptrdiff_t>(i) + 1);
-    const auto is_product = [](const std::string& l) { return begins_with(l, {"sdot", "smmla", "smull", "smull2"}); };
-    const auto branches = [](const std::string& l) { return l[0] == 'b' || begins_with(l, {"tbz", "tbnz"}); };
-    if (std::any_of(body.begin(), body.end(), is_product) && std::count_if(body.begin(), body.end(), branches) == 1)
-      loops.push_back(std::move(body));
-  }
-  return loops;
-}
-
-struct Mix {
-  int products = 0, weight_loads = 0, a_loads = 0, others = 0;
-};
-
-/// x8 runs along A, x10 … x13 along the panels.
-Mix mix_of(const std::vector<std::string>& loop) {
-  Mix mix;
-  for (const std::string& line : loop)
-    if (begins_with(line, {"sdot", "smmla", "smull", "smull2", "sadalp"}))
-      ++mix.products;
-    else if (begins_with(line, {"ldr", "ldp"}))
-      ++(line.find("[x8") != std::string::npos ? mix.a_loads : mix.weight_loads);
-    else
-      ++mix.others;
-  return mix;
-}
-
 } // namespace
 
 TEST_CASE("the same desc gives the same bytes, with the features and the plan of its path") {
-  for (const Case& c : cases())
+  for (const ArmPath& c : paths())
     for (const std::int64_t m : kOneOfEachClass)
       for (const std::int64_t k : {0, 1, 7, 63, 64, 1000, 4096}) {
         if (!serves(c, m))
@@ -135,7 +49,7 @@ TEST_CASE("the same desc gives the same bytes, with the features and the plan of
 
 TEST_CASE("layouts that a path reads, and rows that it leaves to another") {
   const Target target{.arch = Arch::aarch64, .features = {Feature::neon, Feature::dotprod, Feature::i8mm}};
-  for (const Case& c : cases()) {
+  for (const ArmPath& c : paths()) {
     INFO(name_of(c));
     for (const std::int64_t m : kOneOfEachClass) {
       const KernelDesc desc = canonical(m, 100, 100);
@@ -175,10 +89,10 @@ TEST_CASE("what a path cannot do is refused with the reason") {
 }
 
 TEST_CASE("every word is an instruction to llvm-mc, none names x18" * doctest::skip(!has_llvm_mc())) {
-  for (const Case& c : cases())
+  for (const ArmPath& c : paths())
     for (const std::int64_t m : kOneOfEachClass)
       for (const std::int64_t k : {13, 512, 1003}) { // below 16 k rows are loaded in pieces
-        if (!serves(c, m) || (std::string(c.layout) != "n12k4" && std::string(c.layout) != "n12k8" && k != 13))
+        if (!serves(c, m) || (c.layout != "n12k4" && c.layout != "n12k8" && k != 13))
           continue;
         INFO(name_of(c), " m ", m, " k ", k);
         for (const std::string& line : listing(compile(c, m, 1024, k))) {
@@ -189,11 +103,11 @@ TEST_CASE("every word is an instruction to llvm-mc, none names x18" * doctest::s
 }
 
 TEST_CASE("what the K loops consist of" * doctest::skip(!has_llvm_mc())) {
-  const Case sdot{arm::int8_mm_sdot(), "n12k4"}, sdot_k8{arm::int8_mm_sdot(), "n12k8"},
+  const ArmPath sdot{arm::int8_mm_sdot(), "n12k4"}, sdot_k8{arm::int8_mm_sdot(), "n12k8"},
       i8mm{arm::int8_mm_i8mm(), "n12k8"}, neon{arm::int8_mm_neon(), "n12k8"};
-  const auto loops_of = [](const Case& c, std::int64_t m) { return k_loops(listing(compile(c, m, 1024, 1024))); };
+  const auto loops_of = [](const ArmPath& c, std::int64_t m) { return k_loops(listing(compile(c, m, 1024, 1024))); };
   struct Expected {
-    const Case& c;
+    const ArmPath& c;
     std::int64_t m;
     std::vector<int> products; ///< of a step, of each tile height
     double loads;              ///< at most, per product
@@ -216,7 +130,7 @@ TEST_CASE("what the K loops consist of" * doctest::skip(!has_llvm_mc())) {
     }
   }
   // One and two rows: every weight is loaded once, for one product each row; A's rows are a small part.
-  for (const Case* const c : {&sdot, &sdot_k8})
+  for (const ArmPath* const c : {&sdot, &sdot_k8})
     for (const std::int64_t m : {1, 2}) {
       INFO(name_of(*c), " m ", m);
       const auto loops = loops_of(*c, m);
@@ -236,111 +150,35 @@ TEST_CASE("what the K loops consist of" * doctest::skip(!has_llvm_mc())) {
 
 #if defined(__aarch64__)
 
-// ---------------------------------------------------------------- what the code computes
-
-namespace {
-
-/// Calls `check(case)` for each path that this machine can execute. Says once which are left out.
-template <class Check> void for_each_runnable(Check check) {
-  const Target machine = detect_machine().target;
-  for (const Case& c : cases()) {
-    if (!machine.features.contains(c.row.needs)) {
-      MESSAGE("not run here, the machine lacks its features: ", name_of(c));
-      continue;
-    }
-    INFO(name_of(c));
-    check(c);
-  }
-}
-
-void check_kernel(const Case& c, const KernelCase& k, std::mt19937& random) {
-  check_int8_mm_kernel(compile(c, k.m, k.n, k.k), k, random, call_and_check_registers);
-}
-
-} // namespace
-
 TEST_CASE("every m of every class, any n and k, between inaccessible pages") {
-  constexpr unsigned kSeed = 30;
-  INFO("seed ", kSeed);
-  std::mt19937 random(kSeed);
-  // Classes up to 32 whole; of the unbounded one more than a period of every path's row split (8 · 8 rows), in odd
-  // steps.
-  std::vector<std::int64_t> rows;
-  for (std::int64_t m = 1; m <= 40; ++m)
-    rows.push_back(m);
-  for (std::int64_t m = 43; m <= 130; m += 9)
-    rows.push_back(m);
-  for_each_runnable([&](const Case& c) {
-    int turn = 0;
-    for (const std::int64_t m : rows) {
-      if (!serves(c, m))
-        continue;
-      for (const Guard guard : {Guard::after, Guard::before}) {
-        const std::int64_t n = 1 + random() % (m > 40 ? 40 : 130), k = 1 + random() % (m % 3 == 0 ? 150 : 50);
-        check_kernel(c, {.m = m, .n = n, .k = k, .n_cut = n, .values = kAllValues[turn++ % 4], .guard = guard}, random);
-      }
-    }
-  });
+  check_every_m(paths());
 }
-
 TEST_CASE("all kinds of values with every path") {
-  constexpr unsigned kSeed = 31;
-  INFO("seed ", kSeed);
-  std::mt19937 random(kSeed);
-  for_each_runnable([&](const Case& c) {
-    for (const std::int64_t m : {1, 2, 4, 7, 13, 35})
-      for (const Values values : kAllValues)
-        if (serves(c, m))
-          check_kernel(c, {.m = m, .n = 29, .k = 200, .n_cut = 29, .values = values, .guard = Guard::after}, random);
-  });
+  check_all_values(paths());
 }
-
 TEST_CASE("every remainder of n and k") {
-  constexpr unsigned kSeed = 32;
-  INFO("seed ", kSeed);
-  std::mt19937 random(kSeed);
-  for_each_runnable([&](const Case& c) {
-    const std::int64_t block = int8_mm::PackLayout::parse(c.layout)->n_block;
-    for (const std::int64_t m : {1, 2, 3, 6, 15, 33}) {
-      if (!serves(c, m))
-        continue;
-      for (std::int64_t k = 0; k <= 67; k += m < 15 ? 1 : 3) {
-        const std::int64_t n = 1 + random() % 40;
-        check_kernel(c, {.m = m, .n = n, .k = k, .n_cut = n, .values = Values::random, .guard = Guard::after}, random);
-      }
-      // One tile of columns and more: of four panels at most.
-      const std::int64_t last = std::min<std::int64_t>(m <= 2 ? 5 * block : 2 * block, 150);
-      for (std::int64_t n = 1; n <= last; n += last > 60 ? 3 : 1)
-        check_kernel(c, {.m = m, .n = n, .k = 21, .n_cut = n, .values = Values::random, .guard = Guard::after}, random);
-    }
-  });
+  check_every_remainder(paths());
 }
-
 TEST_CASE("a range of columns at a time, as several threads would") {
-  constexpr unsigned kSeed = 33;
-  INFO("seed ", kSeed);
-  std::mt19937 random(kSeed);
-  for_each_runnable([&](const Case& c) {
-    for (const std::int64_t m : {1, 2, 4, 8, 16, 40}) {
-      if (!serves(c, m))
-        continue;
-      const std::int64_t n = 333, k = 30, step = int8_mm::Plan::from(compile(c, m, n, k).plan)->n_step;
-      for (const std::int64_t steps : {1, 2})
-        check_kernel(c,
-                     {.m = m, .n = n, .k = k, .n_cut = steps * step, .values = Values::random, .guard = Guard::after},
-                     random);
-    }
-  });
+  check_column_ranges(paths());
+}
+TEST_CASE("sums wrap and never saturate") {
+  check_sums_wrap(paths());
 }
 
-TEST_CASE("sums wrap and never saturate") {
-  std::mt19937 random(34);
-  // 2^17 products of (−128)·(−128) are 2^31: one more than s32 holds.
-  constexpr std::int64_t k = std::int64_t{1} << 17;
-  for_each_runnable([&](const Case& c) {
-    for (const std::int64_t m : {1, 5})
-      if (serves(c, m) && std::string(c.layout).starts_with("n12"))
-        check_kernel(c, {.m = m, .n = 3, .k = k, .n_cut = 3, .values = Values::all_lowest, .guard = Guard::after},
+TEST_CASE("long rows: distances beyond every immediate") {
+  std::mt19937 random(35);
+  for_each_runnable(paths(), [&](const ArmPath& path) {
+    if (int8_mm::PackLayout::parse(path.layout)->n_block != 12) // the others are as long, and only wider
+      return;
+    struct Shape {
+      std::int64_t m, n, k;
+    };
+    // 4095 is the largest immediate of an addition, 2^24 − 1 that of two: panels and row tiles on both sides.
+    for (const Shape s : {Shape{1, 25, 5003}, {9, 25, 5003}, {1, 13, (1 << 21) + 5}, {9, 1, (1 << 21) + 5}})
+      if (serves(path, s.m))
+        check_kernel(path,
+                     {.m = s.m, .n = s.n, .k = s.k, .n_cut = s.n, .values = Values::random, .guard = Guard::after},
                      random);
   });
 }
