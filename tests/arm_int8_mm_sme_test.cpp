@@ -64,7 +64,7 @@ TEST_CASE("emission is deterministic and says what it needs") {
         CAPTURE(k);
         const CodeObject first = compile(m, 100, k, bits), second = compile(m, 100, k, bits);
         CHECK(first == second);
-        CHECK(first.features == Features{Feature::sme});
+        CHECK(first.features == Features{Feature::neon, Feature::sme});
         CHECK(first.vector_bits == bits);
         CHECK(first.arch == Arch::aarch64);
         const int8_mm::Plan plan = plan_of(first);

@@ -83,7 +83,7 @@ public:
         has_narrow_(!has_wide_ || m_class == kAny || m_class > 2 * t_) {}
 
   static int8_mm::PackLayout layout(int sme_bits) { return {.n_block = 2 * (sme_bits / 32), .k_block = 4}; }
-  static constexpr Features kNeeds{Feature::sme};
+  static constexpr Features kNeeds{Feature::neon, Feature::sme};
 
   Result<CodeObject> emit() {
     const Label scalar = a_.newLabel();
