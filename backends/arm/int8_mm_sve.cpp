@@ -14,7 +14,7 @@ void SvePath::clear() {
 void SvePath::load_b(int to, const Gp& base, int offset) {
   const int vector = offset / shape_.vector_bytes;
   constexpr int kReach = 7; // LD1B (scalar plus immediate): −8 … 7 vectors
-  // A64FX does two LD1B a cycle, one LDR (its microarchitecture manual, instruction attributes).
+  // A64FX does two LD1B a cycle and one LDR (LLVM 19's model of it).
   a_.word(vector <= kReach ? sve::ld1b(z(to), kAll, base, vector) : sve::ldr(z(to), base, vector));
 }
 

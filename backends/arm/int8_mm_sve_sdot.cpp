@@ -4,7 +4,8 @@
 #include "backends/arm/rows.h"
 
 /// int8_mm with SDOT on SVE vectors: four products a lane, summed into s32. The k of one row are loaded into every
-/// column's place: A64FX takes SDOT by element apart into two instructions, and the loads are free beside the products.
+/// column's place: A64FX does one SDOT by element a cycle, and two of these (LLVM 19's model of it); the loads find
+/// room beside the products.
 ///
 /// From packs of four k a column a tile of 8 × 3 vectors has 24 accumulators and takes 35 instructions a step for 24
 /// SDOT. What bounds it: the pipes of SDOT, two a cycle on Neoverse V1 and A64FX.
