@@ -23,7 +23,7 @@ namespace {
 
 constexpr std::int64_t kSizes[] = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 255, 257};
 
-/// Enough to take every branch of the driver; KILN_TEST_SAMPLES asks for more.
+/// Enough to take every branch of the driver; KILN_TEST_SAMPLES asks for more or fewer.
 int samples() {
   const char* text = std::getenv("KILN_TEST_SAMPLES");
   return text != nullptr ? std::atoi(text) : 120;
@@ -141,6 +141,10 @@ TEST_CASE("every path equals the reference op") {
     const std::string isa(name_of(row.isa));
     if (!target.features.contains(row.features_for(int8_mm::make_desc(kAny, 64, 64), target))) {
       MESSAGE("not run here, the machine lacks its features: ", isa);
+      continue;
+    }
+    if (const Status fits = row.supports ? row.supports(int8_mm::make_desc(kAny, 64, 64), target) : Status(); !fits) {
+      MESSAGE("not run here: ", isa, ": ", fits.message());
       continue;
     }
     ++paths;
