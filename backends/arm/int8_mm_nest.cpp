@@ -29,9 +29,9 @@ constexpr GpX tiles_left = x17;   // row tiles
 constexpr GpX tiles = x19;        // of the call
 constexpr GpX short_tiles = x20;  // of them, the last ones, are one unit lower
 constexpr GpX short_height = x21; // units; the only height with single tiles
-constexpr GpX workspace = x22;    //
+constexpr GpX workspace = x22;    // of the call
 constexpr GpX slices_left = x24;  // of the panel
-constexpr GpX m = x25;            //
+constexpr GpX m = x25;            // of the call
 constexpr GpX pair_rows = x26;    // rows of the tile, where units are pairs
 constexpr GpX c_tile = x27;       // the row tile's row 0 in C
 constexpr GpX other = x16;        // scratch
@@ -43,15 +43,22 @@ constexpr int kVectorBytes = 16;
 /// load as early as they allow: cores that execute in order wait least that way.
 class Steps {
 public:
-  Steps(const NestShape& shape, Path& path) : shape_(shape), path_(path) {}
+  Steps(const NestShape& shape, Path& path) : shape_(shape), path_(path) {
+    const std::size_t products =
+        static_cast<std::size_t>(shape.unroll) * static_cast<std::size_t>(shape.heights.max * shape.vectors());
+    products_.reserve(products);
+    loads_.reserve(products);
+    free_.reserve(products);
+  }
 
   /// Steps [first, last) of a turn for a tile of `units`. False when registers run out.
   bool emit(int units, int first, int last) {
     const int first_unit = shape_.heights.max - units, vectors = shape_.columns.vectors, all = shape_.vectors();
-    const int a_load = shape_.a_load, first_a = first * shape_.a_step_bytes() / a_load;
+    const int a_load = shape_.a_load, a_shift = std::countr_zero(static_cast<unsigned>(a_load));
+    const int a_step = shape_.a_step_bytes(), a_unit = shape_.unit_bytes(), first_a = first * a_step >> a_shift;
     products_.clear();
     loads_.clear();
-    of_a_.assign(static_cast<std::size_t>((last * shape_.a_step_bytes() + a_load - 1) / a_load - first_a), -1);
+    of_a_.assign(static_cast<std::size_t>(((last * a_step + a_load - 1) >> a_shift) - first_a), -1);
     of_b_.assign(static_cast<std::size_t>((last - first) * all), -1);
     for (int step = first; step < last; ++step)
       for (int begin = 0; begin < all; begin += shape_.together) {
@@ -63,12 +70,12 @@ public:
                                            panel, step * shape_.step_bytes() + in_panel * shape_.vector_bytes);
         }
         for (int unit = 0; unit < units; ++unit) {
-          const int a_at = step * shape_.a_step_bytes() + unit * shape_.unit_bytes();
-          const int a = need(of_a_, a_at / a_load - first_a, true, 0, a_at / a_load * a_load);
+          const int a_at = step * a_step + unit * a_unit, a_byte = a_at & (a_load - 1);
+          const int a = need(of_a_, (a_at >> a_shift) - first_a, true, 0, a_at - a_byte);
           for (int vector = begin; vector < end; ++vector) {
             const int now = static_cast<int>(products_.size()), b = of_vector[vector - begin];
             load(a).last_use = load(b).last_use = now;
-            products_.push_back({first_unit + unit, vector, a, a_at % a_load, b});
+            products_.push_back({first_unit + unit, vector, a, a_byte, b});
           }
         }
       }
@@ -102,7 +109,7 @@ private:
     return id;
   }
 
-  /// The load of the 16 bytes behind those of `load`, when one instruction can do both and it is needed soon.
+  /// The load of the 16 bytes behind those of `of`, when one instruction can do both and it is needed soon.
   Load* partner(const Load& of) {
     constexpr int kSoon = 24, kLargestOffset = 1008; // LDP (SIMD&FP): a signed 7-bit multiple of 16
     const std::vector<int>& known = of.a ? of_a_ : of_b_;
