@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
-/// The SVE, SME and prefetch instructions that Kiln's kernels use and asmjit does not know, as words. Names and operand
+/// The SVE and SME instructions that Kiln's kernels use and asmjit does not know, as words. Names and operand
 /// order are those of the Arm Architecture Reference Manual (DDI 0487, chapters C6 to C9). An operand out of its range
 /// gives an empty word, which Assembler::word refuses. Each is checked against llvm-mc by sve_words_test.
 namespace kiln::arm::sve {
@@ -54,7 +54,6 @@ class Builder {
 public:
   constexpr explicit Builder(std::uint32_t opcode) : word_{opcode, 0, 0} {}
   constexpr Builder z(Z reg, int at) const { return with(in(reg.id, 0, 31), at).naming(0, 1u << (reg.id & 31)); }
-  constexpr Builder z_low(Z reg, int at) const { return with(in(reg.id, 0, 7), at).naming(0, 1u << (reg.id & 31)); }
   constexpr Builder p(P reg, int at) const { return with(in(reg.id, 0, 15), at); }
   constexpr Builder governing(P reg, int at) const { return with(in(reg.id, 0, 7), at); }
   /// x0 … x30, or sp or xzr, whichever the instruction means by 31.
@@ -99,14 +98,6 @@ private:
 
 // ---------------------------------------------------------------- vector length
 
-/// rd = imm · bytes of a vector.
-constexpr Word rdvl(const Gp& rd, int imm) {
-  return detail::Builder(0x04bf5000).field(detail::signed_immediate(imm, 6), 5).x(rd, 0);
-}
-/// rd|sp = rn|sp + imm · bytes of a vector.
-constexpr Word addvl(const Gp& rd, const Gp& rn, int imm) {
-  return detail::Builder(0x04205000).x(rn, 16).field(detail::signed_immediate(imm, 6), 5).x(rd, 0);
-}
 /// rd = imm · bytes of a streaming vector; legal outside streaming mode.
 constexpr Word rdsvl(const Gp& rd, int imm) {
   return detail::Builder(0x04bf5800).field(detail::signed_immediate(imm, 6), 5).x(rd, 0);
@@ -118,10 +109,6 @@ constexpr Word ptrue(Element size, P pd) {
   constexpr std::uint32_t kAll = 31;
   return detail::Builder(0x2518e000).field(size, 22).field(kAll, 5).p(pd, 0);
 }
-/// The first rm − rn elements, unsigned, 64-bit registers.
-constexpr Word whilelo(Element size, P pd, const Gp& rn, const Gp& rm) {
-  return detail::Builder(0x25201c00).field(size, 22).x(rm, 16).x(rn, 5).p(pd, 0);
-}
 /// The first rm − rn elements, signed, 64-bit registers.
 constexpr Word whilelt(Element size, P pd, const Gp& rn, const Gp& rm) {
   return detail::Builder(0x25201400).field(size, 22).x(rm, 16).x(rn, 5).p(pd, 0);
@@ -132,16 +119,6 @@ constexpr Word whilelt(Element size, P pd, const Gp& rn, const Gp& rm) {
 /// From base + imm · bytes of a vector.
 constexpr Word ld1b(Z zt, P pg, const Gp& base, int imm) {
   return detail::Builder(0xa400a000).field(detail::signed_immediate(imm, 4), 16).governing(pg, 10).x(base, 5).z(zt, 0);
-}
-constexpr Word ld1w(Z zt, P pg, const Gp& base, int imm) {
-  return detail::Builder(0xa540a000).field(detail::signed_immediate(imm, 4), 16).governing(pg, 10).x(base, 5).z(zt, 0);
-}
-/// From base + index (ld1b) or base + 4 · index (ld1w).
-constexpr Word ld1b(Z zt, P pg, const Gp& base, const Gp& index) {
-  return detail::Builder(0xa4004000).x(index, 16).governing(pg, 10).x(base, 5).z(zt, 0);
-}
-constexpr Word ld1w(Z zt, P pg, const Gp& base, const Gp& index) {
-  return detail::Builder(0xa5404000).x(index, 16).governing(pg, 10).x(base, 5).z(zt, 0);
 }
 /// 16 bytes from base + imm (a multiple of 16, −128 … 112) to every 128 bits.
 constexpr Word ld1rqb(Z zt, P pg, const Gp& base, int imm) {
@@ -166,30 +143,12 @@ constexpr Word ld1rd(Z zt, P pg, const Gp& base, int imm) {
       .x(base, 5)
       .z(zt, 0);
 }
-/// To base + imm · bytes of a vector.
-constexpr Word st1b(Z zt, P pg, const Gp& base, int imm) {
-  return detail::Builder(0xe400e000).field(detail::signed_immediate(imm, 4), 16).governing(pg, 10).x(base, 5).z(zt, 0);
-}
-constexpr Word st1w(Z zt, P pg, const Gp& base, int imm) {
-  return detail::Builder(0xe540e000).field(detail::signed_immediate(imm, 4), 16).governing(pg, 10).x(base, 5).z(zt, 0);
-}
-
 /// A whole vector from or to base + imm · bytes of a vector.
 constexpr Word ldr(Z zt, const Gp& base, int imm) {
   return detail::Builder(0x85804000).far_vector(imm).x(base, 5).z(zt, 0);
 }
 constexpr Word str(Z zt, const Gp& base, int imm) {
   return detail::Builder(0xe5804000).far_vector(imm).x(base, 5).z(zt, 0);
-}
-
-enum class Prefetch : std::uint32_t { pldl1keep = 0, pldl1strm = 1, pldl2keep = 2, pldl2strm = 3, pstl1keep = 16 };
-/// The line at base + imm (a multiple of 8 up to 32760).
-constexpr Word prfm(Prefetch operation, const Gp& base, int imm) {
-  return detail::Builder(0xf9800000).field(detail::unsigned_immediate(imm, 12, 8), 10).x(base, 5).field(operation, 0);
-}
-/// The line at base + index.
-constexpr Word prfm(Prefetch operation, const Gp& base, const Gp& index) {
-  return detail::Builder(0xf8a06800).x(index, 16).x(base, 5).field(operation, 0);
 }
 
 // ---------------------------------------------------------------- vectors
@@ -202,10 +161,6 @@ constexpr Word dup(Element size, Z zd, int imm) {
 constexpr Word sdot(Z zda, Z zn, Z zm) {
   return detail::Builder(0x44800000).z(zm, 16).z(zn, 5).z(zda, 0);
 }
-/// The same with 32 bits `index` of each 128 bits of zm, z0 … z7.
-constexpr Word sdot(Z zda, Z zn, Z zm, int index) {
-  return detail::Builder(0x44a00000).field(detail::in(index, 0, 3), 19).z_low(zm, 16).z(zn, 5).z(zda, 0);
-}
 /// In each 128 bits: zda.s (2 × 2) += zn.b (2 × 8) · zm.b (2 × 8)ᵀ, signed.
 constexpr Word smmla(Z zda, Z zn, Z zm) {
   return detail::Builder(0x45009800).z(zm, 16).z(zn, 5).z(zda, 0);
@@ -213,23 +168,11 @@ constexpr Word smmla(Z zda, Z zn, Z zm) {
 constexpr Word add(Element size, Z zd, Z zn, Z zm) {
   return detail::Builder(0x04200000).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
 }
-constexpr Word zip1(Element size, Z zd, Z zn, Z zm) {
-  return detail::Builder(0x05206000).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
-}
-constexpr Word zip2(Element size, Z zd, Z zn, Z zm) {
-  return detail::Builder(0x05206400).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
-}
 constexpr Word uzp1(Element size, Z zd, Z zn, Z zm) {
   return detail::Builder(0x05206800).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
 }
 constexpr Word uzp2(Element size, Z zd, Z zn, Z zm) {
   return detail::Builder(0x05206c00).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
-}
-constexpr Word trn1(Element size, Z zd, Z zn, Z zm) {
-  return detail::Builder(0x05207000).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
-}
-constexpr Word trn2(Element size, Z zd, Z zn, Z zm) {
-  return detail::Builder(0x05207400).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
 }
 
 // ---------------------------------------------------------------- SME
