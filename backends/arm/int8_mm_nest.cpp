@@ -261,8 +261,13 @@ private:
 
   // ---------------------------------------------------------------- A into the workspace
 
-  /// Rows that share 16 bytes of a step.
-  int group_rows() const { return std::min(shape_.a_rows, kVectorBytes / (shape_.layout.k_block * shape_.a_copies)); }
+  /// Rows that are copied together: those of 16 bytes of a step, or of 32.
+  int group_rows() const {
+    const int of_vector = kVectorBytes / (shape_.layout.k_block * shape_.a_copies);
+    const bool twice = of_vector < 4 && shape_.a_rows % (2 * of_vector) == 0;
+    return std::min(shape_.a_rows, twice ? 2 * of_vector : of_vector);
+  }
+  int group_bytes() const { return group_rows() * shape_.layout.k_block * shape_.a_copies; }
 
   /// [row tile][step][a_rows][a_copies][k_block], zero beyond K. Rows that a tile lacks are copies of its last one:
   /// what comes of them is not stored.
@@ -274,8 +279,10 @@ private:
     const int chunk_bytes = 16 * shape_.a_rows * shape_.a_copies;
     const Label next_tile = a_.newLabel(), next_group = a_.newLabel(), next_chunk = a_.newLabel();
 
+    // Rows are addressed from the end of their whole vectors: `k` runs from below to 0.
     a_.ldr(row, ptr(call, offsetof(Call, a)));
     a_.ldr(lda, ptr(call, offsetof(Call, lda)));
+    a_.add_constant(row, row, whole, next);
     a_.add_constant(tile_out, workspace, shape_.a_offset(), next);
     if (rest > 0)
       a_.movi(zero().b16(), 0);
@@ -298,44 +305,33 @@ private:
     };
     for (int i = 1; i < rows_of_group; ++i)
       step_row(group[i], group[i - 1]);
-    a_.mov(k, 0);
     a_.mov(out, tile_out);
     if (whole > 0) {
-      if (whole > 16)
-        a_.bind(next_chunk);
+      a_.mov(k, -whole);
+      a_.bind(next_chunk);
       for (int i = 0; i < rows_of_group; ++i)
         a_.ldr(bytes_of(i), ptr(group[i], k));
       interleave(out);
-      a_.add(k, k, 16);
-      if (whole > 16 || rest > 0)
-        a_.add(out, out, chunk_bytes);
-      if (whole > 16) {
-        if (whole < 4096) {
-          a_.cmp(k, whole);
-        } else {
-          a_.mov(next, whole);
-          a_.cmp(k, next);
-        }
-        a_.b_lt(next_chunk);
-      }
+      a_.add(out, out, chunk_bytes);
+      a_.adds(k, k, 16);
+      a_.b_ne(next_chunk);
     }
     if (rest > 0) {
-      if (whole > 0)
-        a_.sub(k, k, 16 - rest);
+      a_.mov(k, rest - 16);
       for (int i = 0; i < rows_of_group; ++i)
         load_rest(bytes_of(i), group[i], k, next);
       interleave(out);
     }
     if (groups > 1) {
       step_row(group[0], group[rows_of_group - 1]);
-      a_.add(tile_out, tile_out, kVectorBytes);
+      a_.add(tile_out, tile_out, group_bytes());
       a_.subs(groups_left, groups_left, 1);
       a_.b_ne(next_group);
     }
     if (heights_.single_tile)
       return;
     a_.add(row, last, lda);
-    a_.add_constant(tile_out, tile_out, shape_.a_tile_bytes() - (groups > 1 ? groups * kVectorBytes : 0), next);
+    a_.add_constant(tile_out, tile_out, shape_.a_tile_bytes() - (groups > 1 ? groups * group_bytes() : 0), next);
     if (shape_.unit_rows == 2)
       a_.sub(rows_left, rows_left, pair_rows);
     a_.subs(tiles_left, tiles_left, 1);
@@ -401,13 +397,28 @@ private:
       a_.zip2(r3.s4(), t1.s4(), t3.s4());
       for (int step = 0; step < 4; ++step)
         a_.str(bytes_of(step), ptr(out, step * stride));
+    } else if (shape_.a_copies == 2) {
+      interleave_halves(out, r0, r0, r1, r1, rows_of_group == 2);
     } else {
-      const bool twice = shape_.a_copies == 2;
-      a_.zip1(t0.d2(), r0.d2(), (twice ? r0 : r1).d2());
-      a_.zip2(t1.d2(), r0.d2(), (twice ? r0 : r1).d2());
-      a_.str(t0, ptr(out));
-      a_.str(t1, ptr(out, stride));
+      interleave_halves(out, r0, r1, r2, r3, rows_of_group == 4);
     }
+  }
+
+  /// The low halves of two rows to the first step, the high ones to the next; and of two more behind them.
+  void interleave_halves(const GpX& out, const VecV& r0, const VecV& r1, const VecV& r2, const VecV& r3, bool four) {
+    const VecV low = VecV(4), high = VecV(5), low_behind = VecV(6), high_behind = VecV(7);
+    const int stride = shape_.a_step_bytes();
+    a_.zip1(low.d2(), r0.d2(), r1.d2());
+    a_.zip2(high.d2(), r0.d2(), r1.d2());
+    if (!four) {
+      a_.str(low, ptr(out));
+      a_.str(high, ptr(out, stride));
+      return;
+    }
+    a_.zip1(low_behind.d2(), r2.d2(), r3.d2());
+    a_.zip2(high_behind.d2(), r2.d2(), r3.d2());
+    a_.stp(low, low_behind, ptr(out));
+    a_.stp(high, high_behind, ptr(out, stride));
   }
 
   // ---------------------------------------------------------------- the loops
