@@ -1,3 +1,5 @@
+#include <utility>
+
 #include "backends/arm/int8_mm_nest.h"
 #include "backends/arm/rows.h"
 
@@ -62,16 +64,19 @@ NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout) {
     shape.loads = 32 - rows * shape.vectors();
     return shape;
   }
-  // Four panels of one row leave accumulators unused: SDOT forwards its accumulator in a cycle, loads bound it.
-  const bool by_twelve = layout.n_block % 12 == 0;
-  const int rows = m_class == kAny || m_class > 8 ? (by_twelve ? 8 : 6) : static_cast<int>(m_class);
-  const int max_rows = by_twelve ? rows : std::min(rows, 6);
-  const int vectors = max_rows > 6 ? 3 : max_rows > 4 ? 4 : max_rows > 2 ? 6 : max_rows == 2 ? 12 : 16;
-  shape.heights = heights_for(m_class, 1, max_rows);
+  // Panels of 8 · 2^i columns have no slices of three vectors. One row has fewer accumulators than registers: SDOT
+  // forwards its accumulator in a cycle, and loads bound it.
+  const auto [rows, vectors] = m_class == 1               ? std::pair(1, 16)
+                               : m_class == 2             ? std::pair(2, 12)
+                               : m_class == 4             ? std::pair(4, 6)
+                               : layout.n_block % 12 == 0 ? std::pair(8, 3)
+                                                          : std::pair(6, 4);
+  shape.heights = heights_for(m_class, 1, rows);
   shape.a_rows = shape.heights.max <= 2 ? shape.heights.max : (shape.heights.max + 3) / 4 * 4;
   shape.columns = columns_for(layout.n_block / 4, vectors, 1);
   shape.loads = 32 - shape.heights.max * shape.vectors();
-  shape.unroll = max_rows == 1 ? 8 : 4;
+  // Shorter turns where there are many heights: each has its own, and all are emitted.
+  shape.unroll = rows == 1 ? 8 : shape.heights.max - shape.heights.min > 2 ? 3 : 4;
   return shape;
 }
 
