@@ -36,9 +36,11 @@ struct Choice {
   Digest key;
 };
 
+enum class Declines : std::uint8_t { heed, ignore };
+
 /// Why this row does not serve the desc on the target under these toggles; empty when it does.
 std::string refusal(const Implementation& row, const KernelDesc& desc, const Target& target, const Config& config,
-                    std::optional<IsaPath> forced) {
+                    std::optional<IsaPath> forced, Declines declines = Declines::heed) {
   if (row.device != desc.device.kind)
     return "for another device";
   if (row.device == DeviceKind::cpu && target.arch == Arch::nvptx)
@@ -54,9 +56,27 @@ std::string refusal(const Implementation& row, const KernelDesc& desc, const Tar
   if (row.supports != nullptr)
     if (const Status status = row.supports(desc, target); !status)
       return status.message();
-  if (!forced && row.declines != nullptr)
+  if (!forced && declines == Declines::heed && row.declines != nullptr)
     return row.declines(desc, target);
   return {};
+}
+
+/// The first row that serves the desc, from weights of this layout unless it is null. A row declines in favour of a
+/// later one: where toggles or the layout leave no other generated code, it serves all the same.
+const Implementation* serving(std::span<const Implementation> rows, const KernelDesc& desc, const Target& target,
+                              const Config& config, std::optional<IsaPath> forced, const std::string* pack_layout) {
+  const Implementation* builtin = nullptr;
+  for (const Declines declines : {Declines::heed, Declines::ignore})
+    for (const Implementation& row : rows) {
+      if (row.op != desc.op || !refusal(row, desc, target, config, forced, declines).empty() ||
+          (pack_layout != nullptr && !row.reads(*pack_layout, desc, target)))
+        continue;
+      if (row.builtin == nullptr)
+        return &row;
+      if (builtin == nullptr)
+        builtin = &row;
+    }
+  return builtin;
 }
 
 /// The layout in which weights of this desc are packed here, whatever their m: that of the first row that serves them
@@ -67,10 +87,8 @@ std::string pack_layout_for(std::span<const Implementation> rows, const KernelDe
   if (op.pack_desc == nullptr)
     return {};
   const KernelDesc weights = op.pack_desc(canonical);
-  for (const Implementation& row : rows)
-    if (row.op == canonical.op && row.pack_layout != nullptr && refusal(row, weights, target, config, forced).empty())
-      return row.pack_layout(weights, target);
-  return {};
+  const Implementation* const row = serving(rows, weights, target, config, forced, nullptr);
+  return row != nullptr && row->pack_layout != nullptr ? row->pack_layout(weights, target) : std::string();
 }
 
 /// Like refusal, and why the row does not read weights of this layout.
@@ -347,16 +365,14 @@ const Implementation* Engine::State::builtin_for(const KernelDesc& canonical) co
 Result<Choice> Engine::State::choose(const KernelDesc& canonical, const Target& for_target) const {
   const std::optional<IsaPath> forced = config().forced_path(canonical.op, options.implementations);
   std::string layout = pack_layout_for(options.implementations, canonical, for_target, config(), forced);
+  if (const Implementation* const row =
+          serving(options.implementations, canonical, for_target, config(), forced, &layout))
+    return choice_of(*row, canonical, for_target, std::move(layout));
   std::string reasons;
-  for (const Implementation& row : options.implementations) {
-    if (row.op != canonical.op)
-      continue;
-    const std::string reason = refusal(row, canonical, for_target, config(), forced, layout);
-    if (reason.empty())
-      return choice_of(row, canonical, for_target, std::move(layout));
-    if (!forced || row.isa == *forced)
-      reasons += fmt::format("; {}: {}", name_of(row.isa), reason);
-  }
+  for (const Implementation& row : options.implementations)
+    if (row.op == canonical.op && (!forced || row.isa == *forced))
+      reasons +=
+          fmt::format("; {}: {}", name_of(row.isa), refusal(row, canonical, for_target, config(), forced, layout));
   if (forced)
     reasons = fmt::format(" by {}, which KILN_FORCE demands{}", name_of(*forced),
                           reasons.empty() ? "; it has no such path" : reasons);
@@ -486,17 +502,18 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
   const Target& for_target = target != nullptr ? *target : state_->target();
   const std::optional<IsaPath> forced = config().forced_path(e.canonical.op, implementations());
   e.pack_layout = pack_layout_for(implementations(), e.canonical, for_target, config(), forced);
+  e.taken = serving(implementations(), e.canonical, for_target, config(), forced, &e.pack_layout);
   for (const Implementation& row : state_->options.implementations) {
     if (row.op != e.canonical.op)
       continue;
-    Explanation::Candidate candidate{&row, false, refusal(row, e.canonical, for_target, state_->config(), forced)};
-    if (candidate.reason.empty())
-      candidate.reason = e.taken != nullptr
-                             ? fmt::format("{} is preferred", name_of(e.taken->isa))
-                             : refusal(row, e.canonical, for_target, state_->config(), forced, e.pack_layout);
-    candidate.taken = candidate.reason.empty();
-    if (candidate.taken)
-      e.taken = &row;
+    Explanation::Candidate candidate{&row, &row == e.taken, {}};
+    if (!candidate.taken) {
+      candidate.reason = refusal(row, e.canonical, for_target, config(), forced);
+      if (candidate.reason.empty() && (e.taken == nullptr || &row < e.taken))
+        candidate.reason = refusal(row, e.canonical, for_target, config(), forced, e.pack_layout);
+      if (candidate.reason.empty())
+        candidate.reason = fmt::format("{} is preferred", name_of(e.taken->isa));
+    }
     e.candidates.push_back(std::move(candidate));
   }
   e.tier = "none";

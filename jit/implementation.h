@@ -58,7 +58,7 @@ struct Implementation {
   /// Ok, or why this row cannot serve the desc on the target (features apart: the engine checks those).
   Status (*supports)(const KernelDesc&, const Target&) = nullptr;
   /// Null, or an empty text when this row is worth taking, else why a later row is the better one (`M ≤ 4: memory
-  /// bound`). Ignored when the path is forced.
+  /// bound`). Ignored when the path is forced, or toggles leave no generated code but this row's.
   std::string (*declines)(const KernelDesc&, const Target&) = nullptr;
   /// Layout id of the packed weights that suits this row best (`n16k4`), the same for every m; null for ops without a
   /// pack. The engine lays weights out as the first row does that serves every m of them (OpSpec::pack_desc).

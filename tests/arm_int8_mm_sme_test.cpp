@@ -94,10 +94,6 @@ TEST_CASE("what it refuses, and what it leaves to others") {
   // Few weights: for every m, since the path of m unknown decides the layout for all.
   for (const std::int64_t m : int8_mm::kMClasses)
     CHECK(declines(m, 16, 64).find("too few products") != std::string::npos);
-  // Without sdot nothing better is there for one row.
-  Target without_dotprod = target_of(512);
-  without_dotprod.features.remove(Feature::dotprod);
-  CHECK(kRow.declines(canonical(1, 512, 512), without_dotprod).empty());
   CHECK(kRow.assumes(target_of(512)).find("512 bits") != std::string::npos);
 }
 

@@ -357,6 +357,28 @@ TEST_CASE_FIXTURE(Fixture, "a row whose features the machine lacks is never take
   CHECK(e.candidates[0].reason.find("the machine lacks") != std::string::npos);
 }
 
+TEST_CASE_FIXTURE(Fixture, "a row that declines in favour of a later one serves where no other code is left") {
+  Implementation matrix = null_row(IsaPath::i8mm), vector = null_row(IsaPath::sdot);
+  matrix.declines = [](const KernelDesc& d, const Target&) {
+    return std::string(d.value[int8_mm::kM] == 1 ? "memory bound" : "");
+  };
+  rows = {matrix, vector, builtin_row()};
+  const auto isa_of = [&] {
+    const auto e = engine();
+    const IsaPath isa = (*e->get(desc(1)))->implementation().isa;
+    CHECK(e->explain(desc(1), nullptr).taken->isa == isa);
+    return isa;
+  };
+  CHECK(isa_of() == IsaPath::sdot);
+  config.disabled_paths = {IsaPath::sdot};
+  CHECK(isa_of() == IsaPath::i8mm);
+  const Explanation explained = engine()->explain(desc(1), nullptr);
+  CHECK(explained.candidates[0].taken);
+  CHECK(explained.candidates[2].reason == "i8mm is preferred");
+  config.disabled_paths = {IsaPath::sdot, IsaPath::i8mm};
+  CHECK(isa_of() == IsaPath::reference);
+}
+
 TEST_CASE_FIXTURE(Fixture, "weights are packed once, as the first row for every m likes them") {
   // For many rows, for few that read the same packs, and one with packs of its own.
   Implementation matrix = null_row(IsaPath::i8mm), vector = null_row(IsaPath::sdot), other = null_row(IsaPath::neon);

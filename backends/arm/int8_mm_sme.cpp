@@ -599,12 +599,12 @@ Implementation int8_mm_sme() {
                                        target.sme_bits));
     return {};
   };
-  row.declines = [](const KernelDesc& desc, const Target& target) -> std::string {
+  row.declines = [](const KernelDesc& desc, const Target&) -> std::string {
     const auto& value = desc.value;
     // Whether weights are that few does not depend on m: all of their kernels read one pack.
     if (value[int8_mm::kN] * value[int8_mm::kK] < kFewestWeights)
       return fmt::format("fewer than {} weights: too few products to pay for entering streaming mode", kFewestWeights);
-    if (value[int8_mm::kM] >= 0 && value[int8_mm::kM] <= 2 && target.features.has(Feature::dotprod))
+    if (value[int8_mm::kM] >= 0 && value[int8_mm::kM] <= 2)
       return "M ≤ 2: memory bound, and sdot reads each weight once without streaming mode";
     return {};
   };
