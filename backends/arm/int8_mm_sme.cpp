@@ -29,7 +29,7 @@
 // turn on for the first of the next, so that neither an in-order unit nor one behind a queue waits. What the last turn
 // loads ahead is thrown away: of A what lies behind in the workspace, of B the panel's beginning.
 //
-// Rules of SME (Arm ARM DDI 0487, B1.4.7; AAPCS64):
+// Rules of SME (Arm ARM DDI 0487, PSTATE.SM and PSTATE.ZA; AAPCS64, "SME"):
 // - One smstart and one smstop a call. Between them only scalar, SME and streaming SVE instructions; outside of them
 //   no SVE instruction, which cores without SVE refuse, but rdsvl.
 // - Both clear the vector registers, of which d8 … d15 are the caller's, and set FPSR.
@@ -120,7 +120,7 @@ private:
 
   int vector_bytes() const { return static_cast<int>(4 * t_); }
   std::int64_t steps() const { return (k_ + 3) / 4; }
-  /// Of each tile of rows: copy_rows writes whole slices groups, the loop along K reads kAhead steps beyond the end.
+  /// Of each tile of rows: copy_rows writes kSliceStep at a time, the loop along K reads kAhead steps beyond the end.
   std::int64_t steps_in_workspace() const { return k_ == 0 ? 0 : (steps() + 3) / 4 * 4 + kAhead; }
   std::int64_t wide_block_bytes() const { return steps_in_workspace() * 2 * vector_bytes(); }
   std::int64_t panel_columns() const { return 2 * t_; }
@@ -500,7 +500,7 @@ private:
   void multiply_without_vectors() {
     const Gp row_a = x(1), lda = x(2), row_c = x(3), ldc = x(4), rows = x(5), n = x(6), column = x(7), b = x(8),
              index = x(10), sum = w(11), at = x(12), a_value = w(13), b_value = w(14), panel_bytes = x(15);
-    const Label row = a_.newLabel(), element = a_.newLabel(), step = a_.newLabel(), finished = a_.newLabel();
+    const Label row = a_.newLabel(), element = a_.newLabel(), step = a_.newLabel();
     const std::int64_t k_step_bytes = panel_columns() * 4;
     a_.ldr(row_a, field(offsetof(Call, a)));
     a_.ldr(lda, field(offsetof(Call, lda)));
@@ -542,7 +542,6 @@ private:
     a_.add(row_c, row_c, ldc, lsl(2));
     a_.subs(rows, rows, 1);
     a_.b_ne(row);
-    a_.bind(finished);
     a_.ret(x(30));
   }
 
