@@ -2,9 +2,14 @@
 #include <doctest/doctest.h>
 
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <fmt/format.h>
+
+#if defined(__aarch64__)
+#include <sys/prctl.h>
+#endif
 
 #include "backends/arm/rows.h"
 #include "tests/arm_int8_mm_check.h"
@@ -186,6 +191,37 @@ TEST_CASE("a range of columns at a time, as several threads would") {
 }
 TEST_CASE("sums wrap and never saturate") {
   check_sums_wrap(paths_here());
+}
+
+TEST_CASE("on a thread that was given another vector length the sums are exact, without vectors") {
+  const std::vector<ArmPath> paths = paths_here();
+  if (paths.empty())
+    return;
+  constexpr int kSetVl = 50, kGetVl = 51, kLengthMask = 0xffff; // include/uapi/linux/prctl.h: PR_SVE_SET_VL, _GET_VL
+  // A thread of its own, whose length ends with it. The main thread's stays.
+  std::thread([&] {
+    std::mt19937 random(35);
+    CHECK((prctl(kSetVl, 16) & kLengthMask) == 16);
+    CHECK((prctl(kGetVl) & kLengthMask) == 16);
+    for (const ArmPath& path : paths) {
+      if (!detect_machine().target.features.contains(path.row.needs))
+        continue;
+      INFO(name_of(path));
+      const std::int64_t block = int8_mm::PackLayout::parse(path.layout)->n_block;
+      for (const std::int64_t m : {1, 2, 40})
+        for (const std::int64_t k : {0, 1, 70})
+          if (serves(path, m))
+            check_int8_mm_kernel(compile(path, m, 2 * block + 1, k),
+                                 {.m = m,
+                                  .n = 2 * block + 1,
+                                  .k = k,
+                                  .n_cut = 2 * block + 1,
+                                  .values = Values::random,
+                                  .guard = Guard::after},
+                                 random);
+    }
+  }).join();
+  CHECK(detect_machine().target.sve_bits == paths.front().target.sve_bits);
 }
 
 #endif

@@ -70,6 +70,7 @@ std::vector<Example> examples() {
 
   // Vector length.
   const std::vector<I> multiples = {-32, -31, -1, 0, 1, 30, 31};
+  sweep([&](Gp r, I i) { add_example(fmt::format("rdvl {}, #{}", name(r), i), rdvl(r, i)); }, kRegisters, multiples);
   sweep([&](Gp r, I i) { add_example(fmt::format("rdsvl {}, #{}", name(r), i), rdsvl(r, i)); }, kRegisters, multiples);
 
   // Predicates.
@@ -203,7 +204,8 @@ TEST_CASE("every word is what llvm-mc-19 makes of its text, and names the regist
 }
 
 TEST_CASE("an operand out of its range gives an empty word") {
-  const Word refused[] = {rdsvl(x(0), -33),
+  const Word refused[] = {rdvl(x(0), 32),
+                          rdsvl(x(0), -33),
                           ptrue(Element::b, P{16}),
                           ld1b(Z{32}, P{0}, x(0), 0),
                           ld1b(Z{0}, P{8}, x(0), 0),

@@ -1,5 +1,9 @@
 #include "backends/arm/int8_mm_sve.h"
 
+#include <fmt/format.h>
+
+#include "backends/arm/int8_mm_scalar.h"
+
 namespace kiln::arm {
 
 using asmjit::a64::Gp;
@@ -16,6 +20,17 @@ void SvePath::load_b(int to, const Gp& base, int offset) {
   constexpr int kReach = 7; // LD1B (scalar plus immediate): −8 … 7 vectors
   // A64FX does two LD1B a cycle and one LDR (LLVM 19's model of it).
   a_.word(vector <= kReach ? sve::ld1b(z(to), kAll, base, vector) : sve::ldr(z(to), base, vector));
+}
+
+Result<CodeObject> emit_sve_nest(Assembler& a, const NestShape& shape, SvePath& path, Features features,
+                                 const Target& target) {
+  const asmjit::Label vectors = a.newLabel();
+  a.word(sve::rdvl(role::scratch, 1));
+  a.cmp(role::scratch, shape.vector_bytes);
+  a.b_eq(vectors);
+  emit_scalar_int8_mm(a, shape.layout, shape.k);
+  a.bind(vectors);
+  return emit_nest(a, shape, path, features, target.sve_bits);
 }
 
 int8_mm::PackLayout sve_pack_layout(const Target& target, int k_block) {
@@ -35,6 +50,13 @@ Status supports_sve(const KernelDesc& desc, const Target& target) {
 
 std::int32_t sve_vector_bits(const Target& target) {
   return target.sve_bits;
+}
+
+std::string sve_assumes(const Target& target) {
+  return fmt::format(
+      "each thread keeps the vector length of {} bits: on one that was given another (PR_SVE_SET_VL) the "
+      "kernel is exact but computes without vectors",
+      target.sve_bits);
 }
 
 } // namespace kiln::arm

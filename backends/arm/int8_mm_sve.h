@@ -1,10 +1,12 @@
 #pragma once
 #include <cstdint>
+#include <string>
 
 #include "backends/arm/int8_mm_nest.h"
 
 /// What the SVE paths of int8_mm share. A kernel is made for one vector length, which is part of its key and checked
-/// when it is loaded: offsets are constants, and of predicates one that is all true is enough.
+/// when it is loaded: offsets are constants, and of predicates one that is all true is enough. Since a thread may be
+/// given another length later (prctl, PR_SVE_SET_VL), a call begins by asking for it.
 namespace kiln::arm {
 
 class SvePath : public Path {
@@ -26,6 +28,11 @@ protected:
   const NestShape& shape_;
 };
 
+/// The kernel: emit_nest with `path`, a SvePath over `a` and `shape`; without vectors on a thread of another vector
+/// length.
+Result<CodeObject> emit_sve_nest(Assembler& a, const NestShape& shape, SvePath& path, Features features,
+                                 const Target& target);
+
 /// Twelve columns for each 128 bits of a vector: three vectors of four k a column, or six of eight.
 int8_mm::PackLayout sve_pack_layout(const Target& target, int k_block);
 /// Vectors of a panel, 0 when its columns do not fill whole ones.
@@ -33,5 +40,7 @@ int panel_vectors(int8_mm::PackLayout layout, const Target& target);
 
 Status supports_sve(const KernelDesc& desc, const Target& target);
 std::int32_t sve_vector_bits(const Target& target);
+/// Implementation::assumes.
+std::string sve_assumes(const Target& target);
 
 } // namespace kiln::arm

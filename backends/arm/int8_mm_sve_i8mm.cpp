@@ -72,7 +72,7 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
       shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout), target);
   Assembler a;
   SveSmmlaPath path(a, shape);
-  return emit_nest(a, shape, path, kFeatures, target.sve_bits);
+  return emit_sve_nest(a, shape, path, kFeatures, target);
 }
 
 } // namespace
@@ -90,6 +90,7 @@ Implementation int8_mm_sve_i8mm() {
           .declines = declines,
           .pack_layout = [](const KernelDesc&, const Target& target) { return sve_pack_layout(target, 8).id(); },
           .reads_layout = reads_layout,
+          .assumes = sve_assumes,
           .compile = compile};
 }
 

@@ -98,6 +98,10 @@ private:
 
 // ---------------------------------------------------------------- vector length
 
+/// rd = imm · bytes of a vector.
+constexpr Word rdvl(const Gp& rd, int imm) {
+  return detail::Builder(0x04bf5000).field(detail::signed_immediate(imm, 6), 5).x(rd, 0);
+}
 /// rd = imm · bytes of a streaming vector; legal outside streaming mode.
 constexpr Word rdsvl(const Gp& rd, int imm) {
   return detail::Builder(0x04bf5800).field(detail::signed_immediate(imm, 6), 5).x(rd, 0);
