@@ -181,7 +181,6 @@ struct Recompiled {
   std::vector<std::string> failed; ///< why each could not be compiled: without LLVM's shared object, say
 };
 
-/// Emission is deterministic, so a row of this version's generators must come out byte for byte.
 /// What the stored code reads; empty for an op without packs.
 std::string pack_layout_of(const KernelDesc& desc, const CodeObject& code) {
   const OpSpec& op = *find_op(desc.op);
@@ -189,6 +188,7 @@ std::string pack_layout_of(const KernelDesc& desc, const CodeObject& code) {
   return op.pack_layout != nullptr && plan ? op.pack_layout(plan->get()) : "";
 }
 
+/// Emission is deterministic, so a row of this version's generators must come out byte for byte.
 Result<Recompiled> recompile(Engine& engine) {
   const Result<std::vector<Store::Listed>> rows = engine.store()->list();
   if (!rows)
