@@ -107,6 +107,7 @@ TEST_CASE("what a path cannot do is refused with the reason") {
     const Status narrow = row.supports(desc, machine_with(128));
     CHECK(narrow.code() == Code::unsupported);
     CHECK(narrow.message() == "128-bit vectors: NEON registers do as well");
+    CHECK(row.assumes(machine_with(256)).find("256 bits") != std::string::npos);
   }
 }
 

@@ -8,6 +8,27 @@ namespace kiln::arm {
 
 using asmjit::a64::Gp;
 
+namespace {
+
+Status supports(const KernelDesc& desc, const Target& target) {
+  if (target.sve_bits < 256)
+    return Status::error(Code::unsupported, "128-bit vectors: NEON registers do as well");
+  return supports_nest(desc, target);
+}
+
+std::int32_t vector_bits(const Target& target) {
+  return target.sve_bits;
+}
+
+std::string assumes(const Target& target) {
+  return fmt::format(
+      "each thread keeps the vector length of {} bits: on one that was given another (PR_SVE_SET_VL) the "
+      "kernel is exact but computes without vectors",
+      target.sve_bits);
+}
+
+} // namespace
+
 void SvePath::clear() {
   a_.word(sve::ptrue(sve::Element::b, kAll));
   for (int unit = 0; unit < shape_.heights.max; ++unit)
@@ -42,21 +63,14 @@ int panel_vectors(int8_mm::PackLayout layout, const Target& target) {
   return vector_bytes > 0 && bytes % vector_bytes == 0 ? bytes / vector_bytes : 0;
 }
 
-Status supports_sve(const KernelDesc& desc, const Target& target) {
-  if (target.sve_bits < 256)
-    return Status::error(Code::unsupported, "128-bit vectors: NEON registers do as well");
-  return supports_nest(desc, target);
-}
-
-std::int32_t sve_vector_bits(const Target& target) {
-  return target.sve_bits;
-}
-
-std::string sve_assumes(const Target& target) {
-  return fmt::format(
-      "each thread keeps the vector length of {} bits: on one that was given another (PR_SVE_SET_VL) the "
-      "kernel is exact but computes without vectors",
-      target.sve_bits);
+Implementation sve_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),
+                       bool (*reads_layout)(std::string_view, const KernelDesc&, const Target&),
+                       Result<CodeObject> (*compile)(const KernelDesc&, const Target&, std::string_view)) {
+  Implementation row = nest_row(isa, needs, pack_layout, reads_layout, compile);
+  row.vector_bits = vector_bits;
+  row.supports = supports;
+  row.assumes = assumes;
+  return row;
 }
 
 } // namespace kiln::arm

@@ -1,6 +1,6 @@
 #pragma once
-#include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "backends/arm/int8_mm_nest.h"
 
@@ -38,9 +38,9 @@ int8_mm::PackLayout sve_pack_layout(const Target& target, int k_block);
 /// Vectors of a panel, 0 when its columns do not fill whole ones.
 int panel_vectors(int8_mm::PackLayout layout, const Target& target);
 
-Status supports_sve(const KernelDesc& desc, const Target& target);
-std::int32_t sve_vector_bits(const Target& target);
-/// Implementation::assumes.
-std::string sve_assumes(const Target& target);
+/// nest_row for a path of the machine's SVE vectors, of 256 bits at least.
+Implementation sve_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),
+                       bool (*reads_layout)(std::string_view, const KernelDesc&, const Target&),
+                       Result<CodeObject> (*compile)(const KernelDesc&, const Target&, std::string_view));
 
 } // namespace kiln::arm

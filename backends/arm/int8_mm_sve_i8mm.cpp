@@ -1,5 +1,3 @@
-#include <arm_generator_id.h>
-
 #include "backends/arm/int8_mm_sve.h"
 #include "backends/arm/rows.h"
 
@@ -65,9 +63,7 @@ std::string declines(const KernelDesc& desc, const Target&) {
 
 Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
   if (!reads_layout(pack_layout, desc, target))
-    return Status::error(Code::unsupported,
-                         std::string("int8_mm: sve_i8mm does not read packs of ").append(pack_layout) +
-                             " with this vector length");
+    return unreadable(IsaPath::sve_i8mm, pack_layout, desc);
   const NestShape shape =
       shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout), target);
   Assembler a;
@@ -78,20 +74,11 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
 } // namespace
 
 Implementation int8_mm_sve_i8mm() {
-  return {.op = OpId::int8_mm,
-          .isa = IsaPath::sve_i8mm,
-          .backend = BackendId::arm,
-          .generator = GeneratorId::asmjit,
-          .generator_digest = k_arm_generator_digest,
-          .arch = Arch::aarch64,
-          .needs = kFeatures,
-          .vector_bits = sve_vector_bits,
-          .supports = supports_sve,
-          .declines = declines,
-          .pack_layout = [](const KernelDesc&, const Target& target) { return sve_pack_layout(target, 8).id(); },
-          .reads_layout = reads_layout,
-          .assumes = sve_assumes,
-          .compile = compile};
+  Implementation row = sve_row(
+      IsaPath::sve_i8mm, kFeatures,
+      [](const KernelDesc&, const Target& target) { return sve_pack_layout(target, 8).id(); }, reads_layout, compile);
+  row.declines = declines;
+  return row;
 }
 
 } // namespace kiln::arm

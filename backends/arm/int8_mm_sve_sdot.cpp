@@ -1,5 +1,3 @@
-#include <arm_generator_id.h>
-
 #include "backends/arm/int8_mm_sve.h"
 #include "backends/arm/rows.h"
 
@@ -76,9 +74,7 @@ bool reads_layout(std::string_view id, const KernelDesc& desc, const Target& tar
 
 Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
   if (!reads_layout(pack_layout, desc, target))
-    return Status::error(Code::unsupported,
-                         std::string("int8_mm: sve_sdot does not read packs of ").append(pack_layout) +
-                             " with this m and vector length");
+    return unreadable(IsaPath::sve_sdot, pack_layout, desc);
   const NestShape shape =
       shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout), target);
   Assembler a;
@@ -89,19 +85,9 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
 } // namespace
 
 Implementation int8_mm_sve_sdot() {
-  return {.op = OpId::int8_mm,
-          .isa = IsaPath::sve_sdot,
-          .backend = BackendId::arm,
-          .generator = GeneratorId::asmjit,
-          .generator_digest = k_arm_generator_digest,
-          .arch = Arch::aarch64,
-          .needs = kFeatures,
-          .vector_bits = sve_vector_bits,
-          .supports = supports_sve,
-          .pack_layout = [](const KernelDesc&, const Target& target) { return sve_pack_layout(target, 4).id(); },
-          .reads_layout = reads_layout,
-          .assumes = sve_assumes,
-          .compile = compile};
+  return sve_row(
+      IsaPath::sve_sdot, kFeatures,
+      [](const KernelDesc&, const Target& target) { return sve_pack_layout(target, 4).id(); }, reads_layout, compile);
 }
 
 } // namespace kiln::arm
