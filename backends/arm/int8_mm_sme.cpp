@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "backends/arm/emit.h"
+#include "backends/arm/int8_mm_scalar.h"
 #include "backends/arm/rows.h"
 #include "backends/arm/sve_words.h"
 #include "jit/ops/int8_mm.h"
@@ -102,7 +103,7 @@ public:
     a_.msr(Predicate::SysReg::kFPSR, fpsr_);
     a_.leave();
     a_.bind(scalar);
-    multiply_without_vectors();
+    emit_scalar_int8_mm(a_, layout_, k_);
     return a_.finish(kNeeds, sme_bits_, plan().values());
   }
 
@@ -491,58 +492,6 @@ private:
     a_.subs(groups, groups, 1);
     a_.b_ne(row);
     a_.bind(done);
-  }
-
-  // ---------------------------------------------------------------- another vector length
-
-  /// The same sums on a thread that was given another streaming vector length than the one this code is made for
-  /// (prctl, PR_SME_SET_VL), where no vector instruction would be right: slow and exact. Saves no register.
-  void multiply_without_vectors() {
-    const Gp row_a = x(1), lda = x(2), row_c = x(3), ldc = x(4), rows = x(5), n = x(6), column = x(7), b = x(8),
-             index = x(10), sum = w(11), at = x(12), a_value = w(13), b_value = w(14), panel_bytes = x(15);
-    const Label row = a_.newLabel(), element = a_.newLabel(), step = a_.newLabel();
-    const std::int64_t k_step_bytes = panel_columns() * 4;
-    a_.ldr(row_a, field(offsetof(Call, a)));
-    a_.ldr(lda, field(offsetof(Call, lda)));
-    a_.ldr(row_c, field(offsetof(Call, c)));
-    a_.ldr(ldc, field(offsetof(Call, ldc)));
-    a_.ldr(rows, field(offsetof(Call, m)));
-    a_.ldr(n, field(offsetof(Call, n)));
-    a_.mov(panel_bytes, panel_bytes_);
-    a_.bind(row);
-    a_.mov(column, 0);
-    a_.bind(element);
-    // The column's first 4 bytes: panel column / 2T, place column % 2T.
-    a_.ldr(b, field(offsetof(Call, b)));
-    a_.lsr(at, column, std::countr_zero(static_cast<std::uint64_t>(panel_columns())));
-    a_.madd(b, at, panel_bytes, b);
-    a_.and_(at, column, panel_columns() - 1);
-    a_.add(b, b, at, lsl(2));
-    a_.mov(sum, 0);
-    if (k_ > 0) {
-      a_.mov(index, 0);
-      a_.bind(step);
-      a_.ldrsb(a_value, ptr(row_a, index));
-      a_.lsr(at, index, 2);
-      a_.lsl(at, at, std::countr_zero(static_cast<std::uint64_t>(k_step_bytes)));
-      a_.and_(scratch_, index, 3);
-      a_.add(at, at, scratch_);
-      a_.ldrsb(b_value, ptr(b, at));
-      a_.madd(sum, a_value, b_value, sum);
-      a_.add(index, index, 1);
-      a_.mov(scratch_, k_);
-      a_.cmp(index, scratch_);
-      a_.b_ne(step);
-    }
-    a_.str(sum, ptr(row_c, column, lsl(2)));
-    a_.add(column, column, 1);
-    a_.cmp(column, n);
-    a_.b_ne(element);
-    a_.add(row_a, row_a, lda);
-    a_.add(row_c, row_c, ldc, lsl(2));
-    a_.subs(rows, rows, 1);
-    a_.b_ne(row);
-    a_.ret(x(30));
   }
 
   std::int64_t n_, k_;
