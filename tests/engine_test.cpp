@@ -432,6 +432,45 @@ TEST_CASE_FIXTURE(Fixture, "a stored kernel that is not a code object is passed 
   CHECK(logged.size() == 1);
 }
 
+TEST_CASE_FIXTURE(Fixture, "a stored kernel that this machine cannot run is a miss, with a debug line only") {
+  rows[0].vector_bits = [](const Target&) -> std::int32_t { return 256; };
+  rows[0].compile = [](const KernelDesc& d, const Target& target, std::string_view layout) {
+    Result<CodeObject> code = compile_return(d, target, layout);
+    if (code)
+      code->vector_bits = 256;
+    return code;
+  };
+  const Target machine = detect_machine().target;
+  const Features missing = features_of(machine.arch).without(machine.features);
+  const auto store = [&](auto change) {
+    const auto e = engine();
+    StoreRow row = *e->store()->get(e->explain(desc(), nullptr).key);
+    CodeObject code = *CodeObject::parse(row.code);
+    change(code);
+    row.code = code.serialise();
+    REQUIRE(e->store()->put(row).is_ok());
+  };
+  const auto check = [&](const char* reason, auto change) {
+    INFO(reason);
+    config.log = LogLevel::warn;
+    store(change);
+    CHECK(source_of(*engine(), desc()) == Source::compiled); // and stored again
+    CHECK(logged.empty());
+    CHECK(source_of(*engine(), desc()) == Source::disk);
+    store(change);
+    config.log = LogLevel::debug;
+    CHECK(source_of(*engine(), desc()) == Source::compiled);
+    CHECK(std::any_of(logged.begin(), logged.end(), [&](const std::string& line) {
+      return line.find("is passed over") != std::string::npos && line.find(reason) != std::string::npos;
+    }));
+    logged.clear();
+  };
+  source_of(*engine(), desc());
+  check("code for vectors of 512 bits on a machine of 256", [](CodeObject& code) { code.vector_bits = 512; });
+  if (!missing.empty())
+    check("which this machine lacks", [&](CodeObject& code) { code.features = missing; });
+}
+
 TEST_CASE_FIXTURE(Fixture, "explain names the nearest stored kernel and the differing field") {
   const auto e = engine();
   source_of(*e, desc(1, 64));
