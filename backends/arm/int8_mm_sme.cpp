@@ -536,15 +536,14 @@ Implementation int8_mm_sme() {
   row.vector_bits = [](const Target& target) -> std::int32_t { return target.sme_bits; };
   row.supports = [](const KernelDesc& desc, const Target& target) -> Status {
     if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
-      return Status::error(Code::unsupported, "int8_mm on sme: a_dtype=u8, allowed is s8");
+      return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
     if (desc.value[int8_mm::kK] > kMaxK)
       return Status::error(Code::unsupported,
-                           fmt::format("int8_mm on sme: k={}, allowed is at most {}", desc.value[int8_mm::kK], kMaxK));
+                           fmt::format("k={}: allowed is at most {}", desc.value[int8_mm::kK], kMaxK));
     if (target.sme_bits < 128 || target.sme_bits > 2048 || !std::has_single_bit(static_cast<unsigned>(target.sme_bits)))
-      return Status::error(Code::unsupported,
-                           fmt::format("int8_mm on sme: a streaming vector length of {} bits, allowed is 128, 256, "
-                                       "512, 1024 or 2048",
-                                       target.sme_bits));
+      return Status::error(Code::unsupported, fmt::format("streaming vectors of {} bits: allowed is 128, 256, "
+                                                          "512, 1024 or 2048",
+                                                          target.sme_bits));
     return {};
   };
   row.declines = [](const KernelDesc& desc, const Target&) -> std::string {
@@ -553,7 +552,7 @@ Implementation int8_mm_sme() {
     if (value[int8_mm::kN] * value[int8_mm::kK] < kFewestWeights)
       return fmt::format("fewer than {} weights: too few products to pay for entering streaming mode", kFewestWeights);
     if (value[int8_mm::kM] >= 0 && value[int8_mm::kM] <= 2)
-      return "M ≤ 2: memory bound, and sdot reads each weight once without streaming mode";
+      return "two rows or fewer: memory bound, and SDOT reads each weight once without streaming mode";
     return {};
   };
   row.pack_layout = [](const KernelDesc&, const Target& target) { return Emitter::layout(target.sme_bits).id(); };

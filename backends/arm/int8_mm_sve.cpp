@@ -12,7 +12,7 @@ namespace {
 
 Status supports(const KernelDesc& desc, const Target& target) {
   if (target.sve_bits < 256)
-    return Status::error(Code::unsupported, "128-bit vectors: NEON registers do as well");
+    return Status::error(Code::unsupported, "made for vectors of 256 bits or more: NEON's do as well at 128");
   return supports_nest(desc, target);
 }
 
