@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <charconv>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -172,6 +173,9 @@ std::string parse_cpu(std::string_view text, Target& target) {
     return "the feature sve and sve=BITS go together";
   if (target.features.has(Feature::sme) != (target.sme_bits != 0))
     return "the feature sme and sme=BITS go together";
+  for (const auto& [second, first] : {std::pair{Feature::sve2, Feature::sve}, {Feature::sme2, Feature::sme}})
+    if (target.features.has(second) && !target.features.has(first))
+      return fmt::format("the feature {} needs {}", name_of(second), name_of(first));
   return {};
 }
 

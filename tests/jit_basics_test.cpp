@@ -122,6 +122,8 @@ TEST_CASE("a target that is not one is refused with what is allowed") {
                           "aarch64:neon,sve;sve=0128",
                           "aarch64:neon,sve;sve=128;sve=128",
                           "aarch64:neon,sme;sme=384",
+                          "aarch64:neon,sve2",
+                          "aarch64:neon,sme2",
                           "aarch64:neon;",
                           "nvptx:",
                           "nvptx:sm_",
