@@ -1,5 +1,6 @@
 #include "cache/file.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <fcntl.h>
@@ -8,6 +9,8 @@
 #include <unistd.h>
 
 #include <fmt/format.h>
+
+#include "cache/file_size_limit.h"
 
 namespace kiln {
 namespace {
@@ -29,6 +32,7 @@ struct Descriptor {
 } // namespace
 
 bool write_all(int descriptor, ByteSpan bytes) {
+  const FileSizeLimit limit;
   while (!bytes.empty()) {
     const ssize_t n = ::write(descriptor, bytes.data(), bytes.size());
     if (n < 0 && errno == EINTR)
@@ -40,7 +44,7 @@ bool write_all(int descriptor, ByteSpan bytes) {
   return true;
 }
 
-Result<Bytes> read_file(const std::string& path) {
+Result<Bytes> read_file(const std::string& path, std::size_t at_most) {
   const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
   if (file.fd < 0)
     return io_error(path, "open");
@@ -49,7 +53,7 @@ Result<Bytes> read_file(const std::string& path) {
     return io_error(path, "stat");
   if (!S_ISREG(info.st_mode))
     return Status::error(Code::io, fmt::format("{}: not a regular file", path));
-  Bytes bytes(static_cast<std::size_t>(info.st_size));
+  Bytes bytes(std::min(static_cast<std::size_t>(info.st_size), at_most));
   std::size_t done = 0;
   while (done < bytes.size()) {
     const ssize_t n = ::read(file.fd, bytes.data() + done, bytes.size() - done);

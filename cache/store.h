@@ -50,8 +50,10 @@ struct StoreStats {
 /// L2: the kernels on disk, in one SQLite database (`kernels.db`) per cache directory.
 ///
 /// Thread-safe (one mutex; SQLite's own locks between processes). No call throws. After any error that is not a plain
-/// miss the store logs one warning per cause and the call behaves as a miss; the caller compiles and goes on. A child
-/// made by fork never uses the parent's connection: it opens its own.
+/// miss the store logs one warning per cause and the call behaves as a miss; the caller compiles and goes on, and the
+/// next call tries again. A damaged database is left as it is: the next put begins another file beside it, at most once
+/// a day for each cause (see generations.h). A child made by fork never uses the parent's connection: it opens its own.
+/// A write beyond the process's limit on file sizes is an error, never a signal.
 class Store {
 public:
   /// Opens lazily: nothing is created on disk before the first put. Fails (Code::invalid_argument) only on unusable
@@ -69,8 +71,8 @@ public:
   /// Writes pending hit counts and times (batched; also done every 64 hits and at destruction).
   virtual void flush() = 0;
 
-  // The calls below return the error that disabled the store, if one did; without a database, or with the mode off,
-  // they find nothing. Those that change rows are Code::unsupported when the mode is read_only.
+  // The calls below return the error that keeps the database from being used, if one does; without a database, or with
+  // the mode off, they find nothing. Those that change rows are Code::unsupported when the mode is read_only.
 
   /// Every row without its code (`code` empty; `size` in the pair), most recently used first. Not authenticated.
   struct Listed {
@@ -95,10 +97,11 @@ public:
   /// Evicts least recently used rows until at most `max_bytes` of pages are in use (see StoreOptions), and shrinks the
   /// file; `dry_run` only counts.
   virtual Result<Pruned> prune(std::int64_t max_bytes, bool dry_run) = 0;
-  /// Removes every row; `dry_run` only counts.
+  /// Removes every row; `dry_run` only counts. In the place of a damaged database it makes an empty one, and it removes
+  /// older generations that nobody has open.
   virtual Result<Pruned> clear(bool dry_run) = 0;
 
-  virtual std::string path() const = 0; ///< of the database file
+  virtual std::string path() = 0; ///< of the database file in use, or of the one that would be
 };
 
 } // namespace kiln

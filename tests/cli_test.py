@@ -404,6 +404,26 @@ class Cache(CommandTest):
         self.assertEqual(0, self.json("cache", "clear")["rows"])
         self.assertFalse((self.dir / "cache").exists())
 
+    def test_a_damaged_database(self):
+        self.json("run", *SHAPE)
+        directory = self.dir / "cache"
+        (directory / "kernels.db").write_bytes(bytes(20000))
+        self.refused("cache", "stats", says="not a database", expect=INTEGRITY)
+        self.refused("cache", "verify", says="not a database", expect=INTEGRITY)
+        report = self.json("doctor")  # stores a kernel as a host would
+        self.assertTrue(report["ok"], report)
+        self.assertTrue(any("not a database" in check["text"] for check in report["checks"] if check["name"] == "log"), report)
+        self.assertEqual(1, self.json("cache", "stats")["rows"])
+        self.assertEqual(str(directory / "kernels-1.db"), self.json("cache", "path")["path"])
+        # Within the same day that is a problem for people.
+        (directory / "kernels-1.db").write_bytes(bytes(20000))
+        result = self.kiln("doctor", expect=FAILED)
+        self.assertIn("kiln cache clear", result.stdout)
+        self.assertEqual(0, self.json("cache", "clear")["rows"])
+        self.assertEqual(["kernels-2.db", "kernels.lock"], sorted(path.name for path in directory.iterdir() if "journal" not in path.name))
+        self.json("run", *SHAPE)
+        self.assertEqual(1, self.json("cache", "verify")["ok"])
+
     def test_path_stats_list_inspect(self):
         key = self.json("run", *SHAPE)["key"]
         path = self.dir / "cache" / "kernels.db"
