@@ -99,6 +99,13 @@ Result<FileLock> Generations::use(std::int64_t number, FileLock::Missing missing
                         std::chrono::milliseconds(0), missing);
 }
 
+Result<FileLock> Generations::compile_turn(const Digest& key, std::chrono::milliseconds patience) const {
+  std::uint64_t byte = 0; // two keys of one byte, one in 2^40, would wait for each other
+  for (int i = 0; i < 5; ++i)
+    byte = byte << 8 | key.bytes[i];
+  return FileLock::take(lock_path(), byte, FileLock::Kind::exclusive, patience, FileLock::Missing::create);
+}
+
 std::string Generations::marker(Damage cause) const {
   return fmt::format("{}/replaced-{}", directory_, name_of(cause));
 }

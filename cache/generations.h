@@ -6,6 +6,7 @@
 
 #include "cache/bytes.h"
 #include "cache/database.h"
+#include "cache/digest.h"
 #include "cache/file_lock.h"
 #include "cache/status.h"
 
@@ -54,10 +55,12 @@ public:
   enum class When : std::uint8_t { in_time, now };
   void remove_before(std::int64_t newest, const Listing& listing, When when) const;
 
-  /// The lock on compiling this key (single-flight between processes), and what else is locked here.
-  std::string lock_path() const { return directory_ + "/kernels.lock"; }
+  /// See Store::compile_turn.
+  Result<FileLock> compile_turn(const Digest& key, std::chrono::milliseconds patience) const;
 
 private:
+  /// The file whose bytes stand for keys and generations.
+  std::string lock_path() const { return directory_ + "/kernels.lock"; }
   std::string marker(Damage cause) const;
   std::string directory_;
 };

@@ -22,6 +22,7 @@ namespace kiln {
 namespace {
 
 constexpr std::size_t hits_per_flush = 64;
+constexpr std::chrono::milliseconds patience_in_turn{100};
 
 double unix_seconds_now() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
@@ -178,6 +179,17 @@ private:
   FileSizeLimit file_size_limit_;
 };
 
+/// `attempt` (Status()), and again while it is Code::busy and others wait for the caller.
+template <class Attempt> Status while_busy(Store::Call call, Attempt attempt) {
+  const auto give_up = std::chrono::steady_clock::now() +
+                       (call == Store::Call::in_turn ? patience_in_turn : std::chrono::milliseconds(0));
+  for (;;) {
+    Status status = attempt();
+    if (status.code() != Code::busy || std::chrono::steady_clock::now() >= give_up)
+      return status;
+  }
+}
+
 class SqliteStore final : public Store {
 public:
   SqliteStore(StoreOptions options, const Log& log) : options_(std::move(options)), log_(log), session_(new Session) {}
@@ -190,8 +202,9 @@ public:
     delete session;
   }
 
-  std::optional<StoreRow> get(const Digest& key) override;
-  Status put(const StoreRow& row) override;
+  FileLock compile_turn(const Digest& key, std::chrono::milliseconds patience) override;
+  std::optional<StoreRow> get(const Digest& key, Call call) override;
+  Status put(const StoreRow& row, Call call) override;
   void flush() override;
   Result<std::vector<Listed>> list() override;
   Result<std::vector<Digest>> find(std::string_view hex_prefix) override;
@@ -213,6 +226,7 @@ private:
   Status open_for_reading(Session& session) { return open_database(session, Missing::leave); }
   Status open_for_change(Session& session);
   Status load_secret(Session& session, Missing missing);
+  Status put_once(Session& session, const StoreRow& row);
   Status read_row(Session& session, const Digest& key, StoredRow& stored);
   void refuse(Session& session, const Digest& key);
   void count_hit(Session& session, const Digest& key);
@@ -377,19 +391,36 @@ void SqliteStore::warn_once(Session& session, std::string_view cause, std::strin
     log_.warn(message);
 }
 
-std::optional<StoreRow> SqliteStore::get(const Digest& key) {
+FileLock SqliteStore::compile_turn(const Digest& key, std::chrono::milliseconds patience) {
+  if (options_.mode != CacheMode::read_write)
+    return {};
+  const Result<std::string> directory = private_directory(options_.directory, true);
+  if (!directory || (options_.locks_hold && !options_.locks_hold(*directory)))
+    return {};
+  Result<FileLock> turn = Generations(*directory).compile_turn(key, patience);
+  if (turn)
+    return std::move(*turn);
+  log_.debug(fmt::format("{}: kernel {} is compiled here too", turn.status().message(), key.hex()));
+  return {};
+}
+
+std::optional<StoreRow> SqliteStore::get(const Digest& key, Call call) {
   if (options_.mode == CacheMode::off)
     return std::nullopt;
   Session& session = current_session();
   StoredRow stored;
   Digest secret;
-  {
+  const auto read = [&] {
     const SessionLock lock(session);
-    if (!report(session, read_row(session, key, stored))) {
-      ++session.counts.misses;
-      return std::nullopt;
-    }
-    secret = *session.secret;
+    Status status = read_row(session, key, stored);
+    if (status)
+      secret = *session.secret;
+    return report(session, std::move(status));
+  };
+  if (!while_busy(call, read)) {
+    const SessionLock lock(session);
+    session.counts.misses += call == Call::plain;
+    return std::nullopt;
   }
   // The longest part of a hit needs no lock.
   const bool authentic = is_authentic(secret, stored);
@@ -448,11 +479,17 @@ void SqliteStore::count_hit(Session& session, const Digest& key) {
     (void)report(session, flush_uses(session));
 }
 
-Status SqliteStore::put(const StoreRow& row) {
+Status SqliteStore::put(const StoreRow& row, Call call) {
   if (options_.mode != CacheMode::read_write)
     return {};
   Session& session = current_session();
-  const SessionLock lock(session);
+  return while_busy(call, [&] {
+    const SessionLock lock(session);
+    return put_once(session, row);
+  });
+}
+
+Status SqliteStore::put_once(Session& session, const StoreRow& row) {
   Status status;
   // Once more, into a new file, when this one is found damaged or deleted.
   for (int turn = 0; turn < 2; ++turn) {

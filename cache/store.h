@@ -1,4 +1,5 @@
 #pragma once
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -8,6 +9,7 @@
 
 #include "cache/bytes.h"
 #include "cache/digest.h"
+#include "cache/file_lock.h"
 #include "cache/log.h"
 #include "cache/status.h"
 
@@ -37,6 +39,9 @@ struct StoreOptions {
   std::int64_t max_bytes =
       512ll << 20; ///< bound on the database's pages in use: codes, their columns, indexes; holds after each put
   int busy_timeout_ms = 20; ///< a longer wait for SQLite's lock is a miss
+  /// Whether locks hold on the file system of this directory, which exists; null: they do. Where not, processes do not
+  /// wait for each other's compiles.
+  bool (*locks_hold)(const std::string& directory) = nullptr;
 };
 
 struct StoreStats {
@@ -61,13 +66,23 @@ public:
   static Result<std::unique_ptr<Store>> open(StoreOptions options, const Log& log);
   virtual ~Store() = default;
 
+  /// The turn to compile the kernel of this key, which one holder at a time has among all processes that share the
+  /// cache (single-flight; the kernel of the operating system ends it when its holder dies). Waits up to `patience`.
+  /// Whoever gets it looks once more, with Call::in_turn, before it compiles. Not held when the time is over, when the
+  /// mode is not read_write, or where there are no locks: then the caller compiles for itself.
+  virtual FileLock compile_turn(const Digest& key, std::chrono::milliseconds patience) = 0;
+
+  /// `in_turn`: by a holder of the key's turn. Others wait for it, so that a lock of SQLite's is waited for longer (100
+  /// ms), and a get is a second look, which does not count as another miss.
+  enum class Call : std::uint8_t { plain, in_turn };
+
   /// The row with this key, authenticated, or nothing. A row that fails authentication is deleted, counted and treated
   /// as a miss.
-  virtual std::optional<StoreRow> get(const Digest& key) = 0;
+  virtual std::optional<StoreRow> get(const Digest& key, Call call = Call::plain) = 0;
   /// Stores or replaces (hits from 0, last hit now, `created_at` now when it is 0); evicts least recently used rows
   /// until the bound holds. Errors are logged and returned, never fatal. Ok without doing anything when the mode is not
   /// read_write.
-  virtual Status put(const StoreRow& row) = 0;
+  virtual Status put(const StoreRow& row, Call call = Call::plain) = 0;
   /// Writes pending hit counts and times (batched; also done every 64 hits and at destruction).
   virtual void flush() = 0;
 

@@ -8,6 +8,7 @@
 
 #include "jit/background.h"
 #include "jit/dump.h"
+#include "jit/os.h"
 #include "jit/perf.h"
 
 namespace kiln {
@@ -15,6 +16,8 @@ namespace {
 
 /// How long a thread waits for another's compile before it compiles for itself.
 constexpr std::chrono::milliseconds kCompilePatience{2000};
+/// How long a process waits for another's: less than its threads wait for each other.
+constexpr std::chrono::milliseconds kTurnPatience{800};
 /// How long a warm-up waits for others to be done with the cache.
 constexpr std::chrono::seconds kWarmupPatience{5};
 
@@ -146,11 +149,14 @@ struct Engine::State {
   Result<Choice> choose(const KernelDesc& canonical, const Target& for_target) const;
   Result<KernelRef> lookup(const KernelDesc& canonical, MissPolicy on_miss);
   Result<KernelTable::Made> make(const KernelDesc& canonical, MissPolicy on_miss);
-  Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical);
+  Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical, Store::Call call);
   Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
                              std::int64_t& us);
-  Status keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us);
+  Status keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us,
+              Store::Call call);
+  FileLock compile_turn(const Choice& choice) const;
   Status prefetch(const KernelDesc& canonical);
+  void settle_for_stand_in(const KernelDesc& canonical);
   enum class Stay : bool { for_this_caller, resident };
   Result<KernelTable::Made> stand_in(const Choice& choice, const KernelDesc& canonical, Stay stay);
   const Implementation* builtin_for(const KernelDesc& canonical) const;
@@ -166,6 +172,7 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
     store.key_directory = state->config().key_dir;
     store.mode = state->config().cache;
     store.max_bytes = state->config().cache_max_mb << 20;
+    store.locks_hold = [](const std::string& path) { return !os::file_system_of(path).over_network; };
     Result<std::unique_ptr<Store>> opened = Store::open(std::move(store), state->log);
     if (opened)
       state->store = std::move(*opened);
@@ -223,10 +230,26 @@ Status Engine::State::prefetch(const KernelDesc& canonical) {
   try {
     const Result<KernelRef> kernel =
         lookup(canonical, config().miss == MissPolicy::error ? MissPolicy::error : MissPolicy::compile);
-    return kernel ? Status() : kernel.status();
+    if (kernel)
+      return {};
+    if (kernel.status().code() == Code::compile_failed && config().miss == MissPolicy::fallback)
+      settle_for_stand_in(canonical);
+    return kernel.status();
   } catch (const std::exception& e) {
     return Status::error(Code::out_of_memory, e.what());
   }
+}
+
+/// A generator that failed once fails again: without an entry, each get would have it tried anew in the background.
+void Engine::State::settle_for_stand_in(const KernelDesc& canonical) {
+  const auto stay = [&]() -> std::optional<KernelTable::Made> {
+    const Result<Choice> choice = choose(canonical, target());
+    Result<KernelTable::Made> made =
+        choice ? stand_in(*choice, canonical, Stay::resident) : Result<KernelTable::Made>(choice.status());
+    return made ? std::optional(std::move(*made)) : std::nullopt;
+  };
+  if (KernelNode* const node = table.get_or_make(canonical, stay, std::chrono::milliseconds(0)))
+    KernelTable::release(node);
 }
 
 /// Disk, then the compiler. What is compiled is stored; a store that fails has said so in the log.
@@ -246,10 +269,15 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   }
   if (refuses_executable_memory)
     return stand_in(*choice, canonical, Stay::resident);
-  if (Result<Kernel> stored = from_disk(*choice, canonical)) {
-    ++disk_hits;
-    return resident(std::move(*stored));
-  }
+  Status not_stored;
+  const auto look = [&](Store::Call call) -> std::optional<KernelTable::Made> {
+    Result<Kernel> stored = from_disk(*choice, canonical, call);
+    not_stored = stored ? Status() : stored.status();
+    disk_hits += stored.is_ok();
+    return stored ? std::optional(resident(std::move(*stored))) : std::nullopt;
+  };
+  if (std::optional<KernelTable::Made> stored = look(Store::Call::plain))
+    return std::move(*stored);
   if (on_miss == MissPolicy::error)
     return Status::error(Code::miss, fmt::format("{} ({}) is not cached and KILN_MISS=error forbids compiling it",
                                                  canonical.text(), name_of(choice->implementation->isa)));
@@ -259,11 +287,17 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
       log.warn(fmt::format("{} stays with its fallback: {}", canonical.text(), status.message()));
     return stand_in(*choice, canonical, Stay::for_this_caller);
   }
+  // One process at a time compiles a kernel: the next in turn finds it stored.
+  const FileLock turn = compile_turn(*choice);
+  if (turn.held() && not_stored.code() == Code::not_found)
+    if (std::optional<KernelTable::Made> stored = look(Store::Call::in_turn))
+      return std::move(*stored);
   std::int64_t us = 0;
   Result<CodeObject> code = compile(*choice, canonical, target(), us);
   if (!code)
     return code.status();
-  if (const Status status = keep(*choice, canonical, *code, us); !status)
+  const Store::Call call = turn.held() ? Store::Call::in_turn : Store::Call::plain;
+  if (const Status status = keep(*choice, canonical, *code, us, call); !status)
     log.debug(fmt::format("{} was not stored: {}", canonical.text(), status.message()));
   Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
   if (!kernel && kernel.status().code() == Code::unsupported) {
@@ -279,11 +313,11 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   return resident(std::move(*kernel));
 }
 
-Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& canonical) {
+Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& canonical, Store::Call call) {
   const auto start = std::chrono::steady_clock::now();
   std::optional<StoreRow> row;
   if (store)
-    row = store->get(choice.key);
+    row = store->get(choice.key, call);
   if (!row)
     return Status::error(Code::not_found, "not on disk");
   Result<CodeObject> code = CodeObject::parse(row->code);
@@ -324,7 +358,8 @@ Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc
 }
 
 /// Stores what `compile` made, where there is a store.
-Status Engine::State::keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us) {
+Status Engine::State::keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us,
+                           Store::Call call) {
   if (!store)
     return {};
   StoreRow row;
@@ -336,7 +371,12 @@ Status Engine::State::keep(const Choice& choice, const KernelDesc& canonical, co
   row.generator = choice.implementation->generator_digest;
   row.code = code.serialise();
   row.compile_us = us;
-  return store->put(row);
+  return store->put(row, call);
+}
+
+/// Not held where the caller compiles for itself, whatever others do.
+FileLock Engine::State::compile_turn(const Choice& choice) const {
+  return store ? store->compile_turn(choice.key, kTurnPatience) : FileLock();
 }
 
 /// A builtin kernel that reads the same packs as the chosen one.
@@ -397,6 +437,9 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
     return Warmed::hit; // part of the library
   if (state_->store->get(choice->key))
     return Warmed::hit;
+  const FileLock turn = state_->compile_turn(*choice);
+  if (turn.held() && state_->store->get(choice->key, Store::Call::in_turn))
+    return Warmed::hit;
   std::int64_t us = 0;
   const Result<CodeObject> code = state_->compile(*choice, canonical, for_target, us);
   if (!code) {
@@ -405,9 +448,9 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
   }
   // Many may warm one cache at once. A host would not wait for them; whoever warms up has nothing better to do.
   const auto give_up = std::chrono::steady_clock::now() + kWarmupPatience;
-  Status kept = state_->keep(*choice, canonical, *code, us);
+  Status kept = state_->keep(*choice, canonical, *code, us, Store::Call::in_turn);
   while (kept.code() == Code::busy && std::chrono::steady_clock::now() < give_up)
-    kept = state_->keep(*choice, canonical, *code, us);
+    kept = state_->keep(*choice, canonical, *code, us, Store::Call::in_turn);
   if (!kept)
     return Status::error(kept.code(),
                          fmt::format("{} was compiled but could not be stored: {}", canonical.text(), kept.message()));

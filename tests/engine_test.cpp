@@ -209,6 +209,19 @@ TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback does not wait for the compile in 
   CHECK(compiles == 1);
 }
 
+TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback: a compile that fails in the background is not tried at each call") {
+  config.miss = MissPolicy::fallback;
+  const auto e = engine();
+  compile_fails = true;
+  for (int i = 0; i < 5; ++i) {
+    CHECK(source_of(*e, desc()) == Source::builtin);
+    REQUIRE(e->wait_prefetched(std::chrono::seconds(10)));
+  }
+  CHECK(compiles == 1);
+  CHECK(logged.size() == 1);
+  CHECK(e->stats().fallbacks == 2); // the second is resident
+}
+
 TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback compiles at once where the toggles leave no fallback") {
   config.miss = MissPolicy::fallback;
   SUBCASE("another path is forced") {
