@@ -58,6 +58,11 @@ std::uint32_t big_endian(const std::uint8_t* bytes) {
   return std::uint32_t{bytes[0]} << 24 | std::uint32_t{bytes[1]} << 16 | std::uint32_t{bytes[2]} << 8 | bytes[3];
 }
 
+/// Kiln's statements are right: where SQLite refuses one, the file has another schema or format than its header says.
+int known_statement_failed(int code) {
+  return code == SQLITE_ERROR ? SQLITE_CORRUPT : code;
+}
+
 constexpr std::size_t header_bytes = 100; // section 1.3 of SQLite's file format
 
 Database::Header parse(ByteSpan header) {
@@ -279,7 +284,7 @@ Status Database::failure(int code) {
 
 Status Database::execute(const char* script) {
   if (const int code = sqlite3_exec(handle_, script, nullptr, nullptr, nullptr); code != SQLITE_OK)
-    return failure(code);
+    return failure(known_statement_failed(code));
   return {};
 }
 
@@ -300,8 +305,8 @@ Query Database::query(const char* sql) {
   int code = SQLITE_OK;
   if (!statement)
     code = sqlite3_prepare_v3(handle_, sql, -1, SQLITE_PREPARE_PERSISTENT, &statement, nullptr);
-  if (!statement && code == SQLITE_ERROR)
-    code = SQLITE_CORRUPT; // the statements are right: the table they name is missing or another
+  if (!statement)
+    code = known_statement_failed(code);
   return Query(*this, statement, code);
 }
 
