@@ -503,6 +503,29 @@ TEST_CASE("store: threads share a store") {
   CHECK(place.warnings.empty());
 }
 
+TEST_CASE("store: of the threads that want to compile a key one at a time has the turn") {
+  Place place;
+  const std::unique_ptr<Store> store = place.open();
+  std::atomic<int> inside = 0, together = 0, turns = 0;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t)
+    threads.emplace_back([&] {
+      for (int i = 0; i < 50; ++i) {
+        const FileLock turn = store->compile_turn(key_of(i % 2), std::chrono::seconds(60));
+        turns += turn.held();
+        if (i % 2 == 0) {
+          together += ++inside > 1;
+          --inside;
+        }
+      }
+    });
+  for (std::thread& thread : threads)
+    thread.join();
+  CHECK(turns == 200);
+  CHECK(together == 0);
+  CHECK(place.open(CacheMode::read_only)->compile_turn(key_of(0), std::chrono::seconds(60)).held() == false);
+}
+
 TEST_CASE("store: read-only mode reads and changes nothing") {
   Place place;
   {
