@@ -38,7 +38,7 @@ struct Config {
   std::vector<Force> forced;
 
   CacheMode cache = CacheMode::read_write;
-  std::string cache_dir, key_dir, cache_system_dir, remote;
+  std::string cache_dir, key_dir, cache_system_dir, trusted_keys, remote;
   std::int64_t cache_max_mb = 512;
   MissPolicy miss = MissPolicy::compile;
   int threads = 0; ///< 0: every core this process may use

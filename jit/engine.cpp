@@ -8,6 +8,7 @@
 
 #include "jit/background.h"
 #include "jit/dump.h"
+#include "jit/kernel_key.h"
 #include "jit/perf.h"
 
 namespace kiln {
@@ -110,11 +111,16 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
     return choice; // nothing to store
   KernelDesc portable = canonical;
   portable.device.index = 0; // which of several equal devices changes no code
-  choice.key_text = fmt::format(
-      "format=2\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\npack_layout={}\n",
-      row.generator_digest, portable.text(), name_of(row.isa), name_of(target.arch),
-      row.features_for(canonical, target).text(), row.vector_bits ? row.vector_bits(target) : 0, choice.pack_layout);
-  choice.key = digest_of({reinterpret_cast<const std::uint8_t*>(choice.key_text.data()), choice.key_text.size()});
+  KeyFields fields;
+  fields.generator = row.generator_digest;
+  fields.desc = portable.text();
+  fields.isa = name_of(row.isa);
+  fields.arch = target.arch;
+  fields.features = row.features_for(canonical, target);
+  fields.vector_bits = row.vector_bits ? row.vector_bits(target) : 0;
+  fields.pack_layout = choice.pack_layout;
+  choice.key_text = fields.text();
+  choice.key = key_of(choice.key_text);
   return choice;
 }
 

@@ -62,6 +62,7 @@ TEST_CASE("every variable of the design has a row that tells value and origin") 
                                                                   {"KILN_CACHE_DIR", "/c"},
                                                                   {"KILN_CACHE_MAX_MB", "64"},
                                                                   {"KILN_CACHE_SYSTEM_DIR", "/s"},
+                                                                  {"KILN_TRUSTED_KEYS", "/t"},
                                                                   {"KILN_REMOTE", "redis://h:1/2"},
                                                                   {"KILN_MISS", "error"},
                                                                   {"KILN_THREADS", "3"},

@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include "api/cli/cache.h"
 #include "api/cli/command.h"
 #include "api/cli/output.h"
 #include "api/session.h"
@@ -294,7 +295,9 @@ constexpr Action kActions[] = {
     {"clear", "Remove every kernel", clear, true},
 };
 
-Result<Exit> cache(const Action& action, const Options& options) {
+} // namespace
+
+Result<Exit> with_cache(const std::function<Result<Exit>(Engine& engine)>& act) {
   CollectedLog log; // an error of the store would be said twice
   const Result<std::unique_ptr<Engine>> engine = make_engine({.log_sink = CollectedLog::sink, .log_context = &log});
   if (!engine)
@@ -304,13 +307,11 @@ Result<Exit> cache(const Action& action, const Options& options) {
                          fmt::format("there is no cache to look at{}",
                                      log.lines.empty() ? ": it is off (see KILN_CACHE and KILN_DISABLE in `kiln info`)"
                                                        : "; " + log.lines.back()));
-  Result<Exit> exit = action.run(**engine, options);
+  Result<Exit> exit = act(**engine);
   for (const std::string& line : exit ? log.lines : std::vector<std::string>())
     report_error(line);
   return exit;
 }
-
-} // namespace
 
 Command cache_command(CLI::App& kiln) {
   const auto options = std::make_shared<Options>();
@@ -326,11 +327,15 @@ Command cache_command(CLI::App& kiln) {
       sub->add_flag("--dry-run", options->dry_run, "Remove nothing");
     sub->add_flag("--json", options->json, "Print one JSON object");
   }
-  return {app, [app, options]() -> Result<Exit> {
+  const auto bundle = std::make_shared<std::vector<Command>>(bundle_commands(*app));
+  return {app, [app, options, bundle]() -> Result<Exit> {
+            for (const Command& command : *bundle)
+              if (command.app->parsed())
+                return command.run();
             const std::string name = app->get_subcommands().front()->get_name();
-            return cache(*std::find_if(std::begin(kActions), std::end(kActions),
-                                       [&](const Action& action) { return action.name == name; }),
-                         *options);
+            const Action& action = *std::find_if(std::begin(kActions), std::end(kActions),
+                                                 [&](const Action& one) { return one.name == name; });
+            return with_cache([&](Engine& engine) { return action.run(engine, *options); });
           }};
 }
 

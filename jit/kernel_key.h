@@ -1,0 +1,32 @@
+#pragma once
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "cache/digest.h"
+#include "cache/status.h"
+#include "cache/store.h"
+#include "jit/target.h"
+
+namespace kiln {
+
+/// Every difference that changes a kernel's code, and nothing else.
+struct KeyFields {
+  std::string_view generator; ///< digest of the generator's sources and of its library's version
+  std::string desc;           ///< canonical, of device 0
+  std::string_view isa;
+  Arch arch = Arch::x86_64;
+  Features features; ///< that the code uses
+  std::int32_t vector_bits = 0;
+  std::string pack_layout; ///< empty for an op without packs
+
+  std::string text() const; ///< one `name=value` a line, for people; the key is its digest
+};
+Digest key_of(std::string_view key_text);
+
+/// Whether a row from elsewhere is what it says: its code parses, its texts are those of the code, and its key is the
+/// digest of all that. Runs nothing. Code::integrity says what is wrong; Code::unsupported: another version of Kiln
+/// made it, and this one cannot tell.
+Status check_row(const StoreRow& row);
+
+} // namespace kiln
