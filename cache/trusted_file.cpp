@@ -27,6 +27,11 @@ bool others_may_write(const struct stat& info) {
   return (info.st_uid != 0 && info.st_uid != ::geteuid()) || (info.st_mode & (S_IWGRP | S_IWOTH)) != 0;
 }
 
+FileIdentity identity_of(const struct stat& info) {
+  return {info.st_dev, info.st_ino, static_cast<std::uint64_t>(info.st_size),
+          info.st_ctim.tv_sec * std::int64_t{1'000'000'000} + info.st_ctim.tv_nsec};
+}
+
 std::string needed_directory() {
   return fmt::format("a directory of uid 0 or {} that group and others may not write", ::geteuid());
 }
@@ -104,6 +109,16 @@ Status check_trusted_directory(const std::string& directory) {
 std::uint64_t size_of(const FileDescriptor& file) {
   struct stat info;
   return ::fstat(file.get(), &info) == 0 && info.st_size > 0 ? static_cast<std::uint64_t>(info.st_size) : 0;
+}
+
+FileIdentity identity_of(const FileDescriptor& file) {
+  struct stat info;
+  return ::fstat(file.get(), &info) == 0 ? identity_of(info) : FileIdentity();
+}
+
+FileIdentity identity_of(const std::string& path) {
+  struct stat info;
+  return ::lstat(path.c_str(), &info) == 0 ? identity_of(info) : FileIdentity();
 }
 
 Result<Bytes> read_at(const FileDescriptor& file, const std::string& path, std::uint64_t offset, std::size_t size) {

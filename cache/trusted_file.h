@@ -45,6 +45,16 @@ Status check_trusted_directory(const std::string& directory);
 /// Bytes of an open regular file; 0 when the system does not tell.
 std::uint64_t size_of(const FileDescriptor& file);
 
+/// Tells whether a name still stands for the file that was opened, unchanged.
+struct FileIdentity {
+  std::uint64_t device = 0, inode = 0, bytes = 0;
+  std::int64_t changed_ns = 0; ///< of the last change of content, owner or mode (ctime), Unix nanoseconds
+  bool operator==(const FileIdentity&) const = default;
+};
+/// One system call each. All zero when there is no such file; links are not followed.
+FileIdentity identity_of(const FileDescriptor& file);
+FileIdentity identity_of(const std::string& path);
+
 /// `size` bytes from `offset`. Code::integrity when the file ends before. `path` is for messages.
 Result<Bytes> read_at(const FileDescriptor& file, const std::string& path, std::uint64_t offset, std::size_t size);
 

@@ -198,7 +198,7 @@ constexpr Variable kVariables[] = {
      [](Config& c, View name, View text) { return parse_integer(name, text, 1, kMostCacheMb, c.cache_max_mb); },
      [](const Config& c) { return std::to_string(c.cache_max_mb); }},
     {"KILN_CACHE_SYSTEM_DIR",
-     [](Config& c, View name, View text) { return parse_not_served(c, name, text, c.cache_system_dir); },
+     [](Config& c, View name, View text) { return parse_path(name, text, c.cache_system_dir); },
      [](const Config& c) { return c.cache_system_dir; }},
     {"KILN_TRUSTED_KEYS", [](Config& c, View name, View text) { return parse_path(name, text, c.trusted_keys); },
      [](const Config& c) { return c.trusted_keys; }},
@@ -265,6 +265,7 @@ Result<Config> Config::from_environment(const char* (*get)(const char* name), co
     config.threads = *host.threads;
     set_by_host.insert("KILN_THREADS");
   }
+  config.cache_unwanted = config.cache == CacheMode::off;
   if (config.cache != CacheMode::off && (config.cache_dir.empty() || config.key_dir.empty())) {
     config.cache = CacheMode::off;
     config.warnings.push_back(fmt::format("the kernel cache is off: there is no place for {}; set HOME{}",

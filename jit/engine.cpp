@@ -141,7 +141,8 @@ struct Engine::State {
   Runtime runtime;
   PerfReporter perf;
   std::unique_ptr<Store> store;
-  std::atomic<std::uint64_t> disk_hits{0}, compiled{0}, failed{0}, fallbacks{0}, compile_us{0};
+  std::unique_ptr<SystemCache> system; ///< under the store; null without KILN_CACHE_SYSTEM_DIR
+  std::atomic<std::uint64_t> disk_hits{0}, system_hits{0}, compiled{0}, failed{0}, fallbacks{0}, compile_us{0};
   std::atomic<bool> refuses_executable_memory{false}; ///< the system: said once, found out once
   KernelTable table;
   std::unique_ptr<Background> background; ///< ends before anything it uses
@@ -153,6 +154,9 @@ struct Engine::State {
   Result<KernelRef> lookup(const KernelDesc& canonical, MissPolicy on_miss);
   Result<KernelTable::Made> make(const KernelDesc& canonical, MissPolicy on_miss);
   Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical);
+  Result<Kernel> load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row,
+                          std::chrono::steady_clock::time_point start);
+  std::optional<StoreRow> stored(const Digest& key);
   Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
                              std::int64_t& us);
   Status keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us);
@@ -178,6 +182,9 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
     else
       state->log.warn(fmt::format("no cache on disk: {}", opened.status().message()));
   }
+  if (state->config().serves_system_cache())
+    state->system =
+        std::make_unique<SystemCache>(state->config().cache_system_dir, state->config().trusted_keys, state->log);
   State* const s = state.release();
   s->background = std::make_unique<Background>([s](const KernelDesc& canonical) {
     if (const Status status = s->prefetch(canonical); !status)
@@ -189,6 +196,7 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
 Engine::~Engine() {
   state_->background.reset();
   state_->store.reset();
+  state_->system.reset();
   state_->table.close(); // deletes the state now, or with the last kernel
 }
 
@@ -285,14 +293,35 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   return resident(std::move(*kernel));
 }
 
+/// The user's cache, then the system's.
 Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& canonical) {
   const auto start = std::chrono::steady_clock::now();
+  if (store)
+    if (const std::optional<StoreRow> row = store->get(choice.key))
+      if (Result<Kernel> kernel = load_row(choice, canonical, *row, start))
+        return kernel;
+  if (system)
+    if (const std::optional<StoreRow> row = system->get(choice.key))
+      if (Result<Kernel> kernel = load_row(choice, canonical, *row, start)) {
+        ++system_hits;
+        return kernel;
+      }
+  return Status::error(Code::not_found, "not on disk");
+}
+
+/// Without loading it.
+std::optional<StoreRow> Engine::State::stored(const Digest& key) {
   std::optional<StoreRow> row;
   if (store)
-    row = store->get(choice.key);
-  if (!row)
-    return Status::error(Code::not_found, "not on disk");
-  Result<CodeObject> code = CodeObject::parse(row->code);
+    row = store->get(key);
+  if (!row && system)
+    row = system->get(key);
+  return row;
+}
+
+Result<Kernel> Engine::State::load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row,
+                                       std::chrono::steady_clock::time_point start) {
+  Result<CodeObject> code = CodeObject::parse(row.code);
   Result<Kernel> kernel = code ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code))
                                : Result<Kernel>(code.status());
   if (!kernel) {
@@ -306,7 +335,7 @@ Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& 
     return kernel;
   }
   kernel->source = Source::disk;
-  kernel->compile_us = row->compile_us;
+  kernel->compile_us = row.compile_us;
   kernel->load_us = microseconds_since(start);
   return kernel;
 }
@@ -401,7 +430,7 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
     return choice.status();
   if (choice->implementation->compile == nullptr)
     return Warmed::hit; // part of the library
-  if (state_->store->get(choice->key))
+  if (state_->stored(choice->key))
     return Warmed::hit;
   std::int64_t us = 0;
   const Result<CodeObject> code = state_->compile(*choice, canonical, for_target, us);
@@ -432,9 +461,7 @@ Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) 
   if (row.compile == nullptr)
     return Status::error(Code::unsupported,
                          fmt::format("the path {} is part of the library: it has no generated code", name_of(row.isa)));
-  std::optional<StoreRow> stored;
-  if (state_->store)
-    stored = state_->store->get(choice->key);
+  const std::optional<StoreRow> stored = state_->stored(choice->key);
   Result<CodeObject> code = stored ? CodeObject::parse(stored->code) : Status::error(Code::not_found, "not on disk");
   if (!code) {
     if (state_->config().miss == MissPolicy::error)
@@ -536,12 +563,18 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
       e.tier = "memory";
       return e;
     }
-  if (!state_->store || e.taken->compile == nullptr)
+  if (e.taken->compile == nullptr)
     return e;
-  if (state_->store->get(e.key)) {
+  if (state_->store && state_->store->get(e.key)) {
     e.tier = "disk";
     return e;
   }
+  if (state_->system && state_->system->get(e.key)) {
+    e.tier = "system";
+    return e;
+  }
+  if (!state_->store)
+    return e;
   const Result<std::vector<Store::Listed>> rows = state_->store->list();
   std::size_t fewest = SIZE_MAX;
   for (const Store::Listed& listed : rows ? *rows : std::vector<Store::Listed>()) {
@@ -567,6 +600,7 @@ EngineStats Engine::stats() {
   stats.evictions = table.evictions;
   stats.code_bytes = table.weight;
   stats.disk_hits = state_->disk_hits;
+  stats.system_hits = state_->system_hits;
   stats.compiled = state_->compiled;
   stats.failed = state_->failed;
   stats.fallbacks = state_->fallbacks;
@@ -593,6 +627,9 @@ Runtime& Engine::runtime() {
 }
 Store* Engine::store() {
   return state_->store.get();
+}
+SystemCache* Engine::system_cache() {
+  return state_->system.get();
 }
 std::span<const Implementation> Engine::implementations() const {
   return state_->options.implementations;

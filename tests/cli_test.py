@@ -675,6 +675,68 @@ class Bundle(CommandTest):
         self.assertFalse((self.dir / "x").exists())
 
 
+class SystemCache(CommandTest):
+    """A bundle under the user's cache, as an image or an administrator provides it."""
+
+    def setUp(self):
+        super().setUp()
+        self.bundle = self.dir / "system" / "kernels.bundle"
+        self.bundle.parent.mkdir()
+        key = self.json("run", *SHAPE)["key"]
+        self.public = self.kiln("cache", "keygen", "secret").stdout
+        self.id = self.public.split()[1]
+        self.kiln("cache", "export", self.bundle, "--key", "secret")
+        shutil.rmtree(self.dir / "cache")
+        self.env.update(KILN_CACHE_SYSTEM_DIR=str(self.bundle.parent), KILN_TRUSTED_KEYS=str(self.write("trusted", self.public)))
+        self.key = key
+
+    def test_serves_without_a_cache_of_ones_own(self):
+        strict = {"KILN_MISS": "error"}
+        report = self.json("run", *SHAPE, "--check", env=strict)
+        self.assertEqual(("disk", self.key, True), (report["source"], report["key"], report["check"]["ok"]))
+        self.assertEqual("system", self.json("explain", *SHAPE)["tier"])
+        self.assertEqual(1, self.json("warmup", *SHAPE)["hit"])
+        self.assertIn("ret", self.json("disasm", *SHAPE, env=strict)["listing"])
+        self.assertFalse((self.dir / "cache").exists())
+        homeless = {"HOME": "", "XDG_DATA_HOME": "", "KILN_CACHE_DIR": "", **strict}
+        self.assertEqual("disk", self.json("run", *SHAPE, env=homeless)["source"])
+        for off in ({"KILN_CACHE": "off"}, {"KILN_DISABLE": "disk"}):
+            self.assertEqual("compiled", self.json("run", *SHAPE, env=off)["source"])
+
+    def test_the_users_own_comes_first(self):
+        self.json("run", *SHAPE, env={"KILN_CACHE_SYSTEM_DIR": ""})
+        self.assertEqual("disk", self.json("explain", *SHAPE)["tier"])
+        Cache.damage(self, self.key)  # a bad row is no reason to compile
+        done = self.kiln("run", *SHAPE, "--json", env={"KILN_MISS": "error"})
+        self.assertIn("fails authentication", done.stderr)
+        self.assertEqual("disk", json.loads(done.stdout)["source"])
+        self.assertEqual("system", self.json("explain", *SHAPE)["tier"])
+
+    def test_is_shown(self):
+        system = {"path": str(self.bundle), "rows": 1, "file_bytes": self.bundle.stat().st_size, "signed_by": self.id, "error": ""}
+        self.assertEqual(system, self.json("cache", "stats")["system"])
+        self.assertIn(f"{self.bundle}: 1 kernel", self.kiln("cache", "stats").stdout)
+        self.assertIsNone(self.json("cache", "stats", env={"KILN_CACHE_SYSTEM_DIR": ""})["system"])
+        self.assertEqual(str(self.bundle), self.json("info")["cache"]["system_path"])
+        self.assertIn(f"under it  {self.bundle}", self.kiln("info").stdout)
+        self.assertRegex(self.kiln("doctor").stdout, r"(?m)^ok +system cache .*1 kernel, all authentic, signed by " + self.id)
+
+    def test_untrusted_is_a_miss_said_once(self):
+        env = {"KILN_TRUSTED_KEYS": str(self.write("nobody", "# nobody\n"))}
+        done = self.kiln("run", *SHAPE, "--check", "--json", env=env)
+        self.assertEqual("compiled", json.loads(done.stdout)["source"])
+        self.assertEqual(1, done.stderr.count("\n"), done.stderr)
+        self.assertIn(f"is signed by key {self.id}, which is not in the list of trusted keys", done.stderr)
+        self.assertIn("not in the list", self.json("cache", "stats", env=env)["system"]["error"])
+        self.assertRegex(self.kiln("doctor", env=env, expect=FAILED).stdout, r"(?m)^fail +system cache .*not in the list")
+        content = bytearray(self.bundle.read_bytes())
+        content[-9] ^= 1
+        self.bundle.write_bytes(content)
+        self.assertRegex(self.kiln("doctor", expect=FAILED).stdout, r"(?m)^fail +system cache +1 of 1 kernel")
+        self.bundle.unlink()
+        self.assertRegex(self.kiln("doctor").stdout, r"(?m)^warn +system cache .*No such file")
+
+
 class Explain(CommandTest):
     def test_miss_then_hit(self):
         miss = self.json("explain", *SHAPE)

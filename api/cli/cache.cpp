@@ -38,6 +38,25 @@ Result<Exit> path(Engine& engine, const Options& options) {
   return Exit::ok;
 }
 
+/// What lies under the user's cache; null without KILN_CACHE_SYSTEM_DIR.
+Json system_json(Engine& engine) {
+  if (engine.system_cache() == nullptr)
+    return {};
+  const Result<SystemCache::Contents> contents = engine.system_cache()->contents(false);
+  return {{"path", engine.system_cache()->path()},
+          {"rows", contents ? contents->kernels : 0},
+          {"file_bytes", contents ? contents->file_bytes : 0},
+          {"signed_by", contents ? Json(contents->signer) : Json()},
+          {"error", contents ? "" : contents.status().message()}};
+}
+
+std::string system_text(SystemCache& system) {
+  const Result<SystemCache::Contents> contents = system.contents(false);
+  return contents ? fmt::format("{}: {}, {}, signed by {}", system.path(), count_text(contents->kernels, "kernel"),
+                                bytes_text(contents->file_bytes), contents->signer)
+                  : "not used: " + contents.status().message();
+}
+
 Result<Exit> stats(Engine& engine, const Options& options) {
   const Result<StoreStats> stats = engine.store()->stats();
   if (!stats)
@@ -55,7 +74,8 @@ Result<Exit> stats(Engine& engine, const Options& options) {
                 {"bytes", stats->bytes},
                 {"file_bytes", stats->file_bytes},
                 {"max_bytes", max_bytes},
-                {"hits", hits}});
+                {"hits", hits},
+                {"system", system_json(engine)}});
     return Exit::ok;
   }
   Columns columns;
@@ -64,6 +84,8 @@ Result<Exit> stats(Engine& engine, const Options& options) {
   columns.row({"size", fmt::format("{} of at most {}; the file has {}", bytes_text(stats->bytes), bytes_text(max_bytes),
                                    bytes_text(stats->file_bytes))});
   columns.row({"hits", std::to_string(hits)});
+  if (engine.system_cache() != nullptr)
+    columns.row({"under it", system_text(*engine.system_cache())});
   columns.print();
   return Exit::ok;
 }
