@@ -33,6 +33,7 @@ namespace {
 struct Choice {
   const Implementation* implementation = nullptr;
   std::string pack_layout; ///< of the weights, empty for an op without packs
+  KeyFields key_fields;
   std::string key_text;
   Digest key;
 };
@@ -111,7 +112,7 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
     return choice; // nothing to store
   KernelDesc portable = canonical;
   portable.device.index = 0; // which of several equal devices changes no code
-  KeyFields fields;
+  KeyFields& fields = choice.key_fields;
   fields.generator = row.generator_digest;
   fields.desc = portable.text();
   fields.isa = name_of(row.isa);
@@ -518,6 +519,17 @@ std::vector<std::string> differing_fields(std::string_view stored_desc, const St
   return fields;
 }
 
+/// Why a stored kernel of the very desc that is wanted does not serve.
+std::string why_missed(Store& store, const Digest& stored_key, const KeyFields& wanted) {
+  const std::string name = fmt::format("kernel {} of the same desc is stored", stored_key.hex().substr(0, 16));
+  const std::optional<StoreRow> row = store.get(stored_key);
+  if (!row)
+    return name + ", but fails authentication";
+  const Result<KeyFields> fields = key_fields_of(*row);
+  return fields ? fmt::format("{}: {}", name, fields->differences_from(wanted))
+                : fmt::format("{}, but {}", name, fields.status().message());
+}
+
 std::string join(const std::vector<std::string>& words) {
   std::string out;
   for (const std::string& word : words)
@@ -581,6 +593,9 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
     if (listed.row.op != op.name)
       continue;
     std::vector<std::string> fields = differing_fields(listed.row.desc, listed.row, e.canonical, *e.taken);
+    const bool same_desc = listed.row.desc == choice.key_fields.desc;
+    if (same_desc && e.why.empty())
+      e.why = why_missed(*state_->store, listed.row.key, choice.key_fields);
     if (fields.empty())
       fields.push_back("features or pack_layout"); // all that the readable columns do not tell apart
     if (fields.size() < fewest) {
@@ -601,6 +616,8 @@ EngineStats Engine::stats() {
   stats.code_bytes = table.weight;
   stats.disk_hits = state_->disk_hits;
   stats.system_hits = state_->system_hits;
+  if (state_->system)
+    stats.system_refused = state_->system->stats().refused;
   stats.compiled = state_->compiled;
   stats.failed = state_->failed;
   stats.fallbacks = state_->fallbacks;

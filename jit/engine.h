@@ -33,7 +33,8 @@ struct EngineOptions {
 
 struct EngineStats {
   std::uint64_t memory_hits = 0, disk_hits = 0, compiled = 0, failed = 0, fallbacks = 0;
-  std::uint64_t system_hits = 0; ///< of the disk hits those in the system cache
+  std::uint64_t system_hits = 0;    ///< of the disk hits those in the system cache
+  std::uint64_t system_refused = 0; ///< kernels there that failed authentication
   std::uint64_t kernels = 0, evictions = 0, code_bytes = 0;
   std::uint64_t compile_us = 0; ///< sum
   bool has_store = false;
@@ -58,6 +59,8 @@ struct Explanation {
   std::string tier;        ///< `memory`, `disk`, `system` or `none` (a get would compile)
   std::string
       nearest; ///< on a miss: the stored kernel of this op that differs least, and in which key fields; may be empty
+  std::string
+      why; ///< on a miss, when a kernel of this very desc is stored: each key field that differs, there and here
 };
 
 /// The whole path of a call: L1, L2, compile. Thread-safe.

@@ -748,6 +748,18 @@ class Explain(CommandTest):
         self.assertTrue(near["nearest"].endswith("differs in n"), near["nearest"])
         self.assertIn("differs in n", self.kiln("explain", "int8_mm", "m=5", "n=34", "k=70").stdout)
 
+    def test_why_a_miss(self):
+        self.kiln("warmup", *SHAPE, env={"KILN_FORCE": "portable"})
+        self.assertEqual("", self.json("explain", *SHAPE, env={"KILN_FORCE": "portable"})["why"])
+        self.assertEqual("", self.json("explain", "int8_mm", "m=5", "n=34", "k=70")["why"])  # another desc was never expected
+        key = self.json("cache", "list")["kernels"][0]["key"]
+        why = self.json("explain", *SHAPE, "--target", "x86-64-v3", env={"KILN_DISABLE": "llvm"})["why"]
+        self.assertIn(f"kernel {key[:16]} of the same desc is stored: generator ", why)
+        self.assertIn("isa portable there, avx2 here", why)
+        why = self.json("explain", *SHAPE, "--target", "neoverse-v1", env={"KILN_FORCE": "portable"})["why"]
+        self.assertIn("there, aarch64 here" if os.uname().machine == "x86_64" else "features", why)
+        self.assertIn(why, self.kiln("explain", *SHAPE, "--target", "neoverse-v1", env={"KILN_FORCE": "portable"}).stdout)
+
     def test_candidates(self):
         report = self.json("explain", *SHAPE, "--target", "x86-64-v3", env={"KILN_DISABLE": "x86"})
         taken = [candidate for candidate in report["candidates"] if candidate["taken"]]

@@ -6,6 +6,8 @@
 #include <thread>
 #include <vector>
 
+#include "cache/bundle.h"
+#include "cache/file.h"
 #include "jit/engine.h"
 #include "jit/kernel_key.h"
 #include "jit/ops/int8_mm_driver.h"
@@ -571,4 +573,46 @@ TEST_CASE("a row from elsewhere is what it says, or is refused") {
     code.plan.clear();
     r.code = code.serialise();
   });
+}
+
+TEST_CASE("the system cache serves what the user's does not, and counts apart") {
+  Fixture f;
+  std::filesystem::create_directories(f.directory / "system");
+  f.directory = std::filesystem::canonical(f.directory);
+  f.config.cache_dir = f.directory / "cache";
+  f.config.key_dir = f.directory / "keys";
+  const Result<SecretKey> key = SecretKey::generate();
+  REQUIRE(key);
+  std::vector<StoreRow> rows;
+  {
+    const std::unique_ptr<Engine> e = f.engine();
+    REQUIRE(e->warmup(desc(), nullptr));
+    const auto listed = e->store()->list();
+    REQUIRE((listed && listed->size() == 1));
+    rows.push_back(*e->store()->get(listed->front().row.key));
+    REQUIRE(e->store()->clear(false));
+  }
+  const Result<Bytes> bundle = make_bundle(rows, &*key);
+  REQUIRE(bundle);
+  REQUIRE(write_file_atomically(f.directory / "system/kernels.bundle", {*bundle}, 0644));
+  const std::string line = key->public_key().line();
+  REQUIRE(write_file_atomically(f.directory / "trusted.keys",
+                                {{reinterpret_cast<const std::uint8_t*>(line.data()), line.size()}}));
+  f.config.cache_system_dir = f.directory / "system";
+  f.config.trusted_keys = f.directory / "trusted.keys";
+  f.config.miss = MissPolicy::error;
+
+  compiles = 0;
+  const std::unique_ptr<Engine> e = f.engine();
+  CHECK(e->explain(desc(), nullptr).tier == "system");
+  CHECK(source_of(*e, desc()) == Source::disk);
+  CHECK(e->get(desc()));
+  CHECK(e->explain(desc(), nullptr).tier == "memory");
+  CHECK(*e->warmup(desc(), nullptr) == Engine::Warmed::hit);
+  CHECK(!e->get(desc(1, 128)));
+  const EngineStats stats = e->stats();
+  CHECK((stats.disk_hits == 1 && stats.system_hits == 1 && stats.system_refused == 0 && stats.memory_hits >= 1));
+  CHECK(compiles == 0);
+  CHECK(stats.store.rows == 0); // nothing was copied
+  CHECK(f.logged.empty());
 }
