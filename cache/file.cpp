@@ -69,7 +69,7 @@ Result<Bytes> read_file(const std::string& path, std::size_t at_most) {
   return bytes;
 }
 
-Status write_file_atomically(const std::string& path, std::initializer_list<ByteSpan> parts) {
+Status write_file_atomically(const std::string& path, std::initializer_list<ByteSpan> parts, unsigned mode) {
   // The rename would put a file in the place of a device or a pipe.
   struct stat info {};
   if (::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode))
@@ -81,7 +81,8 @@ Status write_file_atomically(const std::string& path, std::initializer_list<Byte
   bool written = true;
   for (const ByteSpan part : parts)
     written = written && write_all(file.fd, part);
-  if (written && ::fsync(file.fd) == 0 && ::rename(temporary.c_str(), path.c_str()) == 0)
+  if (written && ::fchmod(file.fd, mode) == 0 && ::fsync(file.fd) == 0 &&
+      ::rename(temporary.c_str(), path.c_str()) == 0)
     return {};
   Status status = io_error(path, "write");
   ::unlink(temporary.c_str());

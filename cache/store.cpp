@@ -204,7 +204,8 @@ public:
 
   FileLock compile_turn(const Digest& key, std::chrono::milliseconds patience) override;
   std::optional<StoreRow> get(const Digest& key, Call call) override;
-  Status put(const StoreRow& row, Call call) override;
+  Status put(const StoreRow& row, Call call) override { return put_rows({&row, 1}, call); }
+  Status put_all(std::span<const StoreRow> rows) override { return put_rows(rows, Call::plain); }
   void flush() override;
   Result<std::vector<Listed>> list() override;
   Result<std::vector<Digest>> find(std::string_view hex_prefix) override;
@@ -226,11 +227,14 @@ private:
   Status open_for_reading(Session& session) { return open_database(session, Missing::leave); }
   Status open_for_change(Session& session);
   Status load_secret(Session& session, Missing missing);
-  Status put_once(Session& session, const StoreRow& row);
+  Status put_rows(std::span<const StoreRow> rows, Call call);
+  Status put_once(Session& session, std::span<const StoreRow> rows);
   Status read_row(Session& session, const Digest& key, StoredRow& stored);
   void refuse(Session& session, const Digest& key);
   void count_hit(Session& session, const Digest& key);
-  Status insert(Session& session, const StoreRow& row);
+  Status insert(Session& session, std::span<const StoreRow> rows);
+  Status insert_one(Session& session, const StoreRow& row, double now);
+  Status check_all_are_there(Session& session, std::span<const StoreRow> rows);
   Status flush_uses(Session& session);
   Status write_uses(Session& session);
   Result<Pruned> clear_database(Session& session, bool dry_run);
@@ -479,17 +483,17 @@ void SqliteStore::count_hit(Session& session, const Digest& key) {
     (void)report(session, flush_uses(session));
 }
 
-Status SqliteStore::put(const StoreRow& row, Call call) {
-  if (options_.mode != CacheMode::read_write)
+Status SqliteStore::put_rows(std::span<const StoreRow> rows, Call call) {
+  if (options_.mode != CacheMode::read_write || rows.empty())
     return {};
   Session& session = current_session();
   return while_busy(call, [&] {
     const SessionLock lock(session);
-    return put_once(session, row);
+    return put_once(session, rows);
   });
 }
 
-Status SqliteStore::put_once(Session& session, const StoreRow& row) {
+Status SqliteStore::put_once(Session& session, std::span<const StoreRow> rows) {
   Status status;
   // Once more, into a new file, when this one is found damaged or deleted.
   for (int turn = 0; turn < 2; ++turn) {
@@ -498,47 +502,30 @@ Status SqliteStore::put_once(Session& session, const StoreRow& row) {
     if (status)
       status = open_database(session, Missing::create);
     if (status)
-      status = insert(session, row);
+      status = insert(session, rows);
     if (status.code() == Code::not_found)
       session.close_database();
     else if (status || !session.database || !session.database->is_damaged())
       break;
   }
   if (status)
-    ++session.counts.puts;
+    session.counts.puts += std::ssize(rows);
   return report(session, std::move(status));
 }
 
-Status SqliteStore::insert(Session& session, const StoreRow& given) {
+Status SqliteStore::insert(Session& session, std::span<const StoreRow> rows) {
   Database& database = *session.database;
   const double now = unix_seconds_now();
-  StoreRow row = given;
-  if (row.created_at == 0)
-    row.created_at = static_cast<std::int64_t>(now);
-  const Digest mac = mac_of(*session.secret, row, {});
-
   Transaction transaction(database);
   if (!transaction.begun())
     return transaction.begun();
-  Status status = database.query(insert_row)
-                      .bind(row.op)
-                      .bind(row.desc)
-                      .bind(row.isa)
-                      .bind(row.target)
-                      .bind(row.generator)
-                      .bind(static_cast<std::int64_t>(row.code.size()))
-                      .bind(row.compile_us)
-                      .bind(row.created_at)
-                      .bind(now)
-                      .bind(ByteSpan(mac.bytes))
-                      .bind(ByteSpan(row.code))
-                      .bind(ByteSpan(row.key.bytes))
-                      .run();
-  if (status)
-    status = write_uses(session);
-  if (!status)
+  Status status;
+  for (const StoreRow& row : rows)
+    if (status = insert_one(session, row, now); !status)
+      return status;
+  if (status = write_uses(session); !status)
     return status;
-  const Result<Pruned> evicted = evict(database, options_.max_bytes, row.key.bytes);
+  const Result<Pruned> evicted = evict(database, options_.max_bytes, rows.back().key.bytes);
   if (!evicted)
     return evicted.status();
   const Result<DatabaseSize> size = size_of(database);
@@ -547,12 +534,52 @@ Status SqliteStore::insert(Session& session, const StoreRow& given) {
   if (size->used_bytes > options_.max_bytes)
     return Status::error(Code::unsupported,
                          fmt::format("{}: a kernel of {} bytes does not fit into the size bound of {} bytes",
-                                     session.file, row.code.size(), options_.max_bytes));
+                                     session.file, rows.back().code.size(), options_.max_bytes));
+  if (evicted->rows > 0)
+    if (status = check_all_are_there(session, rows); !status)
+      return status;
   if (status = transaction.commit(); !status)
     return status;
   session.unwritten_uses.clear();
   session.hits_since_flush = 0;
   session.counts.evictions += evicted->rows;
+  return {};
+}
+
+/// Within a transaction.
+Status SqliteStore::insert_one(Session& session, const StoreRow& given, double now) {
+  StoreRow row = given;
+  if (row.created_at == 0)
+    row.created_at = static_cast<std::int64_t>(now);
+  const Digest mac = mac_of(*session.secret, row, {});
+  return session.database->query(insert_row)
+      .bind(row.op)
+      .bind(row.desc)
+      .bind(row.isa)
+      .bind(row.target)
+      .bind(row.generator)
+      .bind(static_cast<std::int64_t>(row.code.size()))
+      .bind(row.compile_us)
+      .bind(row.created_at)
+      .bind(now)
+      .bind(ByteSpan(mac.bytes))
+      .bind(ByteSpan(row.code))
+      .bind(ByteSpan(row.key.bytes))
+      .run();
+}
+
+/// Within a transaction, after evicting: rows that were put together may have made room for each other.
+Status SqliteStore::check_all_are_there(Session& session, std::span<const StoreRow> rows) {
+  for (const StoreRow& row : rows) {
+    Query query = session.database->query(select_keys);
+    query.bind(ByteSpan(row.key.bytes)).bind(ByteSpan(row.key.bytes));
+    if (!query.step())
+      return query.status() ? Status::error(Code::unsupported,
+                                            fmt::format("{}: {} kernels do not fit together into the size bound of {} "
+                                                        "bytes",
+                                                        session.file, rows.size(), options_.max_bytes))
+                            : query.status();
+  }
   return {};
 }
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -83,6 +84,9 @@ public:
   /// until the bound holds. Errors are logged and returned, never fatal. Ok without doing anything when the mode is not
   /// read_write.
   virtual Status put(const StoreRow& row, Call call = Call::plain) = 0;
+  /// Likewise, all of them or none: in one transaction. An error, and no change, when they do not all fit into the
+  /// bound.
+  virtual Status put_all(std::span<const StoreRow> rows) = 0;
   /// Writes pending hit counts and times (batched; also done every 64 hits and at destruction).
   virtual void flush() = 0;
 

@@ -8,6 +8,7 @@
 
 #include "jit/background.h"
 #include "jit/dump.h"
+#include "jit/kernel_key.h"
 #include "jit/os.h"
 #include "jit/perf.h"
 
@@ -35,6 +36,7 @@ namespace {
 struct Choice {
   const Implementation* implementation = nullptr;
   std::string pack_layout; ///< of the weights, empty for an op without packs
+  KeyFields key_fields;
   std::string key_text;
   Digest key;
 };
@@ -113,11 +115,16 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
     return choice; // nothing to store
   KernelDesc portable = canonical;
   portable.device.index = 0; // which of several equal devices changes no code
-  choice.key_text = fmt::format(
-      "format=2\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\npack_layout={}\n",
-      row.generator_digest, portable.text(), name_of(row.isa), name_of(target.arch),
-      row.features_for(canonical, target).text(), row.vector_bits ? row.vector_bits(target) : 0, choice.pack_layout);
-  choice.key = digest_of({reinterpret_cast<const std::uint8_t*>(choice.key_text.data()), choice.key_text.size()});
+  KeyFields& fields = choice.key_fields;
+  fields.generator = row.generator_digest;
+  fields.desc = portable.text();
+  fields.isa = name_of(row.isa);
+  fields.arch = target.arch;
+  fields.features = row.features_for(canonical, target);
+  fields.vector_bits = row.vector_bits ? row.vector_bits(target) : 0;
+  fields.pack_layout = choice.pack_layout;
+  choice.key_text = fields.text();
+  choice.key = key_of(choice.key_text);
   return choice;
 }
 
@@ -138,7 +145,8 @@ struct Engine::State {
   Runtime runtime;
   PerfReporter perf;
   std::unique_ptr<Store> store;
-  std::atomic<std::uint64_t> disk_hits{0}, compiled{0}, failed{0}, fallbacks{0}, compile_us{0};
+  std::unique_ptr<SystemCache> system; ///< under the store; null without KILN_CACHE_SYSTEM_DIR
+  std::atomic<std::uint64_t> disk_hits{0}, system_hits{0}, compiled{0}, failed{0}, fallbacks{0}, compile_us{0};
   std::atomic<bool> refuses_executable_memory{false}; ///< the system: said once, found out once
   KernelTable table;
   std::unique_ptr<Background> background; ///< ends before anything it uses
@@ -150,6 +158,9 @@ struct Engine::State {
   Result<KernelRef> lookup(const KernelDesc& canonical, MissPolicy on_miss);
   Result<KernelTable::Made> make(const KernelDesc& canonical, MissPolicy on_miss);
   Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical, Store::Call call);
+  Result<Kernel> load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row,
+                          std::chrono::steady_clock::time_point start);
+  std::optional<StoreRow> stored(const Digest& key);
   Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
                              std::int64_t& us);
   Status keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us,
@@ -179,6 +190,9 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
     else
       state->log.warn(fmt::format("no cache on disk: {}", opened.status().message()));
   }
+  if (state->config().serves_system_cache())
+    state->system =
+        std::make_unique<SystemCache>(state->config().cache_system_dir, state->config().trusted_keys, state->log);
   State* const s = state.release();
   s->background = std::make_unique<Background>([s](const KernelDesc& canonical) {
     if (const Status status = s->prefetch(canonical); !status)
@@ -190,6 +204,7 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
 Engine::~Engine() {
   state_->background.reset();
   state_->store.reset();
+  state_->system.reset();
   state_->table.close(); // deletes the state now, or with the last kernel
 }
 
@@ -313,14 +328,35 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   return resident(std::move(*kernel));
 }
 
+/// The user's cache, then the system's.
 Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& canonical, Store::Call call) {
   const auto start = std::chrono::steady_clock::now();
+  if (store)
+    if (const std::optional<StoreRow> row = store->get(choice.key, call))
+      if (Result<Kernel> kernel = load_row(choice, canonical, *row, start))
+        return kernel;
+  if (system)
+    if (const std::optional<StoreRow> row = system->get(choice.key))
+      if (Result<Kernel> kernel = load_row(choice, canonical, *row, start)) {
+        ++system_hits;
+        return kernel;
+      }
+  return Status::error(Code::not_found, "not on disk");
+}
+
+/// Without loading it.
+std::optional<StoreRow> Engine::State::stored(const Digest& key) {
   std::optional<StoreRow> row;
   if (store)
-    row = store->get(choice.key, call);
-  if (!row)
-    return Status::error(Code::not_found, "not on disk");
-  Result<CodeObject> code = CodeObject::parse(row->code);
+    row = store->get(key);
+  if (!row && system)
+    row = system->get(key);
+  return row;
+}
+
+Result<Kernel> Engine::State::load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row,
+                                       std::chrono::steady_clock::time_point start) {
+  Result<CodeObject> code = CodeObject::parse(row.code);
   Result<Kernel> kernel = code ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code))
                                : Result<Kernel>(code.status());
   if (!kernel) {
@@ -334,7 +370,7 @@ Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& 
     return kernel;
   }
   kernel->source = Source::disk;
-  kernel->compile_us = row->compile_us;
+  kernel->compile_us = row.compile_us;
   kernel->load_us = microseconds_since(start);
   return kernel;
 }
@@ -435,7 +471,7 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
     return choice.status();
   if (choice->implementation->compile == nullptr)
     return Warmed::hit; // part of the library
-  if (state_->store->get(choice->key))
+  if (state_->stored(choice->key))
     return Warmed::hit;
   const FileLock turn = state_->compile_turn(*choice);
   if (turn.held() && state_->store->get(choice->key, Store::Call::in_turn))
@@ -469,9 +505,7 @@ Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) 
   if (row.compile == nullptr)
     return Status::error(Code::unsupported,
                          fmt::format("the path {} is part of the library: it has no generated code", name_of(row.isa)));
-  std::optional<StoreRow> stored;
-  if (state_->store)
-    stored = state_->store->get(choice->key);
+  const std::optional<StoreRow> stored = state_->stored(choice->key);
   Result<CodeObject> code = stored ? CodeObject::parse(stored->code) : Status::error(Code::not_found, "not on disk");
   if (!code) {
     if (state_->config().miss == MissPolicy::error)
@@ -528,6 +562,17 @@ std::vector<std::string> differing_fields(std::string_view stored_desc, const St
   return fields;
 }
 
+/// Why a stored kernel of the very desc that is wanted does not serve.
+std::string why_missed(Store& store, const Digest& stored_key, const KeyFields& wanted) {
+  const std::string name = fmt::format("kernel {} of the same desc is stored", stored_key.hex().substr(0, 16));
+  const std::optional<StoreRow> row = store.get(stored_key);
+  if (!row)
+    return name + ", but fails authentication";
+  const Result<KeyFields> fields = key_fields_of(*row);
+  return fields ? fmt::format("{}: {}", name, fields->differences_from(wanted))
+                : fmt::format("{}, but {}", name, fields.status().message());
+}
+
 std::string join(const std::vector<std::string>& words) {
   std::string out;
   for (const std::string& word : words)
@@ -573,18 +618,27 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
       e.tier = "memory";
       return e;
     }
-  if (!state_->store || e.taken->compile == nullptr)
+  if (e.taken->compile == nullptr)
     return e;
-  if (state_->store->get(e.key)) {
+  if (state_->store && state_->store->get(e.key)) {
     e.tier = "disk";
     return e;
   }
+  if (state_->system && state_->system->get(e.key)) {
+    e.tier = "system";
+    return e;
+  }
+  if (!state_->store)
+    return e;
   const Result<std::vector<Store::Listed>> rows = state_->store->list();
   std::size_t fewest = SIZE_MAX;
   for (const Store::Listed& listed : rows ? *rows : std::vector<Store::Listed>()) {
     if (listed.row.op != op.name)
       continue;
     std::vector<std::string> fields = differing_fields(listed.row.desc, listed.row, e.canonical, *e.taken);
+    const bool same_desc = listed.row.desc == choice.key_fields.desc;
+    if (same_desc && e.why.empty())
+      e.why = why_missed(*state_->store, listed.row.key, choice.key_fields);
     if (fields.empty())
       fields.push_back("features or pack_layout"); // all that the readable columns do not tell apart
     if (fields.size() < fewest) {
@@ -604,6 +658,9 @@ EngineStats Engine::stats() {
   stats.evictions = table.evictions;
   stats.code_bytes = table.weight;
   stats.disk_hits = state_->disk_hits;
+  stats.system_hits = state_->system_hits;
+  if (state_->system)
+    stats.system_refused = state_->system->stats().refused;
   stats.compiled = state_->compiled;
   stats.failed = state_->failed;
   stats.fallbacks = state_->fallbacks;
@@ -630,6 +687,9 @@ Runtime& Engine::runtime() {
 }
 Store* Engine::store() {
   return state_->store.get();
+}
+SystemCache* Engine::system_cache() {
+  return state_->system.get();
 }
 std::span<const Implementation> Engine::implementations() const {
   return state_->options.implementations;

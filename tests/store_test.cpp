@@ -106,6 +106,32 @@ void fill(const Place& place, int rows, std::size_t code_bytes = 100) {
 
 } // namespace
 
+TEST_CASE("store: rows that are put together are all there or none is") {
+  Place place;
+  place.options.max_bytes = 256 << 10;
+  fill(place, 3);
+  const auto rows = [](int first, int count) {
+    std::vector<StoreRow> out;
+    for (int i = first; i < first + count; ++i)
+      out.push_back(row_of(static_cast<std::uint64_t>(i), 20'000));
+    return out;
+  };
+  const std::unique_ptr<Store> store = place.open();
+  CHECK(store->put_all({}));
+  REQUIRE(store->put_all(rows(10, 8)));
+  for (std::uint64_t i = 10; i < 18; ++i)
+    CHECK(has(*store, i, 20'000));
+  CHECK(stats_of(*store).puts == 8);
+
+  const Status too_many = store->put_all(rows(20, 14)); // 280,000 bytes: they would evict each other
+  CHECK(too_many.code() == Code::unsupported);
+  CHECK(mentions(too_many.message(), "14 kernels do not fit together"));
+  for (std::uint64_t i = 20; i < 34; ++i)
+    CHECK(!has(*store, i, 20'000));
+  for (std::uint64_t i = 10; i < 18; ++i) // what was there still is
+    CHECK(has(*store, i, 20'000));
+}
+
 TEST_CASE("store: a row comes back as it was put, from this store and from the next") {
   Place place;
   {
