@@ -7,6 +7,7 @@ import pathlib
 import pty
 import random
 import re
+import resource
 import shutil
 import sqlite3
 import stat
@@ -307,11 +308,18 @@ class Warmup(CommandTest):
             '{"hidden_size": 64,\n "model_type": 7}': ["c.json:2: /model_type: 7: allowed is a string"],
             '{\n "hidden_size": 1e999}': ["c.json:2: ", "1e999"],
             '{"hidden_size": 64,\n "hidden_size": 65}': ["c.json:2: /hidden_size: is given twice"],
+            '{"hidden_size":\n' + "[" * 100000 + "]" * 100000 + "}": ["c.json:2: has more than 64 lists"],
         }
         for text, says in cases.items():
             with self.subTest(text=text):
                 self.write("c.json", text)
                 self.refused("warmup", "--model", "c.json", "--scheme", "w8a8", "--tokens", "1", says=says)
+
+    def test_a_long_name_with_many_members_costs_no_more_than_the_file(self):
+        self.write("m.json", '{"%s": [%s0]}' % ("x" * 100000, "0," * 100000))
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        self.refused("warmup", "m.json", says=["is no manifest"])
+        self.assertLess(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, max(usage, 1 << 20))  # KiB
 
     def test_bad_manifests(self):
         kernel = '{"kernels": [\n{"op": "int8_mm",\n "m": 1,\n %s}]}'
@@ -334,8 +342,11 @@ class Warmup(CommandTest):
             kernel % '"n": 1': ["m.json:2: /kernels/0: int8_mm: field k is missing"],
             kernel % '"n": 1, "k": 1, "device": "tpu"': ["m.json:2", "device=tpu"],
             kernel % ('"n": %s, "k": %s' % ((list(range(1000)),) * 2)): ["more than 100000 kernels"],
-            '{"kernels": ' + "[" * 200000: ["not JSON"],
-            '{"kernels": ' + "[" * 100000 + "]" * 100000 + "}": ["/kernels/0: is no object"],
+            '{"kernels":\n' + "[" * 200000: ["m.json:2: has more than 64 lists and objects within one another"],
+            kernel % ('"n": 1, "k": ' + "[" * 100000 + "]" * 100000): ["m.json:4: has more than 64 lists"],
+            '{"kernels": [%s0]}' % ("0," * (1 << 20)): ["has more than 1048576 values"],
+            '{"kernels": [], "%s": 1}' % ("x" * 100000): ["m.json:1: /xxx", "unknown field: known is kernels"],
+            '{"kernels": [{"op": "\\u009b"}]}': ["unknown op ' '"],
         }
         for text, says in cases.items():
             with self.subTest(text=text[:80]):
