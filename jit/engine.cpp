@@ -328,20 +328,27 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   return resident(std::move(*kernel));
 }
 
-/// The user's cache, then the system's.
+/// The user's cache, then the system's. Code::not_found when neither has it, else why what they have cannot be used.
 Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& canonical, Store::Call call) {
   const auto start = std::chrono::steady_clock::now();
+  Status reason = Status::error(Code::not_found, "not on disk");
   if (store)
-    if (const std::optional<StoreRow> row = store->get(choice.key, call))
-      if (Result<Kernel> kernel = load_row(choice, canonical, *row, start))
+    if (const std::optional<StoreRow> row = store->get(choice.key, call)) {
+      Result<Kernel> kernel = load_row(choice, canonical, *row, start);
+      if (kernel)
         return kernel;
+      reason = kernel.status();
+    }
   if (system)
-    if (const std::optional<StoreRow> row = system->get(choice.key))
-      if (Result<Kernel> kernel = load_row(choice, canonical, *row, start)) {
+    if (const std::optional<StoreRow> row = system->get(choice.key)) {
+      Result<Kernel> kernel = load_row(choice, canonical, *row, start);
+      if (kernel) {
         ++system_hits;
         return kernel;
       }
-  return Status::error(Code::not_found, "not on disk");
+      reason = kernel.status();
+    }
+  return reason;
 }
 
 /// Without loading it.
