@@ -118,6 +118,11 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
   return choice;
 }
 
+Status may_not_compile(const KernelDesc& canonical, const Implementation& row) {
+  return Status::error(Code::miss, fmt::format("{} ({}) is not cached and KILN_MISS=error forbids compiling it",
+                                               canonical.text(), name_of(row.isa)));
+}
+
 } // namespace
 
 // ---------------------------------------------------------------- the engine
@@ -251,8 +256,7 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
     return resident(std::move(*stored));
   }
   if (on_miss == MissPolicy::error)
-    return Status::error(Code::miss, fmt::format("{} ({}) is not cached and KILN_MISS=error forbids compiling it",
-                                                 canonical.text(), name_of(choice->implementation->isa)));
+    return may_not_compile(canonical, *choice->implementation);
   // Where the toggles leave nothing to fall back on (KILN_FORCE, KILN_DISABLE), the kernel is compiled now.
   if (on_miss == MissPolicy::fallback && builtin_for(canonical) != nullptr) {
     if (const Status status = background->add(canonical); !status)
@@ -432,8 +436,7 @@ Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) 
   Result<CodeObject> code = stored ? CodeObject::parse(stored->code) : Status::error(Code::not_found, "not on disk");
   if (!code) {
     if (state_->config().miss == MissPolicy::error)
-      return Status::error(Code::miss, fmt::format("{} ({}) is not cached and KILN_MISS=error forbids compiling it",
-                                                   canonical.text(), name_of(row.isa)));
+      return may_not_compile(canonical, row);
     std::int64_t us = 0;
     code = state_->compile(*choice, canonical, for_target, us);
   }

@@ -141,8 +141,11 @@ struct ExecutableMemory::Impl {
       }
       const std::uint8_t* code = chunk.mapping.address + offset;
       make_visible_to_instruction_fetch(code, size);
-      if (kMayHoldFreshMemory || offset < chunk.executed_end)
-        os::synchronise_instruction_fetch(chunk.mapping, offset, size);
+      const bool replaces = offset < chunk.executed_end;
+      if (replaces)
+        os::forget_replaced_code(chunk.mapping, offset, size);
+      if (replaces || kMayHoldFreshMemory)
+        os::synchronise_instruction_fetch();
       chunk.executed_end = std::max(chunk.executed_end, offset + size);
       chunk.take(offset, size);
       bytes_used += size;

@@ -65,7 +65,11 @@ Result<CodeMapping> map_code(std::size_t size, bool anonymous);
 /// Replaces bytes of the mapping; instruction fetch is not synchronised by it.
 Status write_code(const CodeMapping& mapping, std::size_t offset, ByteSpan bytes);
 void unmap_code(const CodeMapping& mapping);
-/// Every thread of this process drops what it fetched of these bytes before: needed when code replaces other code.
-void synchronise_instruction_fetch(const CodeMapping& mapping, std::size_t offset, std::size_t size);
+/// Every thread of this process drops instructions it fetched before: needed when code replaces other code, and on Arm
+/// for any new code.
+void synchronise_instruction_fetch();
+/// For bytes that held other code before, which a processor forgets by what the compiler's cache clearing does: an
+/// emulator may need more.
+void forget_replaced_code(const CodeMapping& mapping, std::size_t offset, std::size_t size);
 
 } // namespace kiln::os

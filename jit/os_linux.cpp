@@ -299,8 +299,8 @@ bool runs_rewritten_code() {
 } // namespace
 #endif
 
-void synchronise_instruction_fetch([[maybe_unused]] const CodeMapping& mapping, [[maybe_unused]] std::size_t offset,
-                                   [[maybe_unused]] std::size_t size) {
+void forget_replaced_code([[maybe_unused]] const CodeMapping& mapping, [[maybe_unused]] std::size_t offset,
+                          [[maybe_unused]] std::size_t size) {
 #ifdef __aarch64__
   static const bool runs_what_is_written = runs_rewritten_code();
   if (!runs_what_is_written && mapping.file >= 0) {
@@ -311,6 +311,9 @@ void synchronise_instruction_fetch([[maybe_unused]] const CodeMapping& mapping, 
                            MAP_SHARED | MAP_FIXED, mapping.file, static_cast<off_t>(begin)));
   }
 #endif
+}
+
+void synchronise_instruction_fetch() {
   // A kernel without membarrier (before 4.16, or a sandbox) leaves what the processor does by itself, which is enough
   // on every x86-64 known to run Linux, whose caches see writes through another mapping.
   const auto barrier = [](int command) { return syscall(SYS_membarrier, command, 0, 0); };

@@ -136,16 +136,6 @@ void check_file_system(Report& report, const Config& config) {
     report.add(State::ok, "free space", bytes_text(available));
 }
 
-/// A small problem of the op: every size that must be given is 64, all else its default. With much less, the path that
-/// most calls take may leave it to another (sme does).
-Result<KernelDesc> small_desc(const OpSpec& op) {
-  NamedTexts fields;
-  for (const FieldSpec& field : op.fields)
-    if (field.required)
-      fields.emplace_back(field.name, "64");
-  return desc_from_fields(op.name, fields);
-}
-
 /// Writes and reads a kernel as a host would.
 void check_store(Report& report, Engine& engine, const KernelDesc& desc) {
   Store* store = engine.store();

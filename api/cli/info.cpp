@@ -1,10 +1,10 @@
-#include <algorithm>
 #include <memory>
 #include <optional>
 
 #include <fmt/format.h>
 
 #include "api/cli/command.h"
+#include "api/cli/operands.h"
 #include "api/cli/output.h"
 #include "api/kiln.h"
 #include "api/session.h"
@@ -21,16 +21,6 @@ struct Availability {
   std::string reason; ///< empty when available
 };
 
-/// A desc of moderate size that no row refuses but for the machine.
-KernelDesc plain_desc(const OpSpec& op) {
-  KernelDesc desc;
-  desc.op = op.id;
-  for (std::size_t i = 0; i < op.fields.size(); ++i)
-    desc.value[i] = op.fields[i].choices.empty() ? std::clamp<std::int64_t>(64, op.fields[i].min, op.fields[i].max)
-                                                 : op.fields[i].default_value;
-  return op.canonical(desc);
-}
-
 /// For some desc at least: a row may still refuse this or that shape, which `kiln explain` tells.
 Availability availability(const Implementation& row, const Engine& engine) {
   const Target& target = engine.machine().target;
@@ -38,8 +28,8 @@ Availability availability(const Implementation& row, const Engine& engine) {
     return {false, fmt::format("made for {}", name_of(row.arch))};
   if (const Features missing = row.needs.without(target.features); !missing.empty())
     return {false, fmt::format("the machine lacks {}", missing.text())};
-  if (row.supports != nullptr)
-    if (const Status status = row.supports(plain_desc(*find_op(row.op)), target); !status)
+  if (const Result<KernelDesc> desc = small_desc(*find_op(row.op)); desc && row.supports != nullptr)
+    if (const Status status = row.supports(find_op(row.op)->canonical(*desc), target); !status)
       return {false, status.message()};
   if (engine.config().disables(row))
     return {false, "left out by KILN_DISABLE"};

@@ -87,6 +87,14 @@ Result<Operands> parse_operands(std::span<const std::string> words) {
   return operands;
 }
 
+Result<KernelDesc> small_desc(const OpSpec& op) {
+  NamedTexts fields;
+  for (const FieldSpec& field : op.fields)
+    if (field.required)
+      fields.emplace_back(field.name, "64");
+  return desc_from_fields(op.name, fields);
+}
+
 Result<std::optional<Target>> parse_target(const std::optional<std::string>& text) {
   if (!text)
     return std::optional<Target>();

@@ -29,6 +29,10 @@ Result<Operands> parse_operands(std::span<const std::string> words);
 /// For commands that take no tensors.
 Result<KernelDesc> desc_from_words(std::span<const std::string> words);
 
+/// A small problem of the op: every size that must be given is 64, all else its default. With much less, the path that
+/// most calls take may leave it to another (sme does).
+Result<KernelDesc> small_desc(const OpSpec& op);
+
 /// The machine that an option names: nothing when the option was not given (this machine).
 Result<std::optional<Target>> parse_target(const std::optional<std::string>& text);
 

@@ -39,7 +39,7 @@ NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout) {
   const bool low = m_class != kAny && m_class <= 4;
   const int pairs = low ? static_cast<int>((m_class + 1) / 2) : 4;
   NestShape shape{.layout = layout, .k = k, .unit_rows = 2, .together = 2};
-  shape.heights = heights_for(m_class, shape.unit_rows, pairs);
+  shape.heights = int8_mm::heights_for(m_class, shape.unit_rows, pairs);
   shape.a_rows = 2 * shape.heights.max;
   shape.columns = columns_for(layout.n_block / 2, low ? 12 : 6, 2);
   shape.loads = 32 - shape.heights.max * shape.vectors();

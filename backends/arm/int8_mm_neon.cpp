@@ -59,7 +59,7 @@ private:
 NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout) {
   const int rows = m_class == 1 || m_class == 2 ? static_cast<int>(m_class) : 4;
   NestShape shape{.layout = layout, .k = k, .a_copies = 2, .together = 2, .loads = rows == 2 ? 4 : 8, .unroll = 2};
-  shape.heights = heights_for(m_class, 1, rows);
+  shape.heights = int8_mm::heights_for(m_class, 1, rows);
   shape.a_rows = shape.heights.max;
   shape.columns = columns_for(layout.n_block / 2, rows <= 2 ? 6 : 2, 2);
   return shape;

@@ -584,32 +584,12 @@ private:
   const NestShape& shape_;
   Path& path_;
   Steps steps_;
-  const Heights heights_;
+  const int8_mm::Heights heights_;
   const int left_out_ = shape_.left_out();
   Label tail_, row_tile_done_;
 };
 
 } // namespace
-
-Heights heights_for(std::int64_t m_class, int unit_rows, int max_height) {
-  std::int64_t first = 1;
-  for (const std::int64_t bound : int8_mm::kMClasses) {
-    if (bound == m_class)
-      break;
-    first = bound + 1;
-  }
-  const auto units = [&](std::int64_t rows) { return (rows + unit_rows - 1) / unit_rows; };
-  // The lowest tile of an unbounded class occurs within one period of the split from its first m.
-  const std::int64_t last = m_class == kAny ? units(first) + max_height * max_height : units(m_class);
-  Heights heights{max_height, 1, true};
-  for (std::int64_t u = units(first); u <= last; ++u) {
-    const std::int64_t tiles = (u + max_height - 1) / max_height;
-    heights.min = static_cast<int>(std::min<std::int64_t>(heights.min, u / tiles));
-    heights.max = static_cast<int>(std::max<std::int64_t>(heights.max, (u + tiles - 1) / tiles));
-    heights.single_tile = heights.single_tile && tiles == 1;
-  }
-  return heights;
-}
 
 Columns columns_for(int panel_vectors, int most, int multiple) {
   Columns columns{1, multiple};
@@ -676,12 +656,7 @@ Status unreadable(IsaPath isa, std::string_view pack_layout, const KernelDesc& d
 }
 
 Status supports_nest(const KernelDesc& desc, const Target&) {
-  constexpr std::int64_t max_k = 1 << 26;
-  if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
-    return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
-  if (desc.value[int8_mm::kK] > max_k)
-    return Status::error(Code::unsupported, fmt::format("k={}: allowed is at most {}", desc.value[int8_mm::kK], max_k));
-  return {};
+  return int8_mm::check_s8(desc, std::int64_t{1} << 26);
 }
 
 } // namespace kiln::arm

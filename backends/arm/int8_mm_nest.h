@@ -5,7 +5,7 @@
 
 #include "backends/arm/emit.h"
 #include "jit/implementation.h"
-#include "jit/ops/int8_mm.h"
+#include "jit/ops/int8_mm_tiles.h"
 
 /// The loops around a register tile, common to the vector paths of int8_mm on aarch64: A's rows are brought into the
 /// workspace once, interleaved so that the loads of a step of K are contiguous; then for each column tile every row
@@ -15,14 +15,6 @@
 /// What a path multiplies is a unit of rows (one row, or the two of SMMLA) with a vector of B. A tile is `units` ×
 /// (`panels` · `vectors`) of them.
 namespace kiln::arm {
-
-/// Heights in units of the row tiles that serve a class of m: the units of m rows become ⌈units / max⌉ tiles whose
-/// heights differ by at most one, so that no row is computed in vain and no tile is much lower than its neighbours.
-struct Heights {
-  int min = 1, max = 1;
-  bool single_tile = true; ///< every m of the class is one tile
-};
-Heights heights_for(std::int64_t m_class, int unit_rows, int max_height);
 
 /// A column tile of a pack: whole panels side by side, or a slice of one panel.
 struct Columns {
@@ -45,7 +37,7 @@ inline constexpr int kPanels = 4;
 struct NestShape {
   int8_mm::PackLayout layout;
   std::int64_t k = 0;
-  Heights heights;
+  int8_mm::Heights heights;
   int unit_rows = 1;
   int a_rows = 8;   ///< rows of a tile in the workspace: at least those of the highest, 1, 2 or a multiple of 4 (of
                     ///< `unit_rows` when a row takes 8 bytes of a step)

@@ -57,7 +57,7 @@ NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout) {
   NestShape shape{.layout = layout, .k = k, .together = 2};
   if (layout.k_block == 8) {
     const int rows = m_class == 1 ? 1 : 2;
-    shape.heights = heights_for(m_class, 1, rows);
+    shape.heights = int8_mm::heights_for(m_class, 1, rows);
     shape.a_rows = rows;
     shape.a_copies = 2;
     shape.columns = columns_for(layout.n_block / 2, 12, 2);
@@ -71,7 +71,7 @@ NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout) {
                                : m_class == 4             ? std::pair(4, 6)
                                : layout.n_block % 12 == 0 ? std::pair(8, 3)
                                                           : std::pair(6, 4);
-  shape.heights = heights_for(m_class, 1, rows);
+  shape.heights = int8_mm::heights_for(m_class, 1, rows);
   shape.a_rows = shape.heights.max <= 2 ? shape.heights.max : (shape.heights.max + 3) / 4 * 4;
   shape.columns = columns_for(layout.n_block / 4, vectors, 1);
   shape.loads = 32 - shape.heights.max * shape.vectors();

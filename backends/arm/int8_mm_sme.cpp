@@ -535,11 +535,8 @@ Implementation int8_mm_sme() {
   row.needs = Emitter::kNeeds;
   row.vector_bits = [](const Target& target) -> std::int32_t { return target.sme_bits; };
   row.supports = [](const KernelDesc& desc, const Target& target) -> Status {
-    if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
-      return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
-    if (desc.value[int8_mm::kK] > kMaxK)
-      return Status::error(Code::unsupported,
-                           fmt::format("k={}: allowed is at most {}", desc.value[int8_mm::kK], kMaxK));
+    if (Status status = int8_mm::check_s8(desc, kMaxK); !status)
+      return status;
     if (target.sme_bits < 128 || target.sme_bits > 2048 || !std::has_single_bit(static_cast<unsigned>(target.sme_bits)))
       return Status::error(Code::unsupported, fmt::format("streaming vectors of {} bits: allowed is 128, 256, "
                                                           "512, 1024 or 2048",

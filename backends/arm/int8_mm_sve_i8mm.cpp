@@ -44,7 +44,7 @@ NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout, con
                   .together = 2,
                   .pairs = false,
                   .unroll = 2};
-  shape.heights = heights_for(m_class, shape.unit_rows, pairs);
+  shape.heights = int8_mm::heights_for(m_class, shape.unit_rows, pairs);
   shape.a_rows = 2 * shape.heights.max;
   shape.columns = columns_for(panel_vectors(layout, target), low ? 12 : 6, 2);
   return shape;

@@ -55,7 +55,7 @@ NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout, con
                   .together = rows > 2 ? 3 : 1, // A's registers are the fewer ones with two rows
                   .pairs = false,
                   .unroll = 2};
-  shape.heights = heights_for(m_class, 1, rows);
+  shape.heights = int8_mm::heights_for(m_class, 1, rows);
   shape.a_rows = shape.heights.max <= 2 ? shape.heights.max : (shape.heights.max + 3) / 4 * 4;
   shape.columns = columns_for(panel_vectors(layout, target), vectors, layout.k_block / 4);
   return shape;

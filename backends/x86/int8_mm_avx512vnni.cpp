@@ -173,7 +173,7 @@ private:
 Result<CodeObject> compile(const KernelDesc& desc, const Target&, std::string_view) {
   const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
   const Tile tile = tile_for(m_class, desc.value[int8_mm::kN] * k);
-  const Heights heights = heights_for(m_class, tile.rows);
+  const int8_mm::Heights heights = int8_mm::heights_for(m_class, 1, tile.rows);
   const NestShape shape{.heights = heights,
                         .panels = tile.panels,
                         .layout = kLayout,

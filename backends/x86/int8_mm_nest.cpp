@@ -1,9 +1,7 @@
 #include "backends/x86/int8_mm_nest.h"
 
-#include <algorithm>
 #include <bit>
 
-#include <fmt/format.h>
 #include <x86_generator_id.h>
 
 namespace kiln::x86 {
@@ -19,36 +17,12 @@ constexpr int kTallCode = 0, kShortCode = 8, kShortTiles = 16, kTiles = 24, kWor
 
 } // namespace
 
-Heights heights_for(std::int64_t m_class, int max_height) {
-  std::int64_t first = 1;
-  for (const std::int64_t bound : int8_mm::kMClasses) {
-    if (bound == m_class)
-      break;
-    first = bound + 1;
-  }
-  // The lowest tile of an unbounded class occurs within one period of the split from its first m.
-  const std::int64_t last = m_class == kAny ? first + max_height * max_height : m_class;
-  Heights heights{max_height, 1, true};
-  for (std::int64_t m = first; m <= last; ++m) {
-    const std::int64_t tiles = (m + max_height - 1) / max_height;
-    heights.min = static_cast<int>(std::min<std::int64_t>(heights.min, m / tiles));
-    heights.max = static_cast<int>(std::max<std::int64_t>(heights.max, (m + tiles - 1) / tiles));
-    heights.single_tile = heights.single_tile && tiles == 1;
-  }
-  return heights;
-}
-
 std::int64_t workspace_row_stride(std::int64_t bytes) {
   return ((bytes + 63) / 64 | 1) * 64 + 4;
 }
 
 Status supports_nest(const KernelDesc& desc, const Target&) {
-  constexpr std::int64_t max_k = 1 << 26;
-  if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
-    return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
-  if (desc.value[int8_mm::kK] > max_k)
-    return Status::error(Code::unsupported, fmt::format("k={}: allowed is at most {}", desc.value[int8_mm::kK], max_k));
-  return {};
+  return int8_mm::check_s8(desc, std::int64_t{1} << 26);
 }
 
 Implementation nest_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),

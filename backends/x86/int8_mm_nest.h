@@ -5,7 +5,7 @@
 
 #include "backends/x86/emit.h"
 #include "jit/implementation.h"
-#include "jit/ops/int8_mm.h"
+#include "jit/ops/int8_mm_tiles.h"
 
 /// The loops around a register tile, common to the vector paths of int8_mm: A's rows are brought into the workspace
 /// once, then for each column tile every row tile runs through K. A column tile of B is thus read from memory once and
@@ -16,14 +16,6 @@
 /// prefetchers follow from panel to panel, and several such walks read faster than one. Few rows gain by it; with many,
 /// the stores to C fall too often into one set of L1.
 namespace kiln::x86 {
-
-/// Heights of the row tiles that serve a class of m: m rows become ⌈m / max⌉ tiles whose heights differ by at most one,
-/// so that no row is computed in vain and no tile is much lower than its neighbours.
-struct Heights {
-  int min = 1, max = 1;
-  bool single_tile = true; ///< every m of the class is one tile
-};
-Heights heights_for(std::int64_t m_class, int max_height);
 
 /// Bytes from one row to the next in the workspace, for rows of `bytes`: an odd number of lines, so that rows fall into
 /// different sets of L1, and one step of K more, so that in a tile of rows at most one goes on to a new line in each
@@ -38,7 +30,7 @@ Implementation nest_row(IsaPath isa, Features needs, std::string (*pack_layout)(
                         Result<CodeObject> (*compile)(const KernelDesc&, const Target&, std::string_view));
 
 struct NestShape {
-  Heights heights;
+  int8_mm::Heights heights;
   int panels = 1; ///< of layout.n_block columns in a column tile: 1, 2, or with single tiles 4
   int8_mm::PackLayout layout;
   std::int64_t k = 0;

@@ -104,7 +104,7 @@ Result<CodeObject> compile_vex(const KernelDesc& desc, int8_mm::PackLayout layou
                                int bytes_per_element) {
   const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
   const VexTile tile = vex_tile_for(m_class);
-  const Heights heights = heights_for(m_class, tile.rows);
+  const int8_mm::Heights heights = int8_mm::heights_for(m_class, 1, tile.rows);
   const NestShape shape{.heights = heights,
                         .panels = 1,
                         .layout = layout,

@@ -147,6 +147,14 @@ KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, BLayout b_l
   return d;
 }
 
+Status check_s8(const KernelDesc& desc, std::int64_t max_k) {
+  if (desc.value[kADtype] != static_cast<std::int64_t>(ADtype::s8))
+    return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
+  if (k_of(desc) > max_k)
+    return Status::error(Code::unsupported, fmt::format("k={}: allowed is at most {}", k_of(desc), max_k));
+  return {};
+}
+
 std::string PackLayout::id() const {
   return fmt::format("n{}k{}", n_block, k_block);
 }

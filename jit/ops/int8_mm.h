@@ -53,6 +53,9 @@ void pack_panels(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLay
                  std::int64_t k, std::int64_t panel_begin, std::int64_t panel_end, std::int8_t* panels_out,
                  std::int32_t* sums_out);
 
+/// What s8-only kernels serve: Code::unsupported, naming the field, for other inputs or k above `max_k`.
+Status check_s8(const KernelDesc& desc, std::int64_t max_k);
+
 struct Plan;
 
 /// One call of a kernel entry: m rows × n columns of C. Runs on one thread; kernels read nothing outside A's m rows of
