@@ -430,6 +430,8 @@ kiln_status kiln_get_stats(kiln_engine* engine, kiln_stats* stats) {
     out.cache_bytes = static_cast<std::uint64_t>(s.store.bytes);
     out.cache_refused = static_cast<std::uint64_t>(s.store.refused);
     out.cache_errors = static_cast<std::uint64_t>(s.store.errors);
+    out.system_hits = s.system_hits;
+    out.system_refused = s.system_refused;
     return write_sized("stats", out, stats);
   });
 }

@@ -275,8 +275,9 @@ typedef struct kiln_stats {
   uint64_t compile_us;                     /* sum */
   uint64_t cache_rows, cache_bytes;        /* on disk; 0 when the cache is off */
   uint64_t cache_refused, cache_errors;    /* rows that failed authentication; errors passed over */
+  uint64_t system_hits, system_refused;    /* of KILN_CACHE_SYSTEM_DIR: those of disk_hits; kernels that failed authentication */
 } kiln_stats;
-#define KILN_STATS_INIT {sizeof(kiln_stats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+#define KILN_STATS_INIT {sizeof(kiln_stats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 /* Counts since the engine was created. */
 KILN_API kiln_status kiln_get_stats(kiln_engine* engine, kiln_stats* stats);
 

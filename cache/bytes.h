@@ -23,8 +23,10 @@ public:
   void string(std::string_view s) { blob({reinterpret_cast<const std::uint8_t*>(s.data()), s.size()}); }
   void blob(ByteSpan b) {
     u64(b.size());
-    bytes_.insert(bytes_.end(), b.begin(), b.end());
+    raw(b);
   }
+  /// Without a length: the reader must know it.
+  void raw(ByteSpan b) { bytes_.insert(bytes_.end(), b.begin(), b.end()); }
   const Bytes& bytes() const { return bytes_; }
   Bytes take() { return std::move(bytes_); }
 
@@ -45,8 +47,9 @@ public:
   std::uint64_t u64() { return little_endian<std::uint64_t>(); }
   std::int64_t i64() { return static_cast<std::int64_t>(u64()); }
   /// A view into the input; valid as long as the input is.
-  ByteSpan blob() {
-    const std::uint64_t size = u64();
+  ByteSpan blob() { return raw(u64()); }
+  /// Likewise, of a length that the input does not tell; empty when it is not there.
+  ByteSpan raw(std::uint64_t size) {
     if (!ok_ || size > bytes_.size()) {
       ok_ = false;
       return {};

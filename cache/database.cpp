@@ -8,6 +8,8 @@
 #include <fmt/format.h>
 #include <thread>
 
+#include "cache/file.h"
+
 namespace kiln {
 namespace {
 
@@ -39,20 +41,37 @@ constexpr int largest_value_bytes = 256 << 20;
 
 Status sqlite_error(const std::string& path, sqlite3* handle, int code) {
   const int primary = code & 0xff;
-  const Code kind = primary == SQLITE_BUSY || primary == SQLITE_LOCKED      ? Code::busy
-                    : primary == SQLITE_NOMEM                               ? Code::out_of_memory
-                    : primary == SQLITE_CORRUPT || primary == SQLITE_NOTADB ? Code::integrity
-                    : primary == SQLITE_TOOBIG                              ? Code::invalid_argument
-                    : code == SQLITE_READONLY_DBMOVED                       ? Code::not_found
-                                                                            : Code::io;
+  const Code kind = primary == SQLITE_BUSY || primary == SQLITE_LOCKED ? Code::busy
+                    : primary == SQLITE_NOMEM                          ? Code::out_of_memory
+                    : primary == SQLITE_CORRUPT || primary == SQLITE_NOTADB || primary == SQLITE_CONSTRAINT ||
+                            primary == SQLITE_MISMATCH // no row of Kiln's can break one
+                        ? Code::integrity
+                        : primary == SQLITE_TOOBIG          ? Code::invalid_argument
+                          : code == SQLITE_READONLY_DBMOVED ? Code::not_found
+                                                            : Code::io;
   // The handle's message tells more than the code's, but only while it is about the same error.
   const char* text = handle && sqlite3_extended_errcode(handle) == code ? sqlite3_errmsg(handle) : sqlite3_errstr(code);
-  const char* remedy = kind == Code::integrity ? ": remove it, and kernels are compiled again" : "";
-  return Status::error(kind, fmt::format("{}: {} (SQLite error {}){}", path, text, code, remedy));
+  return Status::error(kind, fmt::format("{}: {} (SQLite error {})", path, text, code));
 }
 
 std::uint32_t big_endian(const std::uint8_t* bytes) {
   return std::uint32_t{bytes[0]} << 24 | std::uint32_t{bytes[1]} << 16 | std::uint32_t{bytes[2]} << 8 | bytes[3];
+}
+
+/// Kiln's statements are right: where SQLite refuses one, the file has another schema or format than its header says.
+int known_statement_failed(int code) {
+  return code == SQLITE_ERROR ? SQLITE_CORRUPT : code;
+}
+
+constexpr std::size_t header_bytes = 100; // section 1.3 of SQLite's file format
+
+Database::Header parse(ByteSpan header) {
+  if (header.size() < header_bytes || std::memcmp(header.data(), "SQLite format 3", 16) != 0)
+    return {.damage = Damage::not_a_database};
+  const bool rollback_journal = header[18] == 1 && header[19] == 1;
+  if (!rollback_journal || big_endian(&header[68]) != Database::application_id)
+    return {.damage = Damage::foreign};
+  return {.schema = big_endian(&header[60])};
 }
 
 std::int64_t steady_ns() {
@@ -69,6 +88,23 @@ Result<std::string> sqlite_version() {
                        fmt::format("SQLite {}{}: needed is 3.35 or newer, built thread-safe", sqlite3_libversion(),
                                    sqlite3_threadsafe() != 0 ? "" : ", not thread-safe"));
 }
+
+const char* name_of(Damage damage) {
+  switch (damage) {
+  case Damage::not_a_database:
+    return "not-a-database";
+  case Damage::foreign:
+    return "foreign";
+  case Damage::corrupt:
+    return "corrupt";
+  case Damage::none:
+    break;
+  }
+  return "none";
+}
+
+Query::Query(Database& database, sqlite3_stmt* statement, int code)
+    : database_(database), statement_(statement), code_(code) {}
 
 Query::~Query() {
   if (!statement_)
@@ -119,7 +155,7 @@ Status Query::run() {
 Status Query::status() const {
   if (code_ == SQLITE_OK || code_ == SQLITE_ROW || code_ == SQLITE_DONE)
     return {};
-  return sqlite_error(path_, statement_ ? sqlite3_db_handle(statement_) : nullptr, code_);
+  return database_.failure(code_);
 }
 
 ByteSpan Query::blob(int column) const {
@@ -176,15 +212,22 @@ Result<Bytes> Database::empty_file() {
   return out;
 }
 
-Result<std::unique_ptr<Database>> Database::open(const std::string& path, Access access, int busy_timeout_ms) {
+Result<Database::Header> Database::read_header(const std::string& path) {
+  const Result<Bytes> start = read_file(path, header_bytes);
+  return start ? Result<Header>(parse(*start)) : start.status();
+}
+
+Result<std::unique_ptr<Database>> Database::open(const std::string& path, Access access, int busy_timeout_ms,
+                                                 Damage& damage) {
+  damage = Damage::none;
   sqlite3* handle = nullptr;
   const int flags = (access == Access::write ? SQLITE_OPEN_READWRITE : SQLITE_OPEN_READONLY) | SQLITE_OPEN_NOMUTEX |
                     SQLITE_OPEN_PRIVATECACHE | SQLITE_OPEN_NOFOLLOW | SQLITE_OPEN_EXRESCODE;
   const int code = sqlite3_open_v2(path.c_str(), &handle, flags, nullptr);
   std::unique_ptr<Database> database(new Database(path, handle, busy_timeout_ms));
-  if (code != SQLITE_OK)
-    return sqlite_error(path, handle, code);
-  if (Status status = database->configure(); !status)
+  Status status = code == SQLITE_OK ? database->configure() : database->failure(code);
+  damage = database->damage_;
+  if (!status)
     return status;
   return database;
 }
@@ -213,30 +256,35 @@ Status Database::configure() {
 /// would be mapped as soon as it is read.
 Status Database::check_header() {
   sqlite3_file* file = nullptr;
-  std::array<std::uint8_t, 100> header; // section 1.3 of SQLite's file format
+  std::array<std::uint8_t, header_bytes> header;
   int code = sqlite3_file_control(handle_, "main", SQLITE_FCNTL_FILE_POINTER, &file);
   if (code == SQLITE_OK)
     code = file->pMethods->xRead(file, header.data(), static_cast<int>(header.size()), 0);
   if (code != SQLITE_OK && code != SQLITE_IOERR_SHORT_READ)
-    return sqlite_error(path_, nullptr, code);
-  const bool rollback_journal = header[18] == 1 && header[19] == 1;
-  if (code != SQLITE_OK || std::memcmp(header.data(), "SQLite format 3", 16) != 0 || !rollback_journal ||
-      big_endian(&header[68]) != application_id)
-    return Status::error(Code::integrity,
-                         fmt::format("{} is not a Kiln cache and is left alone: remove it, or choose another cache "
-                                     "directory",
-                                     path_));
-  if (const std::uint32_t version = big_endian(&header[60]); version != schema_version)
-    return Status::error(Code::integrity,
-                         fmt::format("{} has schema version {}, this build of Kiln needs {}: it is left alone; choose "
-                                     "another cache directory for one of them",
-                                     path_, version, schema_version));
+    return failure(code);
+  const Header parsed = parse(code == SQLITE_OK ? ByteSpan(header) : ByteSpan());
+  damage_ = parsed.damage;
+  if (damage_ == Damage::not_a_database)
+    return Status::error(Code::integrity, fmt::format("{} is not a database", path_));
+  if (damage_ == Damage::foreign)
+    return Status::error(Code::integrity, fmt::format("{} is not a Kiln cache but another program's", path_));
+  if (parsed.schema != schema_version)
+    return Status::error(Code::unsupported, fmt::format("{} has schema version {}, this build of Kiln needs {}", path_,
+                                                        parsed.schema, schema_version));
   return {};
+}
+
+/// The error of a call on this connection; remembers that the file is damaged.
+Status Database::failure(int code) {
+  Status status = sqlite_error(path_, handle_, code);
+  if (status.code() == Code::integrity)
+    damage_ = Damage::corrupt;
+  return status;
 }
 
 Status Database::execute(const char* script) {
   if (const int code = sqlite3_exec(handle_, script, nullptr, nullptr, nullptr); code != SQLITE_OK)
-    return sqlite_error(path_, handle_, code);
+    return failure(known_statement_failed(code));
   return {};
 }
 
@@ -257,7 +305,9 @@ Query Database::query(const char* sql) {
   int code = SQLITE_OK;
   if (!statement)
     code = sqlite3_prepare_v3(handle_, sql, -1, SQLITE_PREPARE_PERSISTENT, &statement, nullptr);
-  return Query(path_, statement, code);
+  if (!statement)
+    code = known_statement_failed(code);
+  return Query(*this, statement, code);
 }
 
 Status Database::run(const char* sql) {

@@ -15,11 +15,13 @@ namespace kiln {
 /// The version of the SQLite library in use (`3.40.1`), or Code::unsupported when the cache cannot work with it.
 Result<std::string> sqlite_version();
 
+class Database;
+
 /// One use of a prepared statement: bind in order, step, read columns. Ends the statement (and so its read lock) when
 /// it goes.
 class Query {
 public:
-  Query(const std::string& path, sqlite3_stmt* statement, int code) : path_(path), statement_(statement), code_(code) {}
+  Query(Database& database, sqlite3_stmt* statement, int code);
   ~Query();
   Query(const Query&) = delete;
   Query& operator=(const Query&) = delete;
@@ -43,11 +45,21 @@ public:
   double real(int column) const;
 
 private:
-  const std::string& path_;
+  Database& database_;
   sqlite3_stmt* statement_;
   int code_;
   int bound_ = 0;
 };
+
+/// What is wrong with a file that should be a cache.
+enum class Damage : std::uint8_t {
+  none,
+  not_a_database, ///< no header of SQLite's: empty, zeroed, overwritten
+  foreign,        ///< a sound header that Kiln did not write: another program's
+  corrupt,        ///< Kiln's header, but pages that SQLite finds wrong or missing
+};
+/// `not-a-database`, `foreign`, `corrupt`; `none`.
+const char* name_of(Damage damage);
 
 /// A connection to a cache database. Not thread-safe, and not to be touched by a child that inherited it through fork.
 class Database {
@@ -59,13 +71,24 @@ public:
 
   enum class Access { read, write };
 
+  /// What the first bytes of a file say it is.
+  struct Header {
+    Damage damage = Damage::none; ///< never `corrupt`
+    std::uint32_t schema = 0;     ///< of a Kiln cache
+  };
+  /// Opens and closes the file, which drops the locks that SQLite may hold on it in this process: for files that nobody
+  /// here has open. Code::not_found, Code::io.
+  static Result<Header> read_header(const std::string& path);
+
   /// The content of a cache without rows. A new file begins with all of it, so that no process ever sees half a schema.
   static Result<Bytes> empty_file();
 
-  /// Opens an existing file whose path has no link in it. Of all calls here: Code::integrity when the file is damaged
-  /// or no cache of this schema version, Code::busy when a lock was not free within `busy_timeout_ms`, Code::not_found
-  /// when the file was deleted since it was opened, Code::io for other trouble.
-  static Result<std::unique_ptr<Database>> open(const std::string& path, Access access, int busy_timeout_ms);
+  /// Opens an existing file whose path has no link in it. Code::unsupported when it is a cache of another schema
+  /// version. Of all calls here: Code::integrity when the file is damaged (`damage` says how), Code::busy when a lock
+  /// was not free within `busy_timeout_ms`, Code::not_found when the file was deleted since it was opened,
+  /// Code::out_of_memory, Code::io for other trouble. A file that is no cache of this version is never written to.
+  static Result<std::unique_ptr<Database>> open(const std::string& path, Access access, int busy_timeout_ms,
+                                                Damage& damage);
   ~Database();
   Database(const Database&) = delete;
   Database& operator=(const Database&) = delete;
@@ -77,17 +100,22 @@ public:
   /// Rows changed by the last statement.
   std::int64_t changes() const;
   bool in_transaction() const;
+  /// Whether SQLite has found the file damaged since it was opened.
+  bool is_damaged() const { return damage_ != Damage::none; }
 
 private:
+  friend class Query;
   Database(const std::string& path, sqlite3* handle, int busy_timeout_ms);
   Status configure();
   Status check_header();
   Status execute(const char* script);
+  Status failure(int code);
   static int wait_for_lock(void* context, int tries);
 
   std::string path_;
   sqlite3* handle_;
   int busy_timeout_ms_;
+  Damage damage_ = Damage::none;
   std::int64_t busy_deadline_ns_ = 0;
   std::map<const char*, sqlite3_stmt*> prepared_;
 };

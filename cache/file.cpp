@@ -1,5 +1,6 @@
 #include "cache/file.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <fcntl.h>
@@ -8,6 +9,8 @@
 #include <unistd.h>
 
 #include <fmt/format.h>
+
+#include "cache/file_size_limit.h"
 
 namespace kiln {
 namespace {
@@ -29,6 +32,7 @@ struct Descriptor {
 } // namespace
 
 bool write_all(int descriptor, ByteSpan bytes) {
+  const FileSizeLimit limit;
   while (!bytes.empty()) {
     const ssize_t n = ::write(descriptor, bytes.data(), bytes.size());
     if (n < 0 && errno == EINTR)
@@ -40,7 +44,7 @@ bool write_all(int descriptor, ByteSpan bytes) {
   return true;
 }
 
-Result<Bytes> read_file(const std::string& path) {
+Result<Bytes> read_file(const std::string& path, std::size_t at_most) {
   const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};
   if (file.fd < 0)
     return io_error(path, "open");
@@ -49,7 +53,7 @@ Result<Bytes> read_file(const std::string& path) {
     return io_error(path, "stat");
   if (!S_ISREG(info.st_mode))
     return Status::error(Code::io, fmt::format("{}: not a regular file", path));
-  Bytes bytes(static_cast<std::size_t>(info.st_size));
+  Bytes bytes(std::min(static_cast<std::size_t>(info.st_size), at_most));
   std::size_t done = 0;
   while (done < bytes.size()) {
     const ssize_t n = ::read(file.fd, bytes.data() + done, bytes.size() - done);
@@ -65,7 +69,7 @@ Result<Bytes> read_file(const std::string& path) {
   return bytes;
 }
 
-Status write_file_atomically(const std::string& path, std::initializer_list<ByteSpan> parts) {
+Status write_file_atomically(const std::string& path, std::initializer_list<ByteSpan> parts, unsigned mode) {
   // The rename would put a file in the place of a device or a pipe.
   struct stat info {};
   if (::stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode))
@@ -77,7 +81,8 @@ Status write_file_atomically(const std::string& path, std::initializer_list<Byte
   bool written = true;
   for (const ByteSpan part : parts)
     written = written && write_all(file.fd, part);
-  if (written && ::fsync(file.fd) == 0 && ::rename(temporary.c_str(), path.c_str()) == 0)
+  if (written && ::fchmod(file.fd, mode) == 0 && ::fsync(file.fd) == 0 &&
+      ::rename(temporary.c_str(), path.c_str()) == 0)
     return {};
   Status status = io_error(path, "write");
   ::unlink(temporary.c_str());

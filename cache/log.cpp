@@ -9,6 +9,8 @@
 #include <cstdio>
 #include <mutex>
 
+#include "cache/readable.h"
+
 namespace kiln {
 namespace {
 
@@ -43,10 +45,9 @@ public:
 
 private:
   void sink_it_(const spdlog::details::log_msg& message) override {
-    std::string line(message.payload.begin(), message.payload.end());
     // Text from outside (a path, a database's error) must not be able to forge a second line or move the cursor.
-    std::replace_if(
-        line.begin(), line.end(), [](unsigned char c) { return c < ' ' || c == 0x7f; }, ' ');
+    std::string line = readable({message.payload.data(), message.payload.size()});
+    std::replace(line.begin(), line.end(), '\n', ' ');
     sink_(context_, row_of(message.level).level, line.c_str());
   }
   void flush_() override {}

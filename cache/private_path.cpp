@@ -17,7 +17,7 @@ namespace kiln {
 namespace {
 
 Status system_error(std::string_view what, const std::string& path, int error) {
-  const Code code = error == ENOENT ? Code::not_found : Code::io;
+  const Code code = error == ENOENT || error == ENOTDIR ? Code::not_found : Code::io;
   return Status::error(code, fmt::format("cannot {} {}: {}", what, path, std::strerror(error)));
 }
 
@@ -98,11 +98,11 @@ Status create_private_file(const std::string& path, ByteSpan content) {
   const std::string temporary = path + "." + unique->hex().substr(0, 16);
   const int file = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
   if (file < 0)
-    return system_error("make", temporary, errno);
+    return system_error("make", path, errno); // not the temporary name: each would be another cause in the log
   Status status = write_and_sync(file, content);
   ::close(file);
   if (!status)
-    status = Status::error(status.code(), fmt::format("cannot write {}: {}", temporary, status.message()));
+    status = Status::error(status.code(), fmt::format("cannot write {}: {}", path, status.message()));
   // link, unlike rename, leaves a file that is there already.
   else if (::link(temporary.c_str(), path.c_str()) != 0 && errno != EEXIST)
     status = system_error("make", path, errno);

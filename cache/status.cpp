@@ -1,5 +1,7 @@
 #include "cache/status.h"
 
+#include "cache/readable.h"
+
 namespace kiln {
 
 std::string_view name_of(Code code) {
@@ -35,10 +37,10 @@ const std::string& Status::message() const {
   return error_ ? error_->message : none;
 }
 
-Status Status::error(Code code, std::string message) {
+Status Status::error(Code code, std::string_view message) {
   assert(code != Code::ok);
   Status status;
-  status.error_ = std::make_shared<const Error>(Error{code, std::move(message)});
+  status.error_ = std::make_shared<const Error>(Error{code, readable(message)});
   return status;
 }
 

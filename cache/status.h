@@ -37,8 +37,9 @@ public:
   Code code() const { return error_ ? error_->code : Code::ok; }
   const std::string& message() const; ///< empty when ok
 
-  /// Every error of Kiln is made here: a natural breakpoint.
-  static Status error(Code code, std::string message);
+  /// Every error of Kiln is made here: a natural breakpoint. What the message quotes may hold any bytes: it is made
+  /// readable (cache/readable.h).
+  static Status error(Code code, std::string_view message);
 
 private:
   struct Error {

@@ -12,6 +12,9 @@
 #include <set>
 
 #include "cache/database.h"
+#include "cache/file_lock.h"
+#include "cache/file_size_limit.h"
+#include "cache/generations.h"
 #include "cache/key_file.h"
 #include "cache/private_path.h"
 
@@ -19,6 +22,7 @@ namespace kiln {
 namespace {
 
 constexpr std::size_t hits_per_flush = 64;
+constexpr std::chrono::milliseconds patience_in_turn{100};
 
 double unix_seconds_now() {
   return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
@@ -146,13 +150,22 @@ struct Session {
   /// While a thread is inside SQLite, whose global state a child made just then inherits half changed.
   std::atomic<bool> in_use = false;
   // Below: guarded by the mutex.
-  Status disabled; ///< why the store does nothing more in this process; ok while it works
+  Status disabled; ///< why the store does nothing in this process; ok while it works
   std::unique_ptr<Database> database;
+  std::int64_t generation = 0;    ///< of the database
+  FileLock in_use_lock;           ///< on the generation; not held where there are no such locks
+  std::string file;               ///< the last that was looked at
+  std::set<std::int64_t> damaged; ///< generations whose pages were found damaged in use
   std::optional<Digest> secret;
   std::map<Digest, Use> unwritten_uses;
   std::size_t hits_since_flush = 0;
   StoreStats counts;
   std::set<std::string, std::less<>> warned_causes;
+
+  void close_database() {
+    database.reset();
+    in_use_lock.release();
+  }
 };
 
 class SessionLock {
@@ -163,7 +176,19 @@ public:
 private:
   Session& session_;
   std::lock_guard<std::mutex> lock_;
+  FileSizeLimit file_size_limit_;
 };
+
+/// `attempt` (Status()), and again while it is Code::busy and others wait for the caller.
+template <class Attempt> Status while_busy(Store::Call call, Attempt attempt) {
+  const auto give_up = std::chrono::steady_clock::now() +
+                       (call == Store::Call::in_turn ? patience_in_turn : std::chrono::milliseconds(0));
+  for (;;) {
+    Status status = attempt();
+    if (status.code() != Code::busy || std::chrono::steady_clock::now() >= give_up)
+      return status;
+  }
+}
 
 class SqliteStore final : public Store {
 public:
@@ -177,8 +202,10 @@ public:
     delete session;
   }
 
-  std::optional<StoreRow> get(const Digest& key) override;
-  Status put(const StoreRow& row) override;
+  FileLock compile_turn(const Digest& key, std::chrono::milliseconds patience) override;
+  std::optional<StoreRow> get(const Digest& key, Call call) override;
+  Status put(const StoreRow& row, Call call) override { return put_rows({&row, 1}, call); }
+  Status put_all(std::span<const StoreRow> rows) override { return put_rows(rows, Call::plain); }
   void flush() override;
   Result<std::vector<Listed>> list() override;
   Result<std::vector<Digest>> find(std::string_view hex_prefix) override;
@@ -187,22 +214,30 @@ public:
   Result<Verified> verify(bool repair) override;
   Result<Pruned> prune(std::int64_t max_bytes, bool dry_run) override;
   Result<Pruned> clear(bool dry_run) override;
-  std::string path() const override { return options_.directory + "/kernels.db"; }
+  std::string path() override;
 
 private:
   enum class Missing { create, leave };
 
   Session& current_session();
   Status open_database(Session& session, Missing missing);
+  Status open_newest(Session& session, const Generations& generations, const Generations::Listing& listing,
+                     Damage& damage);
+  Status damaged(const Generations& generations, Damage damage, const Status& what) const;
   Status open_for_reading(Session& session) { return open_database(session, Missing::leave); }
   Status open_for_change(Session& session);
   Status load_secret(Session& session, Missing missing);
+  Status put_rows(std::span<const StoreRow> rows, Call call);
+  Status put_once(Session& session, std::span<const StoreRow> rows);
   Status read_row(Session& session, const Digest& key, StoredRow& stored);
   void refuse(Session& session, const Digest& key);
   void count_hit(Session& session, const Digest& key);
-  Status insert(Session& session, const StoreRow& row);
+  Status insert(Session& session, std::span<const StoreRow> rows);
+  Status insert_one(Session& session, const StoreRow& row, double now);
+  Status check_all_are_there(Session& session, std::span<const StoreRow> rows);
   Status flush_uses(Session& session);
   Status write_uses(Session& session);
+  Result<Pruned> clear_database(Session& session, bool dry_run);
   Result<Pruned> evict(Database& database, std::int64_t max_bytes, ByteSpan kept_key);
   Status report(Session& session, Status status);
   void warn_once(Session& session, std::string_view cause, std::string_view message);
@@ -220,54 +255,114 @@ Session& SqliteStore::current_session() {
       fresh->disabled = Status::error(
           Code::io, fmt::format("{}: this process was forked while another thread used the cache; it goes on "
                                 "without it",
-                                path()));
+                                options_.directory));
     if (session_.compare_exchange_strong(session, fresh.get()))
       session = fresh.release();
   }
   return *session;
 }
 
-/// Ok when the database is open. Code::not_found: there is none, and `missing` or the mode says to leave it so.
+/// Ok when a sound database is open. Code::not_found: there is none, and `missing` or the mode says to leave it so.
+/// A damaged one: see damaged(). Nothing is remembered of a failure but pages found damaged: the next call tries again.
 Status SqliteStore::open_database(Session& session, Missing missing) {
   if (options_.mode == CacheMode::off)
     return Status::error(Code::not_found, "the cache is off");
-  if (!session.disabled || session.database)
+  if (!session.disabled || (session.database && !session.database->is_damaged()))
     return session.disabled;
-  const bool create = missing == Missing::create;
-  const bool writes = options_.mode == CacheMode::read_write;
-  const auto open = [&]() -> Result<std::unique_ptr<Database>> {
-    const Result<std::string> directory = private_directory(options_.directory, create);
-    if (!directory)
-      return directory.status();
-    const std::string file = *directory + "/kernels.db";
-    Status status = check_private_file(file, false);
-    if (status.code() == Code::not_found && create) {
-      const Result<Bytes> empty = Database::empty_file();
-      if (!empty)
-        return empty.status();
-      if (status = create_private_file(file, *empty); !status)
-        return status;
-      status = check_private_file(file, false);
-    }
-    if (!status)
+  if (session.database) {
+    session.damaged.insert(session.generation);
+    session.close_database();
+  }
+  const bool create = missing == Missing::create && options_.mode == CacheMode::read_write;
+  const Result<std::string> directory = private_directory(options_.directory, create);
+  if (!directory)
+    return directory.status();
+  const Generations generations(*directory);
+  // Again after each file that this process or another one made.
+  Status status;
+  for (int turn = 0; turn < 8; ++turn) {
+    const Result<Generations::Listing> listing = generations.list();
+    if (!listing)
+      return listing.status();
+    Damage damage = Damage::none;
+    status = open_newest(session, generations, *listing, damage);
+    if (status || (damage == Damage::none && status.code() != Code::not_found))
       return status;
-    return Database::open(file, writes ? Database::Access::write : Database::Access::read, options_.busy_timeout_ms);
-  };
-  Result<std::unique_ptr<Database>> opened = open();
-  if (opened) {
+    if (damage != Damage::none) {
+      status = damaged(generations, damage, status);
+      // What that says of a replacement may be about the one that another process made just now.
+      if (const Result<Generations::Listing> now = generations.list(); now && now->next != listing->next)
+        continue;
+      if (status.code() != Code::integrity)
+        return status;
+    }
+    if (!create)
+      return status;
+    if (Status made = generations.make(listing->next); !made)
+      return made;
+    if (damage == Damage::none)
+      continue;
+    (void)report(session, status);
+    if (Status noted = generations.note_replaced(damage); !noted)
+      return noted;
+  }
+  return status;
+}
+
+/// Code::integrity when a new generation may take the place of the damaged one, which is the next put's task;
+/// Code::io when not.
+Status SqliteStore::damaged(const Generations& generations, Damage damage, const Status& what) const {
+  if (options_.mode != CacheMode::read_write)
+    return Status::error(Code::io, fmt::format("{}: it is left alone, as the mode is read-only", what.message()));
+  if (generations.replaced_lately(damage) != 0)
+    return Status::error(Code::io, fmt::format("{}, and so was another within a day: what damages them? `kiln cache "
+                                               "clear` begins anew",
+                                               what.message()));
+  return Status::error(
+      Code::integrity,
+      fmt::format("{}: it is left alone, and the next kernel that is stored begins a new file beside it",
+                  what.message()));
+}
+
+/// The newest generation of this build's schema. Code::not_found when there is none; with `damage` when it is damaged.
+Status SqliteStore::open_newest(Session& session, const Generations& generations, const Generations::Listing& listing,
+                                Damage& damage) {
+  const bool writes = options_.mode == CacheMode::read_write;
+  for (const std::int64_t number : listing.databases) {
+    const std::string file = session.file = generations.path(number);
+    if (session.damaged.contains(number)) {
+      damage = Damage::corrupt;
+      return Status::error(Code::integrity, fmt::format("{} is corrupt", file));
+    }
+    if (Status status = check_private_file(file, false); !status)
+      return status;
+    Result<FileLock> in_use = generations.use(number, writes ? FileLock::Missing::create : FileLock::Missing::leave);
+    if (!in_use && in_use.status().code() == Code::busy)
+      return in_use.status();
+    Result<std::unique_ptr<Database>> opened = Database::open(
+        file, writes ? Database::Access::write : Database::Access::read, options_.busy_timeout_ms, damage);
+    if (!opened && opened.status().code() == Code::unsupported) {
+      log_.debug(fmt::format("{}: it is left alone", opened.status().message()));
+      continue;
+    }
+    if (!opened)
+      return opened.status();
     session.database = std::move(*opened);
+    session.generation = number;
+    if (in_use)
+      session.in_use_lock = std::move(*in_use);
+    if (writes && number != listing.databases.back())
+      generations.remove_before(number, listing, Generations::When::in_time);
     return {};
   }
-  const Code code = opened.status().code();
-  if (code != Code::busy && code != Code::not_found)
-    session.disabled = opened.status();
-  return opened.status();
+  return Status::error(Code::not_found, fmt::format("{} holds no cache", options_.directory));
 }
 
 Status SqliteStore::open_for_change(Session& session) {
   if (options_.mode == CacheMode::read_only)
-    return Status::error(Code::unsupported,
-                         fmt::format("{} was opened read-only; to change it, the mode must be read-write", path()));
+    return Status::error(
+        Code::unsupported,
+        fmt::format("{} was opened read-only; to change it, the mode must be read-write", options_.directory));
   return report(session, open_for_reading(session));
 }
 
@@ -277,8 +372,6 @@ Status SqliteStore::load_secret(Session& session, Missing missing) {
   const Result<Digest> secret = read_key_file(options_.key_directory, missing == Missing::create);
   if (secret)
     session.secret = *secret;
-  else if (secret.status().code() != Code::not_found)
-    session.disabled = secret.status();
   return secret ? Status() : secret.status();
 }
 
@@ -290,7 +383,10 @@ Status SqliteStore::report(Session& session, Status status) {
     return status;
   }
   ++session.counts.errors;
-  warn_once(session, status.message(), fmt::format("{}; going on without it", status.message()));
+  // A damaged file is one cause, whichever call finds it and whatever it finds there.
+  const bool damaged = status.code() == Code::integrity && status.message().starts_with(session.file);
+  warn_once(session, damaged ? session.file : status.message(),
+            fmt::format("{}; going on without it", status.message()));
   return status;
 }
 
@@ -299,19 +395,36 @@ void SqliteStore::warn_once(Session& session, std::string_view cause, std::strin
     log_.warn(message);
 }
 
-std::optional<StoreRow> SqliteStore::get(const Digest& key) {
+FileLock SqliteStore::compile_turn(const Digest& key, std::chrono::milliseconds patience) {
+  if (options_.mode != CacheMode::read_write)
+    return {};
+  const Result<std::string> directory = private_directory(options_.directory, true);
+  if (!directory || (options_.locks_hold && !options_.locks_hold(*directory)))
+    return {};
+  Result<FileLock> turn = Generations(*directory).compile_turn(key, patience);
+  if (turn)
+    return std::move(*turn);
+  log_.debug(fmt::format("{}: kernel {} is compiled here too", turn.status().message(), key.hex()));
+  return {};
+}
+
+std::optional<StoreRow> SqliteStore::get(const Digest& key, Call call) {
   if (options_.mode == CacheMode::off)
     return std::nullopt;
   Session& session = current_session();
   StoredRow stored;
   Digest secret;
-  {
+  const auto read = [&] {
     const SessionLock lock(session);
-    if (!report(session, read_row(session, key, stored))) {
-      ++session.counts.misses;
-      return std::nullopt;
-    }
-    secret = *session.secret;
+    Status status = read_row(session, key, stored);
+    if (status)
+      secret = *session.secret;
+    return report(session, std::move(status));
+  };
+  if (!while_busy(call, read)) {
+    const SessionLock lock(session);
+    session.counts.misses += call == Call::plain;
+    return std::nullopt;
   }
   // The longest part of a hit needs no lock.
   const bool authentic = is_authentic(secret, stored);
@@ -332,13 +445,13 @@ Status SqliteStore::read_row(Session& session, const Digest& key, StoredRow& sto
     if (status.code() == Code::not_found)
       warn_once(session, status.message(),
                 fmt::format("{}: there is no key to authenticate {} with; kernels are compiled again", status.message(),
-                            path()));
+                            options_.directory));
     return status;
   }
   Query query = session.database->query(select_by_key);
   query.bind(ByteSpan(key.bytes));
   if (!query.step())
-    return query.status() ? Status::error(Code::not_found, fmt::format("{} is not in {}", key.hex(), path()))
+    return query.status() ? Status::error(Code::not_found, fmt::format("{} is not in {}", key.hex(), session.file))
                           : query.status();
   // The key asked for, not the one in the row: a row moved to another key fails.
   stored.row.key = key;
@@ -354,7 +467,7 @@ void SqliteStore::refuse(Session& session, const Digest& key) {
             fmt::format("{}: the row of kernel {} fails authentication and is {}; the kernel is compiled again "
                         "(further such rows are "
                         "counted, not logged)",
-                        path(), key.hex(), writes ? "removed" : "not used"));
+                        session.file, key.hex(), writes ? "removed" : "not used"));
   if (writes && session.database)
     (void)report(session, session.database->query(delete_by_key).bind(ByteSpan(key.bytes)).run());
 }
@@ -370,54 +483,49 @@ void SqliteStore::count_hit(Session& session, const Digest& key) {
     (void)report(session, flush_uses(session));
 }
 
-Status SqliteStore::put(const StoreRow& row) {
-  if (options_.mode != CacheMode::read_write)
+Status SqliteStore::put_rows(std::span<const StoreRow> rows, Call call) {
+  if (options_.mode != CacheMode::read_write || rows.empty())
     return {};
   Session& session = current_session();
-  const SessionLock lock(session);
-  // The secret first: whoever then finds the database finds it too.
-  Status status = load_secret(session, Missing::create);
+  return while_busy(call, [&] {
+    const SessionLock lock(session);
+    return put_once(session, rows);
+  });
+}
+
+Status SqliteStore::put_once(Session& session, std::span<const StoreRow> rows) {
+  Status status;
+  // Once more, into a new file, when this one is found damaged or deleted.
+  for (int turn = 0; turn < 2; ++turn) {
+    // The secret first: whoever then finds the database finds it too.
+    status = load_secret(session, Missing::create);
+    if (status)
+      status = open_database(session, Missing::create);
+    if (status)
+      status = insert(session, rows);
+    if (status.code() == Code::not_found)
+      session.close_database();
+    else if (status || !session.database || !session.database->is_damaged())
+      break;
+  }
   if (status)
-    status = open_database(session, Missing::create);
-  if (status)
-    status = insert(session, row);
-  if (status.code() == Code::not_found) // deleted while it was open: the next call makes a new one
-    session.database.reset();
-  if (status)
-    ++session.counts.puts;
+    session.counts.puts += std::ssize(rows);
   return report(session, std::move(status));
 }
 
-Status SqliteStore::insert(Session& session, const StoreRow& given) {
+Status SqliteStore::insert(Session& session, std::span<const StoreRow> rows) {
   Database& database = *session.database;
   const double now = unix_seconds_now();
-  StoreRow row = given;
-  if (row.created_at == 0)
-    row.created_at = static_cast<std::int64_t>(now);
-  const Digest mac = mac_of(*session.secret, row, {});
-
   Transaction transaction(database);
   if (!transaction.begun())
     return transaction.begun();
-  Status status = database.query(insert_row)
-                      .bind(row.op)
-                      .bind(row.desc)
-                      .bind(row.isa)
-                      .bind(row.target)
-                      .bind(row.generator)
-                      .bind(static_cast<std::int64_t>(row.code.size()))
-                      .bind(row.compile_us)
-                      .bind(row.created_at)
-                      .bind(now)
-                      .bind(ByteSpan(mac.bytes))
-                      .bind(ByteSpan(row.code))
-                      .bind(ByteSpan(row.key.bytes))
-                      .run();
-  if (status)
-    status = write_uses(session);
-  if (!status)
+  Status status;
+  for (const StoreRow& row : rows)
+    if (status = insert_one(session, row, now); !status)
+      return status;
+  if (status = write_uses(session); !status)
     return status;
-  const Result<Pruned> evicted = evict(database, options_.max_bytes, row.key.bytes);
+  const Result<Pruned> evicted = evict(database, options_.max_bytes, rows.back().key.bytes);
   if (!evicted)
     return evicted.status();
   const Result<DatabaseSize> size = size_of(database);
@@ -425,13 +533,53 @@ Status SqliteStore::insert(Session& session, const StoreRow& given) {
     return size.status();
   if (size->used_bytes > options_.max_bytes)
     return Status::error(Code::unsupported,
-                         fmt::format("{}: a kernel of {} bytes does not fit into the size bound of {} bytes", path(),
-                                     row.code.size(), options_.max_bytes));
+                         fmt::format("{}: a kernel of {} bytes does not fit into the size bound of {} bytes",
+                                     session.file, rows.back().code.size(), options_.max_bytes));
+  if (evicted->rows > 0)
+    if (status = check_all_are_there(session, rows); !status)
+      return status;
   if (status = transaction.commit(); !status)
     return status;
   session.unwritten_uses.clear();
   session.hits_since_flush = 0;
   session.counts.evictions += evicted->rows;
+  return {};
+}
+
+/// Within a transaction.
+Status SqliteStore::insert_one(Session& session, const StoreRow& given, double now) {
+  StoreRow row = given;
+  if (row.created_at == 0)
+    row.created_at = static_cast<std::int64_t>(now);
+  const Digest mac = mac_of(*session.secret, row, {});
+  return session.database->query(insert_row)
+      .bind(row.op)
+      .bind(row.desc)
+      .bind(row.isa)
+      .bind(row.target)
+      .bind(row.generator)
+      .bind(static_cast<std::int64_t>(row.code.size()))
+      .bind(row.compile_us)
+      .bind(row.created_at)
+      .bind(now)
+      .bind(ByteSpan(mac.bytes))
+      .bind(ByteSpan(row.code))
+      .bind(ByteSpan(row.key.bytes))
+      .run();
+}
+
+/// Within a transaction, after evicting: rows that were put together may have made room for each other.
+Status SqliteStore::check_all_are_there(Session& session, std::span<const StoreRow> rows) {
+  for (const StoreRow& row : rows) {
+    Query query = session.database->query(select_keys);
+    query.bind(ByteSpan(row.key.bytes)).bind(ByteSpan(row.key.bytes));
+    if (!query.step())
+      return query.status() ? Status::error(Code::unsupported,
+                                            fmt::format("{}: {} kernels do not fit together into the size bound of {} "
+                                                        "bytes",
+                                                        session.file, rows.size(), options_.max_bytes))
+                            : query.status();
+  }
   return {};
 }
 
@@ -457,6 +605,17 @@ Result<Store::Pruned> SqliteStore::evict(Database& database, std::int64_t max_by
     if (Status status = query.run(); !status)
       return status;
   }
+}
+
+/// What is open, else what would be.
+std::string SqliteStore::path() {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  const Generations generations(options_.directory);
+  if (session.database)
+    return generations.path(session.generation);
+  const Result<Generations::Listing> listing = generations.list();
+  return generations.path(listing && !listing->databases.empty() ? listing->databases.front() : 0);
 }
 
 void SqliteStore::flush() {
@@ -564,7 +723,7 @@ Status SqliteStore::remove(const Digest& key) {
   if (Status status = report(session, session.database->query(delete_by_key).bind(ByteSpan(key.bytes)).run()); !status)
     return status;
   if (session.database->changes() == 0)
-    return Status::error(Code::not_found, fmt::format("{} is not in {}", key.hex(), path()));
+    return Status::error(Code::not_found, fmt::format("{} is not in {}", key.hex(), session.file));
   return {};
 }
 
@@ -649,6 +808,25 @@ Result<Store::Pruned> SqliteStore::prune(std::int64_t max_bytes, bool dry_run) {
 Result<Store::Pruned> SqliteStore::clear(bool dry_run) {
   Session& session = current_session();
   const SessionLock lock(session);
+  const Result<std::string> directory = private_directory(options_.directory, false);
+  if (dry_run || options_.mode != CacheMode::read_write || !directory)
+    return clear_database(session, dry_run);
+  // Whoever clears wants the room back, and to begin anew after any damage.
+  const Generations generations(*directory);
+  generations.forget_replaced();
+  Result<Pruned> out = clear_database(session, false);
+  if (!out && out.status().code() == Code::integrity) {
+    if (Status status = open_database(session, Missing::create); !status)
+      return report(session, std::move(status));
+    generations.forget_replaced();
+    out = clear_database(session, false); // another process may have filled it
+  }
+  if (const Result<Generations::Listing> listing = generations.list(); listing && session.database)
+    generations.remove_before(session.generation, *listing, Generations::When::now);
+  return out;
+}
+
+Result<Store::Pruned> SqliteStore::clear_database(Session& session, bool dry_run) {
   if (Status status = open_for_change(session); !status)
     return status.code() == Code::not_found ? Result(Pruned()) : status;
   Transaction transaction(*session.database);

@@ -1,13 +1,16 @@
 #pragma once
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "cache/bytes.h"
 #include "cache/digest.h"
+#include "cache/file_lock.h"
 #include "cache/log.h"
 #include "cache/status.h"
 
@@ -37,6 +40,9 @@ struct StoreOptions {
   std::int64_t max_bytes =
       512ll << 20; ///< bound on the database's pages in use: codes, their columns, indexes; holds after each put
   int busy_timeout_ms = 20; ///< a longer wait for SQLite's lock is a miss
+  /// Whether locks hold on the file system of this directory, which exists; null: they do. Where not, processes do not
+  /// wait for each other's compiles.
+  bool (*locks_hold)(const std::string& directory) = nullptr;
 };
 
 struct StoreStats {
@@ -50,8 +56,10 @@ struct StoreStats {
 /// L2: the kernels on disk, in one SQLite database (`kernels.db`) per cache directory.
 ///
 /// Thread-safe (one mutex; SQLite's own locks between processes). No call throws. After any error that is not a plain
-/// miss the store logs one warning per cause and the call behaves as a miss; the caller compiles and goes on. A child
-/// made by fork never uses the parent's connection: it opens its own.
+/// miss the store logs one warning per cause and the call behaves as a miss; the caller compiles and goes on, and the
+/// next call tries again. A damaged database is left as it is: the next put begins another file beside it, at most once
+/// a day for each cause (see generations.h). A child made by fork never uses the parent's connection: it opens its own.
+/// A write beyond the process's limit on file sizes is an error, never a signal.
 class Store {
 public:
   /// Opens lazily: nothing is created on disk before the first put. Fails (Code::invalid_argument) only on unusable
@@ -59,18 +67,31 @@ public:
   static Result<std::unique_ptr<Store>> open(StoreOptions options, const Log& log);
   virtual ~Store() = default;
 
+  /// The turn to compile the kernel of this key, which one holder at a time has among all processes that share the
+  /// cache (single-flight; the kernel of the operating system ends it when its holder dies). Waits up to `patience`.
+  /// Whoever gets it looks once more, with Call::in_turn, before it compiles. Not held when the time is over, when the
+  /// mode is not read_write, or where there are no locks: then the caller compiles for itself.
+  virtual FileLock compile_turn(const Digest& key, std::chrono::milliseconds patience) = 0;
+
+  /// `in_turn`: by a holder of the key's turn. Others wait for it, so that a lock of SQLite's is waited for longer (100
+  /// ms), and a get is a second look, which does not count as another miss.
+  enum class Call : std::uint8_t { plain, in_turn };
+
   /// The row with this key, authenticated, or nothing. A row that fails authentication is deleted, counted and treated
   /// as a miss.
-  virtual std::optional<StoreRow> get(const Digest& key) = 0;
+  virtual std::optional<StoreRow> get(const Digest& key, Call call = Call::plain) = 0;
   /// Stores or replaces (hits from 0, last hit now, `created_at` now when it is 0); evicts least recently used rows
   /// until the bound holds. Errors are logged and returned, never fatal. Ok without doing anything when the mode is not
   /// read_write.
-  virtual Status put(const StoreRow& row) = 0;
+  virtual Status put(const StoreRow& row, Call call = Call::plain) = 0;
+  /// Likewise, all of them or none: in one transaction. An error, and no change, when they do not all fit into the
+  /// bound.
+  virtual Status put_all(std::span<const StoreRow> rows) = 0;
   /// Writes pending hit counts and times (batched; also done every 64 hits and at destruction).
   virtual void flush() = 0;
 
-  // The calls below return the error that disabled the store, if one did; without a database, or with the mode off,
-  // they find nothing. Those that change rows are Code::unsupported when the mode is read_only.
+  // The calls below return the error that keeps the database from being used, if one does; without a database, or with
+  // the mode off, they find nothing. Those that change rows are Code::unsupported when the mode is read_only.
 
   /// Every row without its code (`code` empty; `size` in the pair), most recently used first. Not authenticated.
   struct Listed {
@@ -95,10 +116,11 @@ public:
   /// Evicts least recently used rows until at most `max_bytes` of pages are in use (see StoreOptions), and shrinks the
   /// file; `dry_run` only counts.
   virtual Result<Pruned> prune(std::int64_t max_bytes, bool dry_run) = 0;
-  /// Removes every row; `dry_run` only counts.
+  /// Removes every row; `dry_run` only counts. In the place of a damaged database it makes an empty one, and it removes
+  /// older generations that nobody has open.
   virtual Result<Pruned> clear(bool dry_run) = 0;
 
-  virtual std::string path() const = 0; ///< of the database file
+  virtual std::string path() = 0; ///< of the database file in use, or of the one that would be
 };
 
 } // namespace kiln

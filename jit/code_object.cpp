@@ -112,9 +112,12 @@ Result<CodeObject> CodeObject::parse(ByteSpan bytes) {
   if (arch > static_cast<std::uint8_t>(Arch::nvptx))
     return damaged(fmt::format("architecture number {} is unknown", arch));
   object.arch = static_cast<Arch>(arch);
-  Result<Features> features = Features::parse(in.string());
+  const std::string feature_names = in.string();
+  Result<Features> features = Features::parse(feature_names);
   if (!features)
     return damaged(features.status().message());
+  if (features->text() != feature_names) // of one object there is one form
+    return damaged(fmt::format("the features {} are not in their order, {}", feature_names, features->text()));
   object.features = *features;
 
   const std::int64_t vector_bits = in.i64();

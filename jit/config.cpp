@@ -80,12 +80,12 @@ Status parse_integer(std::string_view variable, std::string_view text, std::int6
 }
 
 /// Absolute, so that a later chdir() of the host changes nothing.
-Status parse_directory(std::string_view variable, std::string_view text, std::string& directory) {
+Status parse_path(std::string_view variable, std::string_view text, std::string& path) {
   std::error_code error;
   const std::filesystem::path absolute = std::filesystem::absolute(std::filesystem::path(text), error);
   if (error)
     return refused(variable, text, "an absolute path, since there is no current directory");
-  directory = absolute.lexically_normal().string();
+  path = absolute.lexically_normal().string();
   return {};
 }
 
@@ -192,14 +192,16 @@ constexpr Variable kVariables[] = {
     {"KILN_FORCE", parse_force, shown_force},
     {"KILN_CACHE", [](Config& c, View name, View text) { return choose(name, text, kCacheModes, c.cache); },
      [](const Config& c) { return shown_choice(kCacheModes, c.cache); }},
-    {"KILN_CACHE_DIR", [](Config& c, View name, View text) { return parse_directory(name, text, c.cache_dir); },
+    {"KILN_CACHE_DIR", [](Config& c, View name, View text) { return parse_path(name, text, c.cache_dir); },
      [](const Config& c) { return c.cache_dir; }},
     {"KILN_CACHE_MAX_MB",
      [](Config& c, View name, View text) { return parse_integer(name, text, 1, kMostCacheMb, c.cache_max_mb); },
      [](const Config& c) { return std::to_string(c.cache_max_mb); }},
     {"KILN_CACHE_SYSTEM_DIR",
-     [](Config& c, View name, View text) { return parse_not_served(c, name, text, c.cache_system_dir); },
+     [](Config& c, View name, View text) { return parse_path(name, text, c.cache_system_dir); },
      [](const Config& c) { return c.cache_system_dir; }},
+    {"KILN_TRUSTED_KEYS", [](Config& c, View name, View text) { return parse_path(name, text, c.trusted_keys); },
+     [](const Config& c) { return c.trusted_keys; }},
     {"KILN_REMOTE", [](Config& c, View name, View text) { return parse_not_served(c, name, text, c.remote); },
      [](const Config& c) { return c.remote; }},
     {"KILN_MISS", [](Config& c, View name, View text) { return choose(name, text, kMissPolicies, c.miss); },
@@ -209,7 +211,7 @@ constexpr Variable kVariables[] = {
      [](const Config& c) { return c.threads == 0 ? "all" : std::to_string(c.threads); }},
     {"KILN_LOG", [](Config& c, View name, View text) { return choose(name, text, kLogLevels, c.log); },
      [](const Config& c) { return shown_choice(kLogLevels, c.log); }},
-    {"KILN_DUMP_DIR", [](Config& c, View name, View text) { return parse_directory(name, text, c.dump_dir); },
+    {"KILN_DUMP_DIR", [](Config& c, View name, View text) { return parse_path(name, text, c.dump_dir); },
      [](const Config& c) { return c.dump_dir; }},
     {"KILN_PERF", [](Config& c, View name, View text) { return choose(name, text, kPerfModes, c.perf); },
      [](const Config& c) { return shown_choice(kPerfModes, c.perf); }},
@@ -243,6 +245,8 @@ Result<Config> Config::from_environment(const char* (*get)(const char* name), co
   }
   config.cache_dir = xdg_directory(get, "XDG_CACHE_HOME", ".cache");
   config.key_dir = xdg_directory(get, "XDG_DATA_HOME", ".local/share");
+  if (!config.key_dir.empty())
+    config.trusted_keys = config.key_dir + "/trusted.keys";
   for (const Variable& variable : kVariables)
     if (const std::string_view text = value_of(get, variable.name); !text.empty())
       if (Status status = variable.parse(config, variable.name, text); !status)
@@ -261,6 +265,7 @@ Result<Config> Config::from_environment(const char* (*get)(const char* name), co
     config.threads = *host.threads;
     set_by_host.insert("KILN_THREADS");
   }
+  config.cache_unwanted = config.cache == CacheMode::off;
   if (config.cache != CacheMode::off && (config.cache_dir.empty() || config.key_dir.empty())) {
     config.cache = CacheMode::off;
     config.warnings.push_back(fmt::format("the kernel cache is off: there is no place for {}; set HOME{}",

@@ -38,7 +38,8 @@ struct Config {
   std::vector<Force> forced;
 
   CacheMode cache = CacheMode::read_write;
-  std::string cache_dir, key_dir, cache_system_dir, remote;
+  bool cache_unwanted = false; ///< KILN_CACHE=off; without, the mode is also off where there is no place for a cache
+  std::string cache_dir, key_dir, cache_system_dir, trusted_keys, remote;
   std::int64_t cache_max_mb = 512;
   MissPolicy miss = MissPolicy::compile;
   int threads = 0; ///< 0: every core this process may use
@@ -58,6 +59,8 @@ struct Config {
   /// and what is allowed. What the host sets itself goes over the environment.
   static Result<Config> from_environment(const char* (*get)(const char* name), const HostSettings& host = {});
 
+  /// Also where there is no place for a cache of the user's own.
+  bool serves_system_cache() const { return !cache_system_dir.empty() && !cache_unwanted && !disk_disabled; }
   bool disables(const Implementation& implementation) const;
   /// The path forced for this op: its own, else the one for every op that has it (the caller knows which have). False
   /// when there is none.

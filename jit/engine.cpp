@@ -8,6 +8,8 @@
 
 #include "jit/background.h"
 #include "jit/dump.h"
+#include "jit/kernel_key.h"
+#include "jit/os.h"
 #include "jit/perf.h"
 
 namespace kiln {
@@ -15,6 +17,8 @@ namespace {
 
 /// How long a thread waits for another's compile before it compiles for itself.
 constexpr std::chrono::milliseconds kCompilePatience{2000};
+/// How long a process waits for another's: less than its threads wait for each other.
+constexpr std::chrono::milliseconds kTurnPatience{800};
 /// How long a warm-up waits for others to be done with the cache.
 constexpr std::chrono::seconds kWarmupPatience{5};
 
@@ -32,6 +36,7 @@ namespace {
 struct Choice {
   const Implementation* implementation = nullptr;
   std::string pack_layout; ///< of the weights, empty for an op without packs
+  KeyFields key_fields;
   std::string key_text;
   Digest key;
 };
@@ -110,11 +115,16 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
     return choice; // nothing to store
   KernelDesc portable = canonical;
   portable.device.index = 0; // which of several equal devices changes no code
-  choice.key_text = fmt::format(
-      "format=2\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\npack_layout={}\n",
-      row.generator_digest, portable.text(), name_of(row.isa), name_of(target.arch),
-      row.features_for(canonical, target).text(), row.vector_bits ? row.vector_bits(target) : 0, choice.pack_layout);
-  choice.key = digest_of({reinterpret_cast<const std::uint8_t*>(choice.key_text.data()), choice.key_text.size()});
+  KeyFields& fields = choice.key_fields;
+  fields.generator = row.generator_digest;
+  fields.desc = portable.text();
+  fields.isa = name_of(row.isa);
+  fields.arch = target.arch;
+  fields.features = row.features_for(canonical, target);
+  fields.vector_bits = row.vector_bits ? row.vector_bits(target) : 0;
+  fields.pack_layout = choice.pack_layout;
+  choice.key_text = fields.text();
+  choice.key = key_of(choice.key_text);
   return choice;
 }
 
@@ -140,7 +150,8 @@ struct Engine::State {
   Runtime runtime;
   PerfReporter perf;
   std::unique_ptr<Store> store;
-  std::atomic<std::uint64_t> disk_hits{0}, compiled{0}, failed{0}, fallbacks{0}, compile_us{0};
+  std::unique_ptr<SystemCache> system; ///< under the store; null without KILN_CACHE_SYSTEM_DIR
+  std::atomic<std::uint64_t> disk_hits{0}, system_hits{0}, compiled{0}, failed{0}, fallbacks{0}, compile_us{0};
   std::atomic<bool> refuses_executable_memory{false}; ///< the system: said once, found out once
   KernelTable table;
   std::unique_ptr<Background> background; ///< ends before anything it uses
@@ -151,11 +162,17 @@ struct Engine::State {
   Result<Choice> choose(const KernelDesc& canonical, const Target& for_target) const;
   Result<KernelRef> lookup(const KernelDesc& canonical, MissPolicy on_miss);
   Result<KernelTable::Made> make(const KernelDesc& canonical, MissPolicy on_miss);
-  Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical);
+  Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical, Store::Call call);
+  Result<Kernel> load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row,
+                          std::chrono::steady_clock::time_point start);
+  std::optional<StoreRow> stored(const Digest& key);
   Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
                              std::int64_t& us);
-  Status keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us);
+  Status keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us,
+              Store::Call call);
+  FileLock compile_turn(const Choice& choice) const;
   Status prefetch(const KernelDesc& canonical);
+  void settle_for_stand_in(const KernelDesc& canonical);
   enum class Stay : bool { for_this_caller, resident };
   Result<KernelTable::Made> stand_in(const Choice& choice, const KernelDesc& canonical, Stay stay);
   const Implementation* builtin_for(const KernelDesc& canonical) const;
@@ -171,12 +188,16 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
     store.key_directory = state->config().key_dir;
     store.mode = state->config().cache;
     store.max_bytes = state->config().cache_max_mb << 20;
+    store.locks_hold = [](const std::string& path) { return !os::file_system_of(path).over_network; };
     Result<std::unique_ptr<Store>> opened = Store::open(std::move(store), state->log);
     if (opened)
       state->store = std::move(*opened);
     else
       state->log.warn(fmt::format("no cache on disk: {}", opened.status().message()));
   }
+  if (state->config().serves_system_cache())
+    state->system =
+        std::make_unique<SystemCache>(state->config().cache_system_dir, state->config().trusted_keys, state->log);
   State* const s = state.release();
   s->background = std::make_unique<Background>([s](const KernelDesc& canonical) {
     if (const Status status = s->prefetch(canonical); !status)
@@ -188,6 +209,7 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
 Engine::~Engine() {
   state_->background.reset();
   state_->store.reset();
+  state_->system.reset();
   state_->table.close(); // deletes the state now, or with the last kernel
 }
 
@@ -228,10 +250,26 @@ Status Engine::State::prefetch(const KernelDesc& canonical) {
   try {
     const Result<KernelRef> kernel =
         lookup(canonical, config().miss == MissPolicy::error ? MissPolicy::error : MissPolicy::compile);
-    return kernel ? Status() : kernel.status();
+    if (kernel)
+      return {};
+    if (kernel.status().code() == Code::compile_failed && config().miss == MissPolicy::fallback)
+      settle_for_stand_in(canonical);
+    return kernel.status();
   } catch (const std::exception& e) {
     return Status::error(Code::out_of_memory, e.what());
   }
+}
+
+/// A generator that failed once fails again: without an entry, each get would have it tried anew in the background.
+void Engine::State::settle_for_stand_in(const KernelDesc& canonical) {
+  const auto stay = [&]() -> std::optional<KernelTable::Made> {
+    const Result<Choice> choice = choose(canonical, target());
+    Result<KernelTable::Made> made =
+        choice ? stand_in(*choice, canonical, Stay::resident) : Result<KernelTable::Made>(choice.status());
+    return made ? std::optional(std::move(*made)) : std::nullopt;
+  };
+  if (KernelNode* const node = table.get_or_make(canonical, stay, std::chrono::milliseconds(0)))
+    KernelTable::release(node);
 }
 
 /// Disk, then the compiler. What is compiled is stored; a store that fails has said so in the log.
@@ -251,10 +289,15 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   }
   if (refuses_executable_memory)
     return stand_in(*choice, canonical, Stay::resident);
-  if (Result<Kernel> stored = from_disk(*choice, canonical)) {
-    ++disk_hits;
-    return resident(std::move(*stored));
-  }
+  Status not_stored;
+  const auto look = [&](Store::Call call) -> std::optional<KernelTable::Made> {
+    Result<Kernel> stored = from_disk(*choice, canonical, call);
+    not_stored = stored ? Status() : stored.status();
+    disk_hits += stored.is_ok();
+    return stored ? std::optional(resident(std::move(*stored))) : std::nullopt;
+  };
+  if (std::optional<KernelTable::Made> stored = look(Store::Call::plain))
+    return std::move(*stored);
   if (on_miss == MissPolicy::error)
     return may_not_compile(canonical, *choice->implementation);
   // Where the toggles leave nothing to fall back on (KILN_FORCE, KILN_DISABLE), the kernel is compiled now.
@@ -263,11 +306,17 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
       log.warn(fmt::format("{} stays with its fallback: {}", canonical.text(), status.message()));
     return stand_in(*choice, canonical, Stay::for_this_caller);
   }
+  // One process at a time compiles a kernel: the next in turn finds it stored.
+  const FileLock turn = compile_turn(*choice);
+  if (turn.held() && not_stored.code() == Code::not_found)
+    if (std::optional<KernelTable::Made> stored = look(Store::Call::in_turn))
+      return std::move(*stored);
   std::int64_t us = 0;
   Result<CodeObject> code = compile(*choice, canonical, target(), us);
   if (!code)
     return code.status();
-  if (const Status status = keep(*choice, canonical, *code, us); !status)
+  const Store::Call call = turn.held() ? Store::Call::in_turn : Store::Call::plain;
+  if (const Status status = keep(*choice, canonical, *code, us, call); !status)
     log.debug(fmt::format("{} was not stored: {}", canonical.text(), status.message()));
   Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
   if (!kernel && kernel.status().code() == Code::unsupported) {
@@ -283,14 +332,42 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   return resident(std::move(*kernel));
 }
 
-Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& canonical) {
+/// The user's cache, then the system's. Code::not_found when neither has it, else why what they have cannot be used.
+Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& canonical, Store::Call call) {
   const auto start = std::chrono::steady_clock::now();
+  Status reason = Status::error(Code::not_found, "not on disk");
+  if (store)
+    if (const std::optional<StoreRow> row = store->get(choice.key, call)) {
+      Result<Kernel> kernel = load_row(choice, canonical, *row, start);
+      if (kernel)
+        return kernel;
+      reason = kernel.status();
+    }
+  if (system)
+    if (const std::optional<StoreRow> row = system->get(choice.key)) {
+      Result<Kernel> kernel = load_row(choice, canonical, *row, start);
+      if (kernel) {
+        ++system_hits;
+        return kernel;
+      }
+      reason = kernel.status();
+    }
+  return reason;
+}
+
+/// Without loading it.
+std::optional<StoreRow> Engine::State::stored(const Digest& key) {
   std::optional<StoreRow> row;
   if (store)
-    row = store->get(choice.key);
-  if (!row)
-    return Status::error(Code::not_found, "not on disk");
-  Result<CodeObject> code = CodeObject::parse(row->code);
+    row = store->get(key);
+  if (!row && system)
+    row = system->get(key);
+  return row;
+}
+
+Result<Kernel> Engine::State::load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row,
+                                       std::chrono::steady_clock::time_point start) {
+  Result<CodeObject> code = CodeObject::parse(row.code);
   Result<Kernel> kernel = code ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code))
                                : Result<Kernel>(code.status());
   if (!kernel) {
@@ -304,7 +381,7 @@ Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& 
     return kernel;
   }
   kernel->source = Source::disk;
-  kernel->compile_us = row->compile_us;
+  kernel->compile_us = row.compile_us;
   kernel->load_us = microseconds_since(start);
   return kernel;
 }
@@ -328,7 +405,8 @@ Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc
 }
 
 /// Stores what `compile` made, where there is a store.
-Status Engine::State::keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us) {
+Status Engine::State::keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us,
+                           Store::Call call) {
   if (!store)
     return {};
   StoreRow row;
@@ -340,7 +418,12 @@ Status Engine::State::keep(const Choice& choice, const KernelDesc& canonical, co
   row.generator = choice.implementation->generator_digest;
   row.code = code.serialise();
   row.compile_us = us;
-  return store->put(row);
+  return store->put(row, call);
+}
+
+/// Not held where the caller compiles for itself, whatever others do.
+FileLock Engine::State::compile_turn(const Choice& choice) const {
+  return store ? store->compile_turn(choice.key, kTurnPatience) : FileLock();
 }
 
 /// A builtin kernel that reads the same packs as the chosen one.
@@ -399,7 +482,10 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
     return choice.status();
   if (choice->implementation->compile == nullptr)
     return Warmed::hit; // part of the library
-  if (state_->store->get(choice->key))
+  if (state_->stored(choice->key))
+    return Warmed::hit;
+  const FileLock turn = state_->compile_turn(*choice);
+  if (turn.held() && state_->store->get(choice->key, Store::Call::in_turn))
     return Warmed::hit;
   std::int64_t us = 0;
   const Result<CodeObject> code = state_->compile(*choice, canonical, for_target, us);
@@ -409,9 +495,9 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
   }
   // Many may warm one cache at once. A host would not wait for them; whoever warms up has nothing better to do.
   const auto give_up = std::chrono::steady_clock::now() + kWarmupPatience;
-  Status kept = state_->keep(*choice, canonical, *code, us);
+  Status kept = state_->keep(*choice, canonical, *code, us, Store::Call::in_turn);
   while (kept.code() == Code::busy && std::chrono::steady_clock::now() < give_up)
-    kept = state_->keep(*choice, canonical, *code, us);
+    kept = state_->keep(*choice, canonical, *code, us, Store::Call::in_turn);
   if (!kept)
     return Status::error(kept.code(),
                          fmt::format("{} was compiled but could not be stored: {}", canonical.text(), kept.message()));
@@ -430,9 +516,7 @@ Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) 
   if (row.compile == nullptr)
     return Status::error(Code::unsupported,
                          fmt::format("the path {} is part of the library: it has no generated code", name_of(row.isa)));
-  std::optional<StoreRow> stored;
-  if (state_->store)
-    stored = state_->store->get(choice->key);
+  const std::optional<StoreRow> stored = state_->stored(choice->key);
   Result<CodeObject> code = stored ? CodeObject::parse(stored->code) : Status::error(Code::not_found, "not on disk");
   if (!code) {
     if (state_->config().miss == MissPolicy::error)
@@ -488,6 +572,17 @@ std::vector<std::string> differing_fields(std::string_view stored_desc, const St
   return fields;
 }
 
+/// Why a stored kernel of the very desc that is wanted does not serve.
+std::string why_missed(Store& store, const Digest& stored_key, const KeyFields& wanted) {
+  const std::string name = fmt::format("kernel {} of the same desc is stored", stored_key.hex().substr(0, 16));
+  const std::optional<StoreRow> row = store.get(stored_key);
+  if (!row)
+    return name + ", but fails authentication";
+  const Result<KeyFields> fields = key_fields_of(*row);
+  return fields ? fmt::format("{}: {}", name, fields->differences_from(wanted))
+                : fmt::format("{}, but {}", name, fields.status().message());
+}
+
 std::string join(const std::vector<std::string>& words) {
   std::string out;
   for (const std::string& word : words)
@@ -533,18 +628,27 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
       e.tier = "memory";
       return e;
     }
-  if (!state_->store || e.taken->compile == nullptr)
+  if (e.taken->compile == nullptr)
     return e;
-  if (state_->store->get(e.key)) {
+  if (state_->store && state_->store->get(e.key)) {
     e.tier = "disk";
     return e;
   }
+  if (state_->system && state_->system->get(e.key)) {
+    e.tier = "system";
+    return e;
+  }
+  if (!state_->store)
+    return e;
   const Result<std::vector<Store::Listed>> rows = state_->store->list();
   std::size_t fewest = SIZE_MAX;
   for (const Store::Listed& listed : rows ? *rows : std::vector<Store::Listed>()) {
     if (listed.row.op != op.name)
       continue;
     std::vector<std::string> fields = differing_fields(listed.row.desc, listed.row, e.canonical, *e.taken);
+    const bool same_desc = listed.row.desc == choice.key_fields.desc;
+    if (same_desc && e.why.empty())
+      e.why = why_missed(*state_->store, listed.row.key, choice.key_fields);
     if (fields.empty())
       fields.push_back("features or pack_layout"); // all that the readable columns do not tell apart
     if (fields.size() < fewest) {
@@ -564,6 +668,9 @@ EngineStats Engine::stats() {
   stats.evictions = table.evictions;
   stats.code_bytes = table.weight;
   stats.disk_hits = state_->disk_hits;
+  stats.system_hits = state_->system_hits;
+  if (state_->system)
+    stats.system_refused = state_->system->stats().refused;
   stats.compiled = state_->compiled;
   stats.failed = state_->failed;
   stats.fallbacks = state_->fallbacks;
@@ -590,6 +697,9 @@ Runtime& Engine::runtime() {
 }
 Store* Engine::store() {
   return state_->store.get();
+}
+SystemCache* Engine::system_cache() {
+  return state_->system.get();
 }
 std::span<const Implementation> Engine::implementations() const {
   return state_->options.implementations;

@@ -11,6 +11,7 @@
 #include "cache/log.h"
 #include "cache/status.h"
 #include "cache/store.h"
+#include "cache/system_cache.h"
 #include "jit/config.h"
 #include "jit/implementation.h"
 #include "jit/kernel.h"
@@ -32,6 +33,8 @@ struct EngineOptions {
 
 struct EngineStats {
   std::uint64_t memory_hits = 0, disk_hits = 0, compiled = 0, failed = 0, fallbacks = 0;
+  std::uint64_t system_hits = 0;    ///< of the disk hits those in the system cache
+  std::uint64_t system_refused = 0; ///< kernels there that failed authentication
   std::uint64_t kernels = 0, evictions = 0, code_bytes = 0;
   std::uint64_t compile_us = 0; ///< sum
   bool has_store = false;
@@ -53,9 +56,11 @@ struct Explanation {
   std::string key_text;    ///< what the key is the digest of, readable
   std::string pack_layout; ///< empty for ops without a pack
   std::string assumes;     ///< what the path taken takes for granted about the machine; may be empty
-  std::string tier;        ///< `memory`, `disk` or `none` (a get would compile)
+  std::string tier;        ///< `memory`, `disk`, `system` or `none` (a get would compile)
   std::string
       nearest; ///< on a miss: the stored kernel of this op that differs least, and in which key fields; may be empty
+  std::string
+      why; ///< on a miss, when a kernel of this very desc is stored: each key field that differs, there and here
 };
 
 /// The whole path of a call: L1, L2, compile. Thread-safe.
@@ -72,7 +77,8 @@ public:
   Result<KernelRef> get(const KernelDesc& desc);
 
   enum class Warmed : std::uint8_t { hit, compiled };
-  /// Makes sure that the cache on disk holds the desc's kernel for `target` (null: this machine); loads nothing.
+  /// Makes sure that the cache on disk, or the system's, holds the desc's kernel for `target` (null: this machine);
+  /// loads nothing.
   Result<Warmed> warmup(const KernelDesc& desc, const Target* target);
 
   /// What a get on `target` (null: this machine) would run, from the cache on disk or compiled now, for whoever wants
@@ -101,7 +107,8 @@ public:
   const Machine& machine() const;
   const Log& log() const;
   Runtime& runtime();
-  Store* store(); ///< null when the cache is off
+  Store* store();              ///< null when the cache is off
+  SystemCache* system_cache(); ///< null when there is none to look at
   std::span<const Implementation> implementations() const;
 
 private:

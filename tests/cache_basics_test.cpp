@@ -6,6 +6,7 @@
 #include "cache/bytes.h"
 #include "cache/digest.h"
 #include "cache/log.h"
+#include "cache/readable.h"
 #include "cache/status.h"
 
 using namespace kiln;
@@ -38,6 +39,57 @@ TEST_CASE("status: an error carries its code and message, ok none") {
   CHECK(!failed);
   CHECK(failed.status().message() == "wait");
   CHECK(*Result<int>(7) == 7);
+}
+
+TEST_CASE("readable: UTF-8 stays, control characters and other bytes do not") {
+  constexpr const char* kReplacement = "\xef\xbf\xbd";
+  const std::string r = kReplacement;
+  for (const std::string same :
+       {"", "a\nb", "µ ≤ …", "\xf0\x9f\x98\x80", "\xc2\xa0", "\xed\x9f\xbf", "\xf4\x8f\xbf\xbf"})
+    CHECK(readable(same) == same);
+  const std::pair<std::string, std::string> rows[] = {
+      {"a\tb\r\x7f"
+       "c",
+       "a b  c"},
+      {std::string("a\0b", 3), "a b"},
+      {"\x1b[2J", " [2J"},
+      {"\xc2\x9b"
+       "2J",
+       " 2J"},                             // C1: another escape
+      {"\xff\xfe", r + r},                 // never in UTF-8
+      {"\x80", r},                         // continues nothing
+      {"\xc0\xaf", r + r},                 // overlong
+      {"\xe0\x80\xaf", r + r + r},         // overlong
+      {"\xf0\x80\x80\xaf", r + r + r + r}, // overlong
+      {"\xed\xa0\x80", r + r + r},         // a surrogate
+      {"\xf4\x90\x80\x80", r + r + r + r}, // beyond U+10FFFF
+      {"\xe2\x89", r + r},                 // cut short
+      {"\xe2"
+       "a",
+       r + "a"},
+  };
+  for (const auto& [text, expected] : rows) {
+    CAPTURE(expected);
+    CHECK(readable(text) == expected);
+  }
+}
+
+TEST_CASE("readable: of a long text both ends stay, cut between characters") {
+  const std::string cut = readable("given" + std::string(100'000, 'x') + "allowed");
+  CHECK(cut.size() < (16 << 10) + 8);
+  CHECK(cut.starts_with("given"));
+  CHECK(cut.find("x … x") != std::string::npos);
+  CHECK(cut.ends_with("allowed"));
+  for (int shift = 0; shift < 3; ++shift) {
+    std::string wide(static_cast<std::size_t>(shift), 'a');
+    for (int i = 0; i < 10'000; ++i)
+      wide += "≤";
+    CHECK(readable(wide).find("\xef\xbf\xbd") == std::string::npos);
+  }
+}
+
+TEST_CASE("status: a message is readable whatever it quotes") {
+  CHECK(Status::error(Code::io, std::string("path \xff\x1b[2J\0end", 14)).message() == "path \xef\xbf\xbd [2J end");
 }
 
 TEST_CASE("bytes: what Writer wrote, Reader reads, in little-endian order") {

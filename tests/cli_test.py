@@ -1,11 +1,13 @@
 """The kiln command as its users see it: results, JSON, files, exit codes and messages. Usage: cli_test.py KILN MODELS_DIRECTORY"""
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
 import pty
 import random
 import re
+import resource
 import shutil
 import sqlite3
 import stat
@@ -306,11 +308,18 @@ class Warmup(CommandTest):
             '{"hidden_size": 64,\n "model_type": 7}': ["c.json:2: /model_type: 7: allowed is a string"],
             '{\n "hidden_size": 1e999}': ["c.json:2: ", "1e999"],
             '{"hidden_size": 64,\n "hidden_size": 65}': ["c.json:2: /hidden_size: is given twice"],
+            '{"hidden_size":\n' + "[" * 100000 + "]" * 100000 + "}": ["c.json:2: has more than 64 lists"],
         }
         for text, says in cases.items():
             with self.subTest(text=text):
                 self.write("c.json", text)
                 self.refused("warmup", "--model", "c.json", "--scheme", "w8a8", "--tokens", "1", says=says)
+
+    def test_a_long_name_with_many_members_costs_no_more_than_the_file(self):
+        self.write("m.json", '{"%s": [%s0]}' % ("x" * 100000, "0," * 100000))
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        self.refused("warmup", "m.json", says=["is no manifest"])
+        self.assertLess(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, max(usage, 1 << 20))  # KiB
 
     def test_bad_manifests(self):
         kernel = '{"kernels": [\n{"op": "int8_mm",\n "m": 1,\n %s}]}'
@@ -333,8 +342,11 @@ class Warmup(CommandTest):
             kernel % '"n": 1': ["m.json:2: /kernels/0: int8_mm: field k is missing"],
             kernel % '"n": 1, "k": 1, "device": "tpu"': ["m.json:2", "device=tpu"],
             kernel % ('"n": %s, "k": %s' % ((list(range(1000)),) * 2)): ["more than 100000 kernels"],
-            '{"kernels": ' + "[" * 200000: ["not JSON"],
-            '{"kernels": ' + "[" * 100000 + "]" * 100000 + "}": ["/kernels/0: is no object"],
+            '{"kernels":\n' + "[" * 200000: ["m.json:2: has more than 64 lists and objects within one another"],
+            kernel % ('"n": 1, "k": ' + "[" * 100000 + "]" * 100000): ["m.json:4: has more than 64 lists"],
+            '{"kernels": [%s0]}' % ("0," * (1 << 20)): ["has more than 1048576 values"],
+            '{"kernels": [], "%s": 1}' % ("x" * 100000): ["m.json:1: /xxx", "unknown field: known is kernels"],
+            '{"kernels": [{"op": "\\u009b"}]}': ["unknown op ' '"],
         }
         for text, says in cases.items():
             with self.subTest(text=text[:80]):
@@ -403,6 +415,26 @@ class Cache(CommandTest):
         self.assertEqual(0, self.json("cache", "verify", "--recompile")["ok"])
         self.assertEqual(0, self.json("cache", "clear")["rows"])
         self.assertFalse((self.dir / "cache").exists())
+
+    def test_a_damaged_database(self):
+        self.json("run", *SHAPE)
+        directory = self.dir / "cache"
+        (directory / "kernels.db").write_bytes(bytes(20000))
+        self.refused("cache", "stats", says="not a database", expect=INTEGRITY)
+        self.refused("cache", "verify", says="not a database", expect=INTEGRITY)
+        report = self.json("doctor")  # stores a kernel as a host would
+        self.assertTrue(report["ok"], report)
+        self.assertTrue(any("not a database" in check["text"] for check in report["checks"] if check["name"] == "log"), report)
+        self.assertEqual(1, self.json("cache", "stats")["rows"])
+        self.assertEqual(str(directory / "kernels-1.db"), self.json("cache", "path")["path"])
+        # Within the same day that is a problem for people.
+        (directory / "kernels-1.db").write_bytes(bytes(20000))
+        result = self.kiln("doctor", expect=FAILED)
+        self.assertIn("kiln cache clear", result.stdout)
+        self.assertEqual(0, self.json("cache", "clear")["rows"])
+        self.assertEqual(["kernels-2.db", "kernels.lock"], sorted(path.name for path in directory.iterdir() if "journal" not in path.name))
+        self.json("run", *SHAPE)
+        self.assertEqual(1, self.json("cache", "verify")["ok"])
 
     def test_path_stats_list_inspect(self):
         key = self.json("run", *SHAPE)["key"]
@@ -511,6 +543,231 @@ class Cache(CommandTest):
             self.refused("cache", "list", env={"KILN_CACHE_DIR": str(self.dir / "foreign")}, says="uid 12345", expect=FAILED)
 
 
+class Bundle(CommandTest):
+    """Bundles between two caches: this one, and that of another machine."""
+    HEADER, INDEX_ENTRY, DIGEST = 50, 72, 32  # api/doc/bundle.md
+
+    def setUp(self):
+        super().setUp()
+        self.there = {"KILN_CACHE_DIR": str(self.dir / "there")}
+        self.write("m.json", json.dumps({"kernels": [{"op": "int8_mm", "m": [1, 16], "n": [32, 48], "k": 64}]}))
+        self.kiln("warmup", "m.json")
+        self.public = self.kiln("cache", "keygen", "secret").stdout
+        self.id = self.public.split()[1]
+
+    def test_to_another_machine_and_back(self):
+        report = self.json("cache", "export", "a.bundle", "--key", "secret")
+        self.assertEqual({"path": "a.bundle", "kernels": 4, "bytes": (self.dir / "a.bundle").stat().st_size, "signed_by": self.id, "left_out": 0, "refused": 0}, report)
+        self.assertEqual(0o644, stat.S_IMODE((self.dir / "a.bundle").stat().st_mode))
+        self.write("trusted", f"# the fleet's\n{self.public}")
+        arguments = ["cache", "import", "a.bundle", "--trusted", "trusted"]
+        expected = {"path": "a.bundle", "kernels": 4, "added": 4, "present": 0, "signed_by": self.id, "trusted": True, "dry_run": True}
+        self.assertEqual(expected, self.json(*arguments, "--dry-run", env=self.there))
+        self.assertFalse((self.dir / "there").exists())
+        self.assertEqual({**expected, "dry_run": False}, self.json(*arguments, env=self.there))
+        self.assertEqual({**expected, "added": 0, "present": 4, "dry_run": False}, self.json(*arguments, env=self.there))
+        self.assertIn("added 0, 4 there already", self.kiln(*arguments, env=self.there).stdout)
+        self.assertEqual({"same": 4, "different": [], "failed": [], "skipped": 0}, self.json("cache", "verify", "--recompile", env=self.there)["recompiled"])
+        self.assertEqual("disk", self.json("run", "int8_mm", "m=1", "n=32", "k=64", "--check", env={**self.there, "KILN_MISS": "error"})["source"])
+        self.kiln("cache", "export", "b.bundle", "--key", "secret", env=self.there)
+        self.assertEqual((self.dir / "a.bundle").read_bytes(), (self.dir / "b.bundle").read_bytes())
+
+    def test_every_generator_and_target(self):
+        for target in self.json("info")["known_targets"]:
+            if not target["target"].startswith("nvptx"):
+                for path in ("", "portable"):
+                    self.kiln("warmup", "int8_mm", "m=7", "n=64", "k=64", "--target", target["name"], env={"KILN_FORCE": path})
+        rows = self.json("cache", "stats")["rows"]
+        self.assertEqual((rows, 0), tuple(self.json("cache", "export", "a.bundle")[name] for name in ("kernels", "left_out")))
+        self.assertEqual(rows, self.json("cache", "import", "a.bundle", "--allow-unsigned", env=self.there)["added"])
+
+    def test_selection(self):
+        self.kiln("warmup", *SHAPE, "--target", "x86-64-v3")
+        self.kiln("warmup", *SHAPE, "--target", "neoverse-v1")
+        of = lambda *arguments: self.json("cache", "export", "a.bundle", *arguments)["kernels"]
+        self.assertEqual(6, of())
+        self.assertEqual(6, of("--op", "int8_mm", "--max-age", "1h"))
+        self.assertEqual(1, of("--target", "neoverse-v1"))
+        time.sleep(1.1)
+        self.refused("cache", "export", "none.bundle", "--max-age", "0s", says=["no kernel to export that --op, --target and --max-age let through", "nothing was written"], expect=FAILED)
+        self.assertFalse((self.dir / "none.bundle").exists())
+        for arguments, says in (
+            (["--max-age", "7"], "--max-age 7: allowed is a number"),
+            (["--max-age", "9999999999d"], "--max-age"),
+            (["--op", "int9_mm"], ["--op int9_mm", "int8_mm"]),
+            (["--target", "vax"], "target 'vax'"),
+        ):
+            self.refused("cache", "export", "none.bundle", *arguments, says=says)
+
+    def test_exporting_is_no_use_and_leaves_bad_rows_out(self):
+        before = self.json("cache", "list")
+        self.kiln("cache", "export", "a.bundle")
+        self.assertEqual(before, self.json("cache", "list"))
+        Cache.damage(self, before["kernels"][0]["key"])
+        done = self.kiln("cache", "export", "a.bundle", "--json", expect=INTEGRITY)
+        self.assertEqual((3, 1), tuple(json.loads(done.stdout)[name] for name in ("kernels", "refused")))
+        self.assertIn("1 kernel failed authentication and left out", done.stderr)
+        self.assertEqual(4, self.json("cache", "stats")["rows"])
+
+    def test_who_is_trusted(self):
+        self.kiln("cache", "export", "signed", "--key", "secret")
+        self.kiln("cache", "export", "unsigned")
+        self.kiln("cache", "keygen", "other")
+        self.write("others", self.kiln("cache", "keygen", "other", "--public").stdout)
+        own = self.dir / "data" / "kiln" / "trusted.keys"
+        self.refused("cache", "import", "unsigned", env=self.there, says=["unsigned is unsigned", "--allow-unsigned"], expect=INTEGRITY)
+        self.refused("cache", "import", "signed", env=self.there, says=[self.id, "none of the 0 trusted here", f"{own}, which does not exist"], expect=INTEGRITY)
+        self.refused("cache", "import", "signed", "--trusted", "others", env=self.there, says=["none of the 1 trusted here (others)"], expect=INTEGRITY)
+        self.assertFalse((self.dir / "there").exists())
+        own.write_text(self.public)
+        self.assertTrue(self.json("cache", "import", "signed", "--dry-run", env=self.there)["trusted"])
+        self.refused("cache", "import", "signed", "--trusted", "others", env=self.there, says="none of the 1 trusted", expect=INTEGRITY)
+        own.chmod(0o622)
+        self.refused("cache", "import", "signed", env=self.there, says=["trusted.keys is not trusted", "0622"], expect=FAILED)
+        own.unlink()
+        fleet = {**self.there, "KILN_TRUSTED_KEYS": str(self.write("fleet", self.public))}
+        self.assertEqual(4, self.json("cache", "import", "signed", env=fleet)["added"])
+        (self.dir / "keys").mkdir()
+        shutil.copy(self.dir / "fleet", self.dir / "keys" / "fleet.pub")
+        shutil.copy(self.dir / "others", self.dir / "keys" / "others.pub")
+        self.assertTrue(self.json("cache", "import", "signed", "--trusted", "keys", "--dry-run", env=self.there)["trusted"])
+        self.assertTrue(self.json("cache", "import", "signed", "--trusted", "others", "--trusted", "fleet", "--dry-run", env=self.there)["trusted"])
+        for name, signer in (("signed", self.id), ("unsigned", None)):
+            report = self.json("cache", "import", name, "--allow-unsigned", "--dry-run", env=self.there)
+            self.assertEqual((signer, False), (report["signed_by"], report["trusted"]))
+
+    def sealed(self, bundle):
+        """The digest of an unsigned bundle, made right again."""
+        end = self.HEADER + self.INDEX_ENTRY * struct.unpack_from("<I", bundle, 14)[0]
+        return bundle[:end] + hashlib.blake2b(bundle[:end], digest_size=self.DIGEST).digest() + bundle[end + self.DIGEST:]
+
+    def test_a_bad_bundle_changes_nothing(self):
+        self.kiln("cache", "export", "good")
+        good = (self.dir / "good").read_bytes()
+        self.assertEqual(good, self.sealed(good))
+        entry = lambda i: slice(self.HEADER + i * self.INDEX_ENTRY, self.HEADER + (i + 1) * self.INDEX_ENTRY)
+        sizes = [struct.unpack_from("<I", good, entry(i).start + 64)[0] for i in range(4)]
+        start = self.HEADER + 4 * self.INDEX_ENTRY + self.DIGEST
+        stored = [good[start + sum(sizes[:i]):start + sum(sizes[:i + 1])] for i in range(4)]
+        # The last two kernels under each other's key.
+        index = [good[entry(i)] for i in range(4)]
+        index[2], index[3] = index[2][:32] + index[3][32:], index[3][:32] + index[2][32:]
+        swapped = self.sealed(good[:self.HEADER] + b"".join(index) + bytes(self.DIGEST) + stored[0] + stored[1] + stored[3] + stored[2])
+        forged_key = self.sealed(good[:entry(3).start] + b"\xff" * 32 + good[entry(3).start + 32:])
+        cases = {
+            b"": "fewer than a header",
+            good[:-1]: "cut short or something follows",
+            good[:60]: "cut short",
+            good + b"x": "something follows its end",
+            good[:8] + b"\x02" + good[9:]: "format version 2",
+            good[:-20] + bytes([good[-20] ^ 1]) + good[-19:]: "its digest is wrong",
+            swapped: "its key is not the digest of what it says",
+            forged_key: "its key is not the digest of what it says",
+        }
+        for content, says in cases.items():
+            with self.subTest(says=says):
+                self.write("bad", content)
+                self.refused("cache", "import", "bad", "--allow-unsigned", env=self.there, says=["bad", says], expect=FAILED if "version" in says else INTEGRITY)
+                self.assertFalse((self.dir / "there").exists())
+        self.assertEqual(4, self.json("cache", "import", "good", "--allow-unsigned", env=self.there)["added"])
+
+    def test_not_files(self):
+        os.mkfifo(self.dir / "fifo")
+        for name, says in (("none", "No such file"), (".", "not a regular file"), ("/dev/null", "not a regular file"), ("fifo", "not a regular file")):
+            self.refused("cache", "import", name, says=says, expect=FAILED)
+        for name, says in ((".", "not a regular file"), ("/dev/null", "not a regular file"), ("none/a.bundle", "No such file")):
+            self.refused("cache", "export", name, says=says, expect=FAILED)
+        self.refused("cache", "import", "none", env={"KILN_CACHE": "ro"}, says="KILN_CACHE is not rw", expect=FAILED)
+        self.refused("cache", "import", "none", env={"KILN_CACHE": "off"}, says="it is off", expect=FAILED)
+
+    def test_a_busy_cache_is_waited_for(self):
+        self.kiln("cache", "export", "a.bundle")
+        self.kiln("warmup", *SHAPE, env=self.there)
+        with contextlib.closing(sqlite3.connect(self.dir / "there" / "kernels.db", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            waiting = subprocess.Popen([*KILN, "cache", "import", "a.bundle", "--allow-unsigned", "--json"], env={**self.env, **self.there}, cwd=self.dir, stdout=subprocess.PIPE, text=True)
+            time.sleep(0.3)
+            other.execute("ROLLBACK")
+        self.assertEqual(4, json.loads(waiting.communicate(timeout=60)[0])["added"])
+
+    def test_keys(self):
+        self.assertRegex(self.public, r"^ed25519 [0-9a-f]{16} [A-Za-z0-9+/]{43}=\n$")
+        secret = (self.dir / "secret").read_text()
+        self.assertEqual(0o600, stat.S_IMODE((self.dir / "secret").stat().st_mode))
+        self.refused("cache", "keygen", "secret", says="never overwritten", expect=FAILED)
+        self.assertEqual(secret, (self.dir / "secret").read_text())
+        self.assertEqual({"path": "secret", "id": self.id, "public_key": self.public.strip()}, self.json("cache", "keygen", "secret", "--public"))
+        self.assertNotEqual(self.public, self.kiln("cache", "keygen", "another").stdout)
+        self.write("public", self.public).chmod(0o600)
+        self.refused("cache", "export", "x", "--key", "public", says="no secret key", expect=INTEGRITY)
+        self.refused("cache", "import", "x", "--trusted", "secret", says="a secret key stands where a public one is needed")
+        (self.dir / "secret").chmod(0o644)
+        self.refused("cache", "export", "x", "--key", "secret", says=["secret is not trusted", "0644", "0600"], expect=FAILED)
+        self.assertFalse((self.dir / "x").exists())
+
+
+class SystemCache(CommandTest):
+    """A bundle under the user's cache, as an image or an administrator provides it."""
+
+    def setUp(self):
+        super().setUp()
+        self.bundle = self.dir / "system" / "kernels.bundle"
+        self.bundle.parent.mkdir()
+        key = self.json("run", *SHAPE)["key"]
+        self.public = self.kiln("cache", "keygen", "secret").stdout
+        self.id = self.public.split()[1]
+        self.kiln("cache", "export", self.bundle, "--key", "secret")
+        shutil.rmtree(self.dir / "cache")
+        self.env.update(KILN_CACHE_SYSTEM_DIR=str(self.bundle.parent), KILN_TRUSTED_KEYS=str(self.write("trusted", self.public)))
+        self.key = key
+
+    def test_serves_without_a_cache_of_ones_own(self):
+        strict = {"KILN_MISS": "error"}
+        report = self.json("run", *SHAPE, "--check", env=strict)
+        self.assertEqual(("disk", self.key, True), (report["source"], report["key"], report["check"]["ok"]))
+        self.assertEqual("system", self.json("explain", *SHAPE)["tier"])
+        self.assertEqual(1, self.json("warmup", *SHAPE)["hit"])
+        self.assertIn("ret", self.json("disasm", *SHAPE, env=strict)["listing"])
+        self.assertFalse((self.dir / "cache").exists())
+        homeless = {"HOME": "", "XDG_DATA_HOME": "", "KILN_CACHE_DIR": "", **strict}
+        self.assertEqual("disk", self.json("run", *SHAPE, env=homeless)["source"])
+        for off in ({"KILN_CACHE": "off"}, {"KILN_DISABLE": "disk"}):
+            self.assertEqual("compiled", self.json("run", *SHAPE, env=off)["source"])
+
+    def test_the_users_own_comes_first(self):
+        self.json("run", *SHAPE, env={"KILN_CACHE_SYSTEM_DIR": ""})
+        self.assertEqual("disk", self.json("explain", *SHAPE)["tier"])
+        Cache.damage(self, self.key)  # a bad row is no reason to compile
+        done = self.kiln("run", *SHAPE, "--json", env={"KILN_MISS": "error"})
+        self.assertIn("fails authentication", done.stderr)
+        self.assertEqual("disk", json.loads(done.stdout)["source"])
+        self.assertEqual("system", self.json("explain", *SHAPE)["tier"])
+
+    def test_is_shown(self):
+        system = {"path": str(self.bundle), "rows": 1, "file_bytes": self.bundle.stat().st_size, "signed_by": self.id, "error": ""}
+        self.assertEqual(system, self.json("cache", "stats")["system"])
+        self.assertIn(f"{self.bundle}: 1 kernel", self.kiln("cache", "stats").stdout)
+        self.assertIsNone(self.json("cache", "stats", env={"KILN_CACHE_SYSTEM_DIR": ""})["system"])
+        self.assertEqual(str(self.bundle), self.json("info")["cache"]["system_path"])
+        self.assertIn(f"under it  {self.bundle}", self.kiln("info").stdout)
+        self.assertRegex(self.kiln("doctor").stdout, r"(?m)^ok +system cache .*1 kernel, all authentic, signed by " + self.id)
+
+    def test_untrusted_is_a_miss_said_once(self):
+        env = {"KILN_TRUSTED_KEYS": str(self.write("nobody", "# nobody\n"))}
+        done = self.kiln("run", *SHAPE, "--check", "--json", env=env)
+        self.assertEqual("compiled", json.loads(done.stdout)["source"])
+        self.assertEqual(1, done.stderr.count("\n"), done.stderr)
+        self.assertIn(f"is signed by key {self.id}, which is not in the list of trusted keys", done.stderr)
+        self.assertIn("not in the list", self.json("cache", "stats", env=env)["system"]["error"])
+        self.assertRegex(self.kiln("doctor", env=env, expect=FAILED).stdout, r"(?m)^fail +system cache .*not in the list")
+        content = bytearray(self.bundle.read_bytes())
+        content[-9] ^= 1
+        self.bundle.write_bytes(content)
+        self.assertRegex(self.kiln("doctor", expect=FAILED).stdout, r"(?m)^fail +system cache +1 of 1 kernel")
+        self.bundle.unlink()
+        self.assertRegex(self.kiln("doctor").stdout, r"(?m)^warn +system cache .*No such file")
+
+
 class Explain(CommandTest):
     def test_miss_then_hit(self):
         miss = self.json("explain", *SHAPE)
@@ -521,6 +778,18 @@ class Explain(CommandTest):
         near = self.json("explain", "int8_mm", "m=5", "n=34", "k=70")
         self.assertTrue(near["nearest"].endswith("differs in n"), near["nearest"])
         self.assertIn("differs in n", self.kiln("explain", "int8_mm", "m=5", "n=34", "k=70").stdout)
+
+    def test_why_a_miss(self):
+        self.kiln("warmup", *SHAPE, env={"KILN_FORCE": "portable"})
+        self.assertEqual("", self.json("explain", *SHAPE, env={"KILN_FORCE": "portable"})["why"])
+        self.assertEqual("", self.json("explain", "int8_mm", "m=5", "n=34", "k=70")["why"])  # another desc was never expected
+        key = self.json("cache", "list")["kernels"][0]["key"]
+        why = self.json("explain", *SHAPE, "--target", "x86-64-v3", env={"KILN_DISABLE": "llvm"})["why"]
+        self.assertIn(f"kernel {key[:16]} of the same desc is stored: generator ", why)
+        self.assertIn("isa portable there, avx2 here", why)
+        why = self.json("explain", *SHAPE, "--target", "neoverse-v1", env={"KILN_FORCE": "portable"})["why"]
+        self.assertIn("there, aarch64 here" if os.uname().machine == "x86_64" else "features", why)
+        self.assertIn(why, self.kiln("explain", *SHAPE, "--target", "neoverse-v1", env={"KILN_FORCE": "portable"}).stdout)
 
     def test_candidates(self):
         report = self.json("explain", *SHAPE, "--target", "x86-64-v3", env={"KILN_DISABLE": "x86"})

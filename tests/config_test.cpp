@@ -62,6 +62,7 @@ TEST_CASE("every variable of the design has a row that tells value and origin") 
                                                                   {"KILN_CACHE_DIR", "/c"},
                                                                   {"KILN_CACHE_MAX_MB", "64"},
                                                                   {"KILN_CACHE_SYSTEM_DIR", "/s"},
+                                                                  {"KILN_TRUSTED_KEYS", "/t"},
                                                                   {"KILN_REMOTE", "redis://h:1/2"},
                                                                   {"KILN_MISS", "error"},
                                                                   {"KILN_THREADS", "3"},
@@ -199,10 +200,29 @@ TEST_CASE("errors name the variable, the value and what is allowed") {
 }
 
 TEST_CASE("variables of later versions are shown and warned about") {
-  const auto config = config_of({{"KILN_REMOTE", "redis://h:6379/0"}, {"KILN_CACHE_SYSTEM_DIR", "/usr/share/kiln"}});
+  const auto config = config_of({{"KILN_REMOTE", "redis://h:6379/0"}});
   REQUIRE(config.is_ok());
   CHECK(config->remote == "redis://h:6379/0");
-  CHECK(config->cache_system_dir == "/usr/share/kiln");
-  CHECK(config->warnings.size() == 2);
-  CHECK(contains(config->warnings[0] + config->warnings[1], "KILN_REMOTE"));
+  CHECK(config->warnings.size() == 1);
+  CHECK(contains(config->warnings[0], "KILN_REMOTE"));
+}
+
+TEST_CASE("the system cache and its keys") {
+  const auto of = [](std::map<std::string, std::string> variables) {
+    variables["KILN_CACHE_SYSTEM_DIR"] = "/usr/share/kiln";
+    const auto config = config_of(std::move(variables));
+    REQUIRE(config.is_ok());
+    CHECK(config->cache_system_dir == "/usr/share/kiln");
+    return *config;
+  };
+  CHECK(of({{"HOME", "/h"}}).serves_system_cache());
+  CHECK(of({{"HOME", "/h"}}).trusted_keys == "/h/.local/share/kiln/trusted.keys");
+  CHECK(of({{"HOME", "/h"}, {"XDG_DATA_HOME", "/x"}}).trusted_keys == "/x/kiln/trusted.keys");
+  CHECK(of({{"HOME", "/h"}, {"KILN_TRUSTED_KEYS", "/etc/kiln/keys"}}).trusted_keys == "/etc/kiln/keys");
+  CHECK(!of({{"HOME", "/h"}, {"KILN_CACHE", "off"}}).serves_system_cache());
+  CHECK(!of({{"HOME", "/h"}, {"KILN_DISABLE", "disk"}}).serves_system_cache());
+  const Config homeless = of({{"HOME", ""}});
+  CHECK(homeless.cache == CacheMode::off);
+  CHECK(homeless.serves_system_cache());
+  CHECK(homeless.trusted_keys.empty());
 }

@@ -6,7 +6,10 @@
 #include <thread>
 #include <vector>
 
+#include "cache/bundle.h"
+#include "cache/file.h"
 #include "jit/engine.h"
+#include "jit/kernel_key.h"
 #include "jit/ops/int8_mm_driver.h"
 #include "tests/child_process.h"
 #include "tests/emulator.h"
@@ -207,6 +210,19 @@ TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback does not wait for the compile in 
   REQUIRE(e->wait_prefetched(std::chrono::seconds(10)));
   CHECK(source_of(*e, desc()) == Source::compiled);
   CHECK(compiles == 1);
+}
+
+TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback: a compile that fails in the background is not tried at each call") {
+  config.miss = MissPolicy::fallback;
+  const auto e = engine();
+  compile_fails = true;
+  for (int i = 0; i < 5; ++i) {
+    CHECK(source_of(*e, desc()) == Source::builtin);
+    REQUIRE(e->wait_prefetched(std::chrono::seconds(10)));
+  }
+  CHECK(compiles == 1);
+  CHECK(logged.size() == 1);
+  CHECK(e->stats().fallbacks == 2); // the second is resident
 }
 
 TEST_CASE_FIXTURE(Fixture, "KILN_MISS=fallback compiles at once where the toggles leave no fallback") {
@@ -525,4 +541,91 @@ TEST_CASE("the classes of m cover every m once, in at most eight kernels") {
     CHECK((range.min <= m && m <= range.max));
   }
   CHECK(std::size(int8_mm::kMClasses) <= 8);
+}
+
+TEST_CASE("a row from elsewhere is what it says, or is refused") {
+  Fixture f;
+  const std::unique_ptr<Engine> e = f.engine();
+  REQUIRE(e->warmup(desc(), nullptr));
+  const auto rows = e->store()->list();
+  REQUIRE((rows && rows->size() == 1));
+  const std::optional<StoreRow> stored = e->store()->get(rows->front().row.key);
+  REQUIRE(stored);
+  const StoreRow good = *stored;
+  CHECK(check_row(good));
+
+  const auto refused = [&](const char* what, void (*change)(StoreRow&), Code code = Code::integrity) {
+    INFO(what);
+    StoreRow bad = good;
+    change(bad);
+    CHECK(check_row(bad).code() == code);
+  };
+  refused("another key", [](StoreRow& r) { r.key.bytes[31] ^= 1; });
+  refused("another generator", [](StoreRow& r) { r.generator = "generator-2"; });
+  refused("another path", [](StoreRow& r) { r.isa = "avx2"; });
+  refused("another desc", [](StoreRow& r) { r.desc = desc(1, 128).text(); });
+  refused("a desc that is not canonical", [](StoreRow& r) { r.desc = desc(100).text(); });
+  refused("no desc", [](StoreRow& r) { r.desc = "int8_mm"; });
+  refused(
+      "an op of a later version", [](StoreRow& r) { r.op = "int9_mm"; }, Code::unsupported);
+  refused("another target", [](StoreRow& r) { r.target = "x86_64:avx512f"; });
+  refused("no code", [](StoreRow& r) { r.code.clear(); });
+  refused("code that needs more", [](StoreRow& r) {
+    CodeObject code = *CodeObject::parse(r.code);
+    code.features.add(code.arch == Arch::aarch64 ? Feature::dotprod : Feature::avx2);
+    r.target = code.needs().text();
+    r.code = code.serialise();
+  });
+  refused("code for packs of another layout", [](StoreRow& r) {
+    CodeObject code = *CodeObject::parse(r.code);
+    code.plan = plan_for("n8k4");
+    r.code = code.serialise();
+  });
+  refused("a launch plan that is none", [](StoreRow& r) {
+    CodeObject code = *CodeObject::parse(r.code);
+    code.plan.clear();
+    r.code = code.serialise();
+  });
+}
+
+TEST_CASE("the system cache serves what the user's does not, and counts apart") {
+  Fixture f;
+  std::filesystem::create_directories(f.directory / "system");
+  f.directory = std::filesystem::canonical(f.directory);
+  f.config.cache_dir = f.directory / "cache";
+  f.config.key_dir = f.directory / "keys";
+  const Result<SecretKey> key = SecretKey::generate();
+  REQUIRE(key);
+  std::vector<StoreRow> rows;
+  {
+    const std::unique_ptr<Engine> e = f.engine();
+    REQUIRE(e->warmup(desc(), nullptr));
+    const auto listed = e->store()->list();
+    REQUIRE((listed && listed->size() == 1));
+    rows.push_back(*e->store()->get(listed->front().row.key));
+    REQUIRE(e->store()->clear(false));
+  }
+  const Result<Bytes> bundle = make_bundle(rows, &*key);
+  REQUIRE(bundle);
+  REQUIRE(write_file_atomically(f.directory / "system/kernels.bundle", {*bundle}, 0644));
+  const std::string line = key->public_key().line();
+  REQUIRE(write_file_atomically(f.directory / "trusted.keys",
+                                {{reinterpret_cast<const std::uint8_t*>(line.data()), line.size()}}));
+  f.config.cache_system_dir = f.directory / "system";
+  f.config.trusted_keys = f.directory / "trusted.keys";
+  f.config.miss = MissPolicy::error;
+
+  compiles = 0;
+  const std::unique_ptr<Engine> e = f.engine();
+  CHECK(e->explain(desc(), nullptr).tier == "system");
+  CHECK(source_of(*e, desc()) == Source::disk);
+  CHECK(e->get(desc()));
+  CHECK(e->explain(desc(), nullptr).tier == "memory");
+  CHECK(*e->warmup(desc(), nullptr) == Engine::Warmed::hit);
+  CHECK(!e->get(desc(1, 128)));
+  const EngineStats stats = e->stats();
+  CHECK((stats.disk_hits == 1 && stats.system_hits == 1 && stats.system_refused == 0 && stats.memory_hits >= 1));
+  CHECK(compiles == 0);
+  CHECK(stats.store.rows == 0); // nothing was copied
+  CHECK(f.logged.empty());
 }

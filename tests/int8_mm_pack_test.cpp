@@ -68,3 +68,46 @@ TEST_CASE("sums of long columns of the lowest value do not saturate") {
     CHECK(sums[0] == -128 * k);
   }
 }
+
+TEST_CASE("a layout has one name") {
+  for (const char* id : {"n1k1", "n16k4", "n256k64"})
+    CHECK(PackLayout::parse(id)->id() == id);
+  for (const char* id :
+       {"", "n", "n16", "n16k", "n016k4", "n16k04", "n0k4", "n16k0", "n257k4", "n16k65", "n-1k4", "n16k4 ", "N16k4"}) {
+    CAPTURE(id);
+    const auto layout = PackLayout::parse(id);
+    REQUIRE(!layout.is_ok());
+    CHECK(layout.status().code() == Code::invalid_argument);
+    CHECK(layout.status().message().find(id) != std::string::npos);
+  }
+}
+
+TEST_CASE("a launch plan has each value once, in its range") {
+  using Values = std::vector<std::pair<std::string, std::int64_t>>;
+  const Values good = Plan{.m_step = 6, .n_step = 32, .workspace_fixed = 64, .workspace_per_row = 4096}.values();
+  REQUIRE(Plan::from(good).is_ok());
+  CHECK(Plan::from(good)->values() == good);
+  const auto refused = [](const Values& values) {
+    const auto plan = Plan::from(values);
+    return !plan.is_ok() && plan.status().code() == Code::integrity;
+  };
+  for (std::size_t i = 0; i < good.size(); ++i) {
+    CAPTURE(good[i].first);
+    Values missing = good, repeated = good, in_place_of_another = good, negative = good, huge = good;
+    missing.erase(missing.begin() + static_cast<std::ptrdiff_t>(i));
+    repeated.push_back(good[i]);
+    in_place_of_another[(i + 1) % good.size()] = good[i];
+    negative[i].second = -1;
+    huge[i].second = std::int64_t{1} << 62;
+    for (const Values& values : {missing, repeated, in_place_of_another, negative, huge})
+      CHECK(refused(values));
+  }
+  // The largest that is taken: the workspace of the largest m, rounded up by the largest m_step, still has a size.
+  Plan largest{.m_step = 1 << 16,
+               .workspace_fixed = std::int64_t{1} << 40,
+               .workspace_per_row = (std::int64_t{1} << 32) - (1 << 20)};
+  CHECK(Plan::from(largest.values()).is_ok());
+  CHECK(largest.workspace_bytes((std::int64_t{1} << 31) + largest.m_step) > 0);
+  ++largest.workspace_per_row;
+  CHECK(refused(largest.values()));
+}

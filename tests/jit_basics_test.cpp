@@ -230,6 +230,18 @@ TEST_CASE("every prefix of a code object, and any byte after it, is refused") {
   CHECK(!CodeObject::parse(bytes).is_ok());
 }
 
+TEST_CASE("a code object has one form: features in another order are refused") {
+  Bytes bytes = sample().serialise();
+  const std::string_view names = "avx2,avx512vnni", other = "avx512vnni,avx2";
+  const auto at = std::search(bytes.begin(), bytes.end(), names.begin(), names.end());
+  REQUIRE(at != bytes.end());
+  std::copy(other.begin(), other.end(), at);
+  const auto parsed = CodeObject::parse(bytes);
+  REQUIRE(!parsed.is_ok());
+  CHECK(parsed.status().code() == Code::integrity);
+  CHECK(mentions(parsed.status(), "not in their order"));
+}
+
 TEST_CASE("damaged code objects never parse into what could not be written") {
   const Bytes original = sample().serialise();
   const unsigned seed = std::random_device{}();

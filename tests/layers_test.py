@@ -15,6 +15,7 @@ LIBRARIES = {
     r"sqlite3\.h": ["cache/"],
     r"sodium\.h|sodium/.*": ["cache/"],
     r"spdlog/.*": ["cache/"],
+    r"zstd\.h": ["cache/"],
     r"pthreadpool\.h": ["jit/"],
     r"CLI/.*": ["api/cli/"],
 }

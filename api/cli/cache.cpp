@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include "api/cli/cache.h"
 #include "api/cli/command.h"
 #include "api/cli/output.h"
 #include "api/session.h"
@@ -37,6 +38,25 @@ Result<Exit> path(Engine& engine, const Options& options) {
   return Exit::ok;
 }
 
+/// What lies under the user's cache; null without KILN_CACHE_SYSTEM_DIR.
+Json system_json(Engine& engine) {
+  if (engine.system_cache() == nullptr)
+    return {};
+  const Result<SystemCache::Contents> contents = engine.system_cache()->contents(false);
+  return {{"path", engine.system_cache()->path()},
+          {"rows", contents ? contents->kernels : 0},
+          {"file_bytes", contents ? contents->file_bytes : 0},
+          {"signed_by", contents ? Json(contents->signer) : Json()},
+          {"error", contents ? "" : contents.status().message()}};
+}
+
+std::string system_text(SystemCache& system) {
+  const Result<SystemCache::Contents> contents = system.contents(false);
+  return contents ? fmt::format("{}: {}, {}, signed by {}", system.path(), count_text(contents->kernels, "kernel"),
+                                bytes_text(contents->file_bytes), contents->signer)
+                  : "not used: " + contents.status().message();
+}
+
 Result<Exit> stats(Engine& engine, const Options& options) {
   const Result<StoreStats> stats = engine.store()->stats();
   if (!stats)
@@ -54,7 +74,8 @@ Result<Exit> stats(Engine& engine, const Options& options) {
                 {"bytes", stats->bytes},
                 {"file_bytes", stats->file_bytes},
                 {"max_bytes", max_bytes},
-                {"hits", hits}});
+                {"hits", hits},
+                {"system", system_json(engine)}});
     return Exit::ok;
   }
   Columns columns;
@@ -63,6 +84,8 @@ Result<Exit> stats(Engine& engine, const Options& options) {
   columns.row({"size", fmt::format("{} of at most {}; the file has {}", bytes_text(stats->bytes), bytes_text(max_bytes),
                                    bytes_text(stats->file_bytes))});
   columns.row({"hits", std::to_string(hits)});
+  if (engine.system_cache() != nullptr)
+    columns.row({"under it", system_text(*engine.system_cache())});
   columns.print();
   return Exit::ok;
 }
@@ -294,7 +317,9 @@ constexpr Action kActions[] = {
     {"clear", "Remove every kernel", clear, true},
 };
 
-Result<Exit> cache(const Action& action, const Options& options) {
+} // namespace
+
+Result<Exit> with_cache(const std::function<Result<Exit>(Engine& engine)>& act) {
   CollectedLog log; // an error of the store would be said twice
   const Result<std::unique_ptr<Engine>> engine = make_engine({.log_sink = CollectedLog::sink, .log_context = &log});
   if (!engine)
@@ -304,13 +329,11 @@ Result<Exit> cache(const Action& action, const Options& options) {
                          fmt::format("there is no cache to look at{}",
                                      log.lines.empty() ? ": it is off (see KILN_CACHE and KILN_DISABLE in `kiln info`)"
                                                        : "; " + log.lines.back()));
-  Result<Exit> exit = action.run(**engine, options);
+  Result<Exit> exit = act(**engine);
   for (const std::string& line : exit ? log.lines : std::vector<std::string>())
     report_error(line);
   return exit;
 }
-
-} // namespace
 
 Command cache_command(CLI::App& kiln) {
   const auto options = std::make_shared<Options>();
@@ -326,11 +349,15 @@ Command cache_command(CLI::App& kiln) {
       sub->add_flag("--dry-run", options->dry_run, "Remove nothing");
     sub->add_flag("--json", options->json, "Print one JSON object");
   }
-  return {app, [app, options]() -> Result<Exit> {
+  const auto bundle = std::make_shared<std::vector<Command>>(bundle_commands(*app));
+  return {app, [app, options, bundle]() -> Result<Exit> {
+            for (const Command& command : *bundle)
+              if (command.app->parsed())
+                return command.run();
             const std::string name = app->get_subcommands().front()->get_name();
-            return cache(*std::find_if(std::begin(kActions), std::end(kActions),
-                                       [&](const Action& action) { return action.name == name; }),
-                         *options);
+            const Action& action = *std::find_if(std::begin(kActions), std::end(kActions),
+                                                 [&](const Action& one) { return one.name == name; });
+            return with_cache([&](Engine& engine) { return action.run(engine, *options); });
           }};
 }
 

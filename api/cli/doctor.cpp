@@ -159,6 +159,20 @@ void check_store(Report& report, Engine& engine, const KernelDesc& desc) {
     report.add(State::ok, "stored kernels", fmt::format("{}, all authentic", verified->ok));
 }
 
+void check_system_cache(Report& report, const SystemCache& system) {
+  const Result<SystemCache::Contents> contents = system.contents(true);
+  if (!contents)
+    return report.add(contents.status().code() == Code::not_found ? State::warn : State::fail, "system cache",
+                      contents.status().message());
+  if (contents->bad > 0)
+    return report.add(State::fail, "system cache",
+                      fmt::format("{} of {} in {} fail authentication", contents->bad,
+                                  count_text(contents->kernels, "kernel"), system.path()));
+  report.add(State::ok, "system cache",
+             fmt::format("{}: {}, all authentic, signed by {}", system.path(), count_text(contents->kernels, "kernel"),
+                         contents->signer));
+}
+
 /// Loads generated code into executable memory and runs it.
 void check_execution(Report& report, Engine& engine, const KernelDesc& desc) {
   const std::string name = "run " + std::string(find_op(desc.op)->name);
@@ -204,6 +218,8 @@ Result<Exit> doctor(bool json) {
     check_directories(report, engine.config());
     check_file_system(report, engine.config());
   }
+  if (engine.system_cache() != nullptr)
+    check_system_cache(report, *engine.system_cache());
   for (const OpSpec& op : op_table()) {
     const Result<KernelDesc> desc = small_desc(op);
     if (!desc)

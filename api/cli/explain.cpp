@@ -40,7 +40,8 @@ Json explanation_json(const KernelDesc& desc, const Explanation& e) {
           {"pack_layout", e.pack_layout},
           {"assumes", e.assumes},
           {"tier", e.tier},
-          {"nearest", e.nearest}};
+          {"nearest", e.nearest},
+          {"why", e.why}};
 }
 
 /// What a get would do.
@@ -64,6 +65,8 @@ void print_explanation(const KernelDesc& desc, const Explanation& e) {
   facts.row({"cache", outcome_text(e)});
   if (!e.nearest.empty())
     facts.row({"nearest", e.nearest});
+  if (!e.why.empty())
+    facts.row({"why", e.why});
   if (has_key(e))
     facts.row({"key", e.key.hex()});
   facts.print();

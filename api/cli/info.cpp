@@ -98,7 +98,9 @@ Json info_json(Engine& engine) {
             {"l1d_bytes", machine.l1d_bytes},
             {"l2_bytes", machine.l2_bytes},
             {"l3_bytes", machine.l3_bytes}}},
-          {"cache", {{"path", engine.store() ? engine.store()->path() : ""}}},
+          {"cache",
+           {{"path", engine.store() ? engine.store()->path() : ""},
+            {"system_path", engine.system_cache() ? engine.system_cache()->path() : ""}}},
           {"ops", ops_json(engine)},
           {"environment", environment},
           {"known_targets", targets}};
@@ -124,6 +126,8 @@ void print_info(Engine& engine) {
                                    bytes_text(machine.l2_bytes), bytes_text(machine.l3_bytes))});
   facts.row({"target", machine.target.text()});
   facts.row({"cache", engine.store() ? engine.store()->path() : "off"});
+  if (engine.system_cache() != nullptr)
+    facts.row({"under it", engine.system_cache()->path()});
   facts.print();
   for (const OpSpec& op : op_table()) {
     print_line(fmt::format("\n{}: fields", op.name));

@@ -16,9 +16,11 @@ namespace {
 using nlohmann::json;
 
 constexpr std::uintmax_t kMaxBytes = 64 << 20;
-/// Deeper parts are reported with the line of what holds them: a hostile file must not make us keep a pointer for each
-/// of its brackets.
-constexpr std::size_t kMaxDepth = 6;
+/// What no manifest or config needs: a hostile file must not make us take memory, or stack where JSON is copied or
+/// printed, far beyond its size.
+constexpr std::size_t kMaxDepth = 64, kMaxValues = 1 << 20;
+/// Parts that are deeper or have longer pointers are reported with the line of what holds them.
+constexpr std::size_t kMaxPointerDepth = 6, kMaxPointerBytes = 128;
 
 /// Walks over text for the parser and counts the lines that it has taken.
 class CountingIterator {
@@ -56,7 +58,12 @@ std::string escaped(std::string_view key) {
   return out;
 }
 
-/// Follows the parser's events and notes the line of every key and element.
+/// Thrown through the parser, which cannot be stopped in another way.
+struct TooMuch {
+  std::string what;
+};
+
+/// Follows the parser's events and notes the line of every key and element near the root. Throws TooMuch.
 class LineRecorder {
 public:
   LineRecorder(const int& line, std::map<std::string, int>& lines, std::string& twice)
@@ -74,7 +81,11 @@ public:
     case Event::object_start:
     case Event::array_start:
       note_element();
-      open_.push_back({.is_array = event == Event::array_start, .pointer = open_.empty() ? "" : open_.back().member});
+      if (open_.size() == kMaxDepth)
+        throw TooMuch{fmt::format("has more than {} lists and objects within one another", kMaxDepth)};
+      open_.push_back({.is_array = event == Event::array_start,
+                       .is_noted = open_.empty() || open_.back().member_is_noted,
+                       .pointer = open_.empty() ? "" : open_.back().member});
       break;
     case Event::object_end:
     case Event::array_end:
@@ -87,17 +98,24 @@ public:
 private:
   struct Open {
     bool is_array;
+    bool is_noted;                ///< its pointer is neither too deep nor too long
+    bool member_is_noted = false; ///< the member's being read
     std::size_t next = 0;
-    std::string pointer; ///< of the container; empty too where it is too deep
-    std::string member;  ///< pointer of the member being read
+    std::string pointer; ///< of the container
+    std::string member;  ///< of the member being read, where noted
   };
   void note_member(const std::string& name) {
-    if (open_.size() > kMaxDepth)
+    if (++values_ > kMaxValues)
+      throw TooMuch{fmt::format("has more than {} values", kMaxValues)};
+    Open& holder = open_.back();
+    holder.member_is_noted = holder.is_noted && open_.size() <= kMaxPointerDepth &&
+                             holder.pointer.size() + 1 + name.size() <= kMaxPointerBytes;
+    if (!holder.member_is_noted)
       return;
-    open_.back().member = open_.back().pointer + "/" + name;
-    const auto [place, is_new] = lines_.emplace(open_.back().member, line_);
+    holder.member = holder.pointer + "/" + name;
+    const auto [place, is_new] = lines_.emplace(holder.member, line_);
     if (!is_new && twice_.empty()) {
-      twice_ = open_.back().member;
+      twice_ = holder.member;
       place->second = line_;
     }
   }
@@ -110,6 +128,7 @@ private:
   std::map<std::string, int>& lines_;
   std::string& twice_; ///< the first member that an object has twice
   std::vector<Open> open_;
+  std::size_t values_ = 0;
 };
 
 /// nlohmann's texts are `[json.exception.parse_error.101] parse error at line 3, column 5: what` and
@@ -153,6 +172,8 @@ Result<JsonFile> JsonFile::read(const std::string& path) {
     const std::size_t taken = std::min(parse_error.byte > 0 ? parse_error.byte - 1 : 0, text.size());
     const auto at = 1 + std::count(text.begin(), text.begin() + static_cast<std::ptrdiff_t>(taken), '\n');
     return Status::error(Code::invalid_argument, fmt::format("{}:{}: not JSON: {}", path, at, what_of(parse_error)));
+  } catch (const TooMuch& too_much) {
+    return Status::error(Code::invalid_argument, fmt::format("{}:{}: {}", path, line, too_much.what));
   } catch (const json::exception& other) { // a number that no type holds
     return Status::error(Code::invalid_argument, fmt::format("{}:{}: {}", path, line, what_of(other)));
   }

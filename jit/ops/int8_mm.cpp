@@ -167,7 +167,7 @@ Result<PackLayout> PackLayout::parse(std::string_view id) {
     if (n.ec == std::errc() && n.ptr < end && *n.ptr == 'k') {
       const auto k = std::from_chars(n.ptr + 1, end, layout.k_block);
       if (k.ec == std::errc() && k.ptr == end && layout.n_block >= 1 && layout.n_block <= 256 && layout.k_block >= 1 &&
-          layout.k_block <= 64)
+          layout.k_block <= 64 && layout.id() == id) // no leading zeros: a layout has one name
         return layout;
     }
   }
@@ -193,26 +193,30 @@ std::vector<std::pair<std::string, std::int64_t>> Plan::values() const {
 }
 
 Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> values) {
+  // Then workspace_bytes of any m, rounded up by any m_step, stays within an int64.
+  constexpr std::int64_t kMaxWorkspaceFixed = std::int64_t{1} << 40,
+                         kMaxWorkspacePerRow = (std::int64_t{1} << 32) - (1 << 20);
   Plan plan;
-  int found = 0;
-  bool in_range = true;
+  bool fine = true;
   const auto take = [&](const char* name, auto& field, std::int64_t max) {
+    int found = 0;
     for (const auto& [key, value] : values)
       if (key == name) {
         ++found;
-        in_range = in_range && value >= 0 && value <= max;
+        fine = fine && value >= 0 && value <= max;
         field = static_cast<std::remove_reference_t<decltype(field)>>(value);
       }
+    fine = fine && found == 1;
   };
   take("n_block", plan.layout.n_block, 256);
   take("k_block", plan.layout.k_block, 64);
   take("m_step", plan.m_step, 1 << 16);
   take("n_step", plan.n_step, 1 << 16);
-  take("workspace_fixed", plan.workspace_fixed, std::int64_t{1} << 40);
-  take("workspace_per_row", plan.workspace_per_row, std::int64_t{1} << 33);
-  if (found != 6 || !in_range || plan.layout.n_block < 1 || plan.layout.k_block < 1 || plan.m_step < 1 ||
-      plan.n_step < 1 || plan.n_step % plan.layout.n_block != 0)
-    return Status::error(Code::integrity, "int8_mm: a launch plan with missing or impossible values");
+  take("workspace_fixed", plan.workspace_fixed, kMaxWorkspaceFixed);
+  take("workspace_per_row", plan.workspace_per_row, kMaxWorkspacePerRow);
+  if (!fine || plan.layout.n_block < 1 || plan.layout.k_block < 1 || plan.m_step < 1 || plan.n_step < 1 ||
+      plan.n_step % plan.layout.n_block != 0)
+    return Status::error(Code::integrity, "int8_mm: a launch plan with missing, repeated or impossible values");
   return plan;
 }
 
