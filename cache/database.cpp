@@ -1,14 +1,14 @@
 #include "cache/database.h"
 
 #include <sqlite3.h>
+#include <sys/stat.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstring>
 #include <fmt/format.h>
 #include <thread>
-
-#include "cache/file.h"
 
 namespace kiln {
 namespace {
@@ -81,11 +81,11 @@ std::int64_t steady_ns() {
 } // namespace
 
 Result<std::string> sqlite_version() {
-  // RETURNING came with 3.35.0 (sqlite.org/lang_returning.html).
-  if (sqlite3_libversion_number() >= 3'035'000 && sqlite3_threadsafe() != 0)
+  // STRICT tables came with 3.37.0 (sqlite.org/stricttables.html).
+  if (sqlite3_libversion_number() >= 3'037'000 && sqlite3_threadsafe() != 0)
     return std::string(sqlite3_libversion());
   return Status::error(Code::unsupported,
-                       fmt::format("SQLite {}{}: needed is 3.35 or newer, built thread-safe", sqlite3_libversion(),
+                       fmt::format("SQLite {}{}: needed is 3.37 or newer, built thread-safe", sqlite3_libversion(),
                                    sqlite3_threadsafe() != 0 ? "" : ", not thread-safe"));
 }
 
@@ -182,19 +182,26 @@ Transaction::~Transaction() {
     (void)database_.run("ROLLBACK");
 }
 
-Database::Database(const std::string& path, sqlite3* handle, int busy_timeout_ms)
-    : path_(path), handle_(handle), busy_timeout_ms_(busy_timeout_ms) {}
+Database::Database(const std::string& path, int busy_timeout_ms)
+    : path_(path), vfs_(std::make_unique<LockVfs>()), busy_timeout_ms_(busy_timeout_ms) {}
 
 Database::~Database() {
+  if (handle_ != nullptr && !vfs_->is_intact()) {
+    static_cast<void>(vfs_.release()); // with the handle: to close it would close files of the host's
+    return;
+  }
   for (const auto& [sql, statement] : prepared_)
     sqlite3_finalize(statement);
   sqlite3_close_v2(handle_);
 }
 
 Result<Bytes> Database::empty_file() {
-  sqlite3* handle = nullptr;
+  struct Handle {
+    sqlite3* handle = nullptr;
+    ~Handle() { sqlite3_close_v2(handle); }
+  } memory;
+  sqlite3*& handle = memory.handle;
   int code = sqlite3_open_v2(":memory:", &handle, SQLITE_OPEN_READWRITE | SQLITE_OPEN_NOMUTEX, nullptr);
-  const Database database("a new cache", handle, 0);
   // auto_vacuum is fixed when the first page is made.
   const std::string script =
       fmt::format("PRAGMA auto_vacuum=INCREMENTAL; PRAGMA application_id={}; PRAGMA user_version={}; {}",
@@ -202,7 +209,7 @@ Result<Bytes> Database::empty_file() {
   if (code == SQLITE_OK)
     code = sqlite3_exec(handle, script.c_str(), nullptr, nullptr, nullptr);
   if (code != SQLITE_OK)
-    return sqlite_error(database.path_, handle, code);
+    return sqlite_error("a new cache", handle, code);
   sqlite3_int64 size = 0;
   unsigned char* image = sqlite3_serialize(handle, "main", &size, 0);
   if (!image)
@@ -212,20 +219,23 @@ Result<Bytes> Database::empty_file() {
   return out;
 }
 
-Result<Database::Header> Database::read_header(const std::string& path) {
-  const Result<Bytes> start = read_file(path, header_bytes);
+Result<Database::Header> Database::read_header(const FileDescriptor& file, const std::string& path) {
+  struct stat info;
+  if (!file || ::fstat(file.get(), &info) != 0 || !S_ISREG(info.st_mode))
+    return Status::error(Code::io, fmt::format("{}: cannot be opened as a file", path));
+  const auto size = static_cast<std::size_t>(std::min<std::uint64_t>(size_of(file), header_bytes));
+  const Result<Bytes> start = read_at(file, path, 0, size);
   return start ? Result<Header>(parse(*start)) : start.status();
 }
 
-Result<std::unique_ptr<Database>> Database::open(const std::string& path, Access access, int busy_timeout_ms,
-                                                 Damage& damage) {
+Result<std::unique_ptr<Database>> Database::open(const std::string& path, const FileIdentity& expected, Access access,
+                                                 int busy_timeout_ms, Damage& damage) {
   damage = Damage::none;
-  sqlite3* handle = nullptr;
   const int flags = (access == Access::write ? SQLITE_OPEN_READWRITE : SQLITE_OPEN_READONLY) | SQLITE_OPEN_NOMUTEX |
                     SQLITE_OPEN_PRIVATECACHE | SQLITE_OPEN_NOFOLLOW | SQLITE_OPEN_EXRESCODE;
-  const int code = sqlite3_open_v2(path.c_str(), &handle, flags, nullptr);
-  std::unique_ptr<Database> database(new Database(path, handle, busy_timeout_ms));
-  Status status = code == SQLITE_OK ? database->configure() : database->failure(code);
+  std::unique_ptr<Database> database(new Database(path, busy_timeout_ms));
+  const int code = database->vfs_->open(path, expected, flags, &database->handle_);
+  Status status = code == SQLITE_OK ? database->configure() : sqlite_error(path, database->handle_, code);
   damage = database->damage_;
   if (!status)
     return status;
@@ -276,6 +286,8 @@ Status Database::check_header() {
 
 /// The error of a call on this connection; remembers that the file is damaged.
 Status Database::failure(int code) {
+  if (!vfs_->is_intact())
+    return Status::error(Code::not_found, fmt::format("{}: its descriptor was closed by someone else", path_));
   Status status = sqlite_error(path_, handle_, code);
   if (status.code() == Code::integrity)
     damage_ = Damage::corrupt;

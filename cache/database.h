@@ -5,6 +5,8 @@
 #include <string_view>
 
 #include "cache/bytes.h"
+#include "cache/file_descriptor.h"
+#include "cache/lock_vfs.h"
 #include "cache/status.h"
 
 struct sqlite3;
@@ -76,19 +78,20 @@ public:
     Damage damage = Damage::none; ///< never `corrupt`
     std::uint32_t schema = 0;     ///< of a Kiln cache
   };
-  /// Opens and closes the file, which drops the locks that SQLite may hold on it in this process: for files that nobody
-  /// here has open. Code::not_found, Code::io.
-  static Result<Header> read_header(const std::string& path);
+  /// `path` is for messages. To close the file drops the locks of this process on it, where SQLite's own serve (see
+  /// lock_vfs.h): for files that nobody here has open. Code::io.
+  static Result<Header> read_header(const FileDescriptor& file, const std::string& path);
 
   /// The content of a cache without rows. A new file begins with all of it, so that no process ever sees half a schema.
   static Result<Bytes> empty_file();
 
-  /// Opens an existing file whose path has no link in it. Code::unsupported when it is a cache of another schema
+  /// Opens an existing file whose path has no link in it, if it is the `expected` one (else Code::io): nobody can put
+  /// another there between the look at it and this. Code::unsupported when it is a cache of another schema
   /// version. Of all calls here: Code::integrity when the file is damaged (`damage` says how), Code::busy when a lock
   /// was not free within `busy_timeout_ms`, Code::not_found when the file was deleted since it was opened,
   /// Code::out_of_memory, Code::io for other trouble. A file that is no cache of this version is never written to.
-  static Result<std::unique_ptr<Database>> open(const std::string& path, Access access, int busy_timeout_ms,
-                                                Damage& damage);
+  static Result<std::unique_ptr<Database>> open(const std::string& path, const FileIdentity& expected, Access access,
+                                                int busy_timeout_ms, Damage& damage);
   ~Database();
   Database(const Database&) = delete;
   Database& operator=(const Database&) = delete;
@@ -105,7 +108,7 @@ public:
 
 private:
   friend class Query;
-  Database(const std::string& path, sqlite3* handle, int busy_timeout_ms);
+  Database(const std::string& path, int busy_timeout_ms);
   Status configure();
   Status check_header();
   Status execute(const char* script);
@@ -113,7 +116,8 @@ private:
   static int wait_for_lock(void* context, int tries);
 
   std::string path_;
-  sqlite3* handle_;
+  std::unique_ptr<LockVfs> vfs_; ///< outlives the handle
+  sqlite3* handle_ = nullptr;
   int busy_timeout_ms_;
   Damage damage_ = Damage::none;
   std::int64_t busy_deadline_ns_ = 0;

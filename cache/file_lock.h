@@ -2,9 +2,10 @@
 #include <chrono>
 #include <cstdint>
 #include <string>
-#include <utility>
 
+#include "cache/process_descriptor.h"
 #include "cache/status.h"
+#include "cache/trusted_directory.h"
 
 namespace kiln {
 
@@ -22,27 +23,20 @@ public:
   /// used up, or the file is not this user's own (it gets mode 0600).
   static Result<FileLock> take(const std::string& path, std::uint64_t byte, Kind kind,
                                std::chrono::milliseconds patience, Missing missing);
+  /// Likewise on a file of this directory.
+  static Result<FileLock> take(const TrustedDirectory& directory, const char* name, std::uint64_t byte, Kind kind,
+                               std::chrono::milliseconds patience, Missing missing);
 
-  FileLock() = default;
-  ~FileLock() { release(); }
-  FileLock(FileLock&& other) noexcept { *this = std::move(other); }
-  FileLock& operator=(FileLock&& other) noexcept {
-    std::swap(file_, other.file_);
-    std::swap(file_id_, other.file_id_);
-    std::swap(process_, other.process_);
-    waited_ = other.waited_;
-    return *this;
-  }
-
-  bool held() const { return file_ >= 0; }
+  bool held() const { return static_cast<bool>(file_); }
   /// Whether another held the lock at the first try.
   bool waited() const { return waited_; }
-  void release();
+  void release() { file_.close(); }
 
 private:
-  int file_ = -1;
-  std::uint64_t file_id_ = 0; ///< tells whether `file_` is still ours: a host may close descriptors it did not open
-  int process_ = 0;
+  static Result<FileLock> take_at(int directory, const char* name, const std::string& path, std::uint64_t byte,
+                                  Kind kind, std::chrono::milliseconds patience, Missing missing);
+
+  ProcessDescriptor file_;
   bool waited_ = false;
 };
 

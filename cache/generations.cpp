@@ -16,9 +16,6 @@
 
 #include <fmt/format.h>
 
-#include "cache/file.h"
-#include "cache/private_path.h"
-
 namespace kiln {
 namespace {
 
@@ -48,10 +45,9 @@ std::optional<std::int64_t> number_in(std::string_view name, std::string_view& s
   return number;
 }
 
-/// 0 when there is no such file.
-std::int64_t changed_at(const std::string& path) {
-  struct stat info;
-  return ::lstat(path.c_str(), &info) == 0 ? std::int64_t{info.st_mtim.tv_sec} : 0;
+/// Of the file that says when a database was last replaced for this cause.
+std::string marker(Damage cause) {
+  return fmt::format("replaced-{}", name_of(cause));
 }
 
 /// A time to come was written by a clock that was wrong.
@@ -62,15 +58,30 @@ bool is_within(std::int64_t time, std::chrono::seconds span) {
 
 } // namespace
 
-std::string Generations::path(std::int64_t number) const {
-  return number == 0 ? directory_ + "/kernels.db" : fmt::format("{}/kernels-{}.db", directory_, number);
+std::string Generations::name_of(std::int64_t number) {
+  return number == 0 ? "kernels.db" : fmt::format("kernels-{}.db", number);
+}
+
+std::int64_t Generations::changed_at(const std::string& name) const {
+  struct stat info;
+  const bool found = ::fstatat(directory_.descriptor(), name.c_str(), &info, AT_SYMLINK_NOFOLLOW) == 0;
+  return found ? std::int64_t{info.st_mtim.tv_sec} : 0;
+}
+
+void Generations::remove(const std::string& name) const {
+  ::unlinkat(directory_.descriptor(), name.c_str(), 0);
 }
 
 Result<Generations::Listing> Generations::list() const {
-  const std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(directory_.c_str()), &::closedir);
-  if (!directory)
-    return Status::error(errno == ENOENT ? Code::not_found : Code::io,
-                         fmt::format("cannot list {}: {}", directory_, std::strerror(errno)));
+  const int file = ::openat(directory_.descriptor(), ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  const std::unique_ptr<DIR, int (*)(DIR*)> directory(file >= 0 ? ::fdopendir(file) : nullptr, &::closedir);
+  if (!directory) {
+    const int error = errno;
+    if (file >= 0)
+      ::close(file);
+    return Status::error(error == ENOENT ? Code::not_found : Code::io,
+                         fmt::format("cannot list {}: {}", directory_.path(), std::strerror(error)));
+  }
   Listing out;
   errno = 0;
   while (const dirent* entry = ::readdir(directory.get())) {
@@ -84,30 +95,26 @@ Result<Generations::Listing> Generations::list() const {
     out.next = std::max(out.next, *number + 1);
   }
   if (errno != 0)
-    return Status::error(Code::io, fmt::format("cannot list {}: {}", directory_, std::strerror(errno)));
+    return Status::error(Code::io, fmt::format("cannot list {}: {}", directory_.path(), std::strerror(errno)));
   std::sort(out.databases.rbegin(), out.databases.rend());
   return out;
 }
 
 Status Generations::make(std::int64_t number) const {
   const Result<Bytes> empty = Database::empty_file();
-  return empty ? create_private_file(path(number), *empty) : empty.status();
+  return empty ? directory_.create_file(name_of(number).c_str(), *empty) : empty.status();
 }
 
 Result<FileLock> Generations::use(std::int64_t number, FileLock::Missing missing) const {
-  return FileLock::take(lock_path(), first_use_byte + static_cast<std::uint64_t>(number), FileLock::Kind::shared,
-                        std::chrono::milliseconds(0), missing);
+  return lock(first_use_byte + static_cast<std::uint64_t>(number), FileLock::Kind::shared, std::chrono::milliseconds(0),
+              missing);
 }
 
 Result<FileLock> Generations::compile_turn(const Digest& key, std::chrono::milliseconds patience) const {
   std::uint64_t byte = 0; // two keys of one byte, one in 2^40, would wait for each other
   for (int i = 0; i < 5; ++i)
     byte = byte << 8 | key.bytes[i];
-  return FileLock::take(lock_path(), byte, FileLock::Kind::exclusive, patience, FileLock::Missing::create);
-}
-
-std::string Generations::marker(Damage cause) const {
-  return fmt::format("{}/replaced-{}", directory_, name_of(cause));
+  return lock(byte, FileLock::Kind::exclusive, patience, FileLock::Missing::create);
 }
 
 std::int64_t Generations::replaced_lately(Damage cause) const {
@@ -116,32 +123,34 @@ std::int64_t Generations::replaced_lately(Damage cause) const {
 }
 
 Status Generations::note_replaced(Damage cause) const {
-  const std::string path = marker(cause);
-  if (Status status = create_private_file(path, {}); !status)
+  const std::string name = marker(cause);
+  if (Status status = directory_.create_file(name.c_str(), {}); !status)
     return status;
-  if (::utimensat(AT_FDCWD, path.c_str(), nullptr, AT_SYMLINK_NOFOLLOW) != 0)
-    return Status::error(Code::io, fmt::format("{}: cannot set its time: {}", path, std::strerror(errno)));
+  if (::utimensat(directory_.descriptor(), name.c_str(), nullptr, AT_SYMLINK_NOFOLLOW) != 0)
+    return Status::error(Code::io,
+                         fmt::format("{}: cannot set its time: {}", directory_.path_of(name), std::strerror(errno)));
   return {};
 }
 
 void Generations::forget_replaced() const {
   for (const Damage cause : causes)
-    ::unlink(marker(cause).c_str());
+    remove(marker(cause));
 }
 
 void Generations::remove_before(std::int64_t newest, const Listing& listing, When when) const {
   for (const std::int64_t number : listing.databases) {
-    const std::string file = path(number);
+    const std::string file = name_of(number);
     const bool in_time = when == When::in_time;
     if (number >= newest || (in_time && is_within(changed_at(file), keep_damaged)))
       continue;
-    const Result<FileLock> alone =
-        FileLock::take(lock_path(), first_use_byte + static_cast<std::uint64_t>(number), FileLock::Kind::exclusive,
-                       std::chrono::milliseconds(0), FileLock::Missing::create);
+    const Result<FileLock> alone = lock(first_use_byte + static_cast<std::uint64_t>(number), FileLock::Kind::exclusive,
+                                        std::chrono::milliseconds(0), FileLock::Missing::create);
     if (!alone)
       continue;
     // Nobody has it open, this process included: an ordinary open and close can drop no lock of SQLite's.
-    const Result<Database::Header> header = Database::read_header(file);
+    const FileDescriptor opened(
+        ::openat(directory_.descriptor(), file.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+    const Result<Database::Header> header = Database::read_header(opened, path(number));
     if (!header || header->damage == Damage::foreign)
       continue;
     if (header->damage == Damage::none && header->schema > Database::schema_version)
@@ -149,8 +158,8 @@ void Generations::remove_before(std::int64_t newest, const Listing& listing, Whe
     if (header->damage == Damage::none && header->schema < Database::schema_version &&
         (!in_time || is_within(changed_at(file), keep_older_schema)))
       continue;
-    ::unlink(file.c_str());
-    ::unlink((file + "-journal").c_str());
+    remove(file);
+    remove(file + "-journal");
   }
 }
 

@@ -9,6 +9,7 @@
 #include "cache/digest.h"
 #include "cache/file_lock.h"
 #include "cache/status.h"
+#include "cache/trusted_directory.h"
 
 namespace kiln {
 
@@ -21,10 +22,12 @@ namespace kiln {
 /// again while a file (or a journal) of that or of a higher number exists, and the newest generation is never removed.
 class Generations {
 public:
-  /// `directory` exists and is private (see private_path.h).
-  explicit Generations(std::string directory) : directory_(std::move(directory)) {}
+  explicit Generations(TrustedDirectory directory) : directory_(std::move(directory)) {}
 
-  std::string path(std::int64_t number) const;
+  const TrustedDirectory& directory() const { return directory_; }
+  /// `kernels.db`, `kernels-1.db`.
+  static std::string name_of(std::int64_t number);
+  std::string path(std::int64_t number) const { return directory_.path_of(name_of(number)); }
 
   struct Listing {
     std::vector<std::int64_t> databases; ///< newest first
@@ -59,10 +62,16 @@ public:
   Result<FileLock> compile_turn(const Digest& key, std::chrono::milliseconds patience) const;
 
 private:
-  /// The file whose bytes stand for keys and generations.
-  std::string lock_path() const { return directory_ + "/kernels.lock"; }
-  std::string marker(Damage cause) const;
-  std::string directory_;
+  /// A lock on a byte of the file whose bytes stand for keys and generations.
+  Result<FileLock> lock(std::uint64_t byte, FileLock::Kind kind, std::chrono::milliseconds patience,
+                        FileLock::Missing missing) const {
+    return FileLock::take(directory_, "kernels.lock", byte, kind, patience, missing);
+  }
+  /// 0 when there is no such file.
+  std::int64_t changed_at(const std::string& name) const;
+  void remove(const std::string& name) const;
+
+  TrustedDirectory directory_;
 };
 
 } // namespace kiln

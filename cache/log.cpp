@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <mutex>
 
+#include "cache/per_process.h"
 #include "cache/readable.h"
 
 namespace kiln {
@@ -37,6 +38,22 @@ const LevelName& row_of(spdlog::level::level_enum level) {
   return *std::find_if(level_names.begin(), level_names.end(),
                        [&](const LevelName& row) { return row.spdlog_level == level; });
 }
+
+/// A mutex that a child made by fork finds free, whichever thread of its parent was logging.
+class MutexOfProcess {
+public:
+  void lock() {
+    std::mutex& mutex = mutexes_.get();
+    mutex.lock();
+    locked_ = &mutex;
+  }
+  /// Of what lock() locked, also when the host's sink forked in between.
+  void unlock() { locked_->unlock(); }
+
+private:
+  PerProcess<std::mutex> mutexes_;
+  std::mutex* locked_ = nullptr; ///< guarded by it
+};
 
 /// Gives each message to a function, as one line.
 template <class Mutex> class FunctionSink final : public spdlog::sinks::base_sink<Mutex> {
@@ -80,7 +97,7 @@ Log::Log(LogLevel level)
 
 Log::Log(LogLevel level, Sink sink, void* context) : Log(level) {
   if (sink != nullptr)
-    impl_ = std::make_unique<Impl>(level, std::make_shared<FunctionSink<std::mutex>>(sink, context));
+    impl_ = std::make_unique<Impl>(level, std::make_shared<FunctionSink<MutexOfProcess>>(sink, context));
 }
 
 Log::~Log() = default;

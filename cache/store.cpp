@@ -16,7 +16,8 @@
 #include "cache/file_size_limit.h"
 #include "cache/generations.h"
 #include "cache/key_file.h"
-#include "cache/private_path.h"
+#include "cache/process.h"
+#include "cache/trusted_directory.h"
 
 namespace kiln {
 namespace {
@@ -138,6 +139,12 @@ Result<DatabaseSize> size_of(Database& database) {
   return DatabaseSize{*pages * *page_size, (*pages - *free_pages) * *page_size};
 }
 
+Result<Generations> generations_of(const StoreOptions& options, TrustedDirectory::Missing missing) {
+  Result<TrustedDirectory> directory =
+      TrustedDirectory::open(options.directory, TrustedDirectory::Owner::user, missing);
+  return directory ? Result<Generations>(Generations(std::move(*directory))) : directory.status();
+}
+
 struct Use {
   std::int64_t hits = 0;
   double last_at = 0; ///< Unix seconds
@@ -145,7 +152,7 @@ struct Use {
 
 /// All that belongs to one process. A child made by fork leaves its parent's alone and makes its own.
 struct Session {
-  const pid_t process = ::getpid();
+  const ProcessId process = current_process();
   std::mutex mutex;
   /// While a thread is inside SQLite, whose global state a child made just then inherits half changed.
   std::atomic<bool> in_use = false;
@@ -196,7 +203,7 @@ public:
 
   ~SqliteStore() override {
     Session* session = session_;
-    if (session->process != ::getpid()) // the parent's: closing it would write, and drop locks
+    if (session->process != current_process()) // the parent's: closing it would write, and drop locks
       return;
     flush();
     delete session;
@@ -249,7 +256,7 @@ private:
 
 Session& SqliteStore::current_session() {
   Session* session = session_.load();
-  while (session->process != ::getpid()) {
+  while (session->process != current_process()) {
     auto fresh = std::make_unique<Session>();
     if (session->in_use)
       fresh->disabled = Status::error(
@@ -274,10 +281,12 @@ Status SqliteStore::open_database(Session& session, Missing missing) {
     session.close_database();
   }
   const bool create = missing == Missing::create && options_.mode == CacheMode::read_write;
-  const Result<std::string> directory = private_directory(options_.directory, create);
-  if (!directory)
-    return directory.status();
-  const Generations generations(*directory);
+  // Here and not on every call: what is open stays what it is.
+  const Result<Generations> found =
+      generations_of(options_, create ? TrustedDirectory::Missing::create : TrustedDirectory::Missing::leave);
+  if (!found)
+    return found.status();
+  const Generations& generations = *found;
   // Again after each file that this process or another one made.
   Status status;
   for (int turn = 0; turn < 8; ++turn) {
@@ -334,13 +343,15 @@ Status SqliteStore::open_newest(Session& session, const Generations& generations
       damage = Damage::corrupt;
       return Status::error(Code::integrity, fmt::format("{} is corrupt", file));
     }
-    if (Status status = check_private_file(file, false); !status)
-      return status;
+    const Result<FileIdentity> checked =
+        generations.directory().check_file(Generations::name_of(number).c_str(), TrustedDirectory::Privacy::own);
+    if (!checked)
+      return checked.status();
     Result<FileLock> in_use = generations.use(number, writes ? FileLock::Missing::create : FileLock::Missing::leave);
     if (!in_use && in_use.status().code() == Code::busy)
       return in_use.status();
     Result<std::unique_ptr<Database>> opened = Database::open(
-        file, writes ? Database::Access::write : Database::Access::read, options_.busy_timeout_ms, damage);
+        file, *checked, writes ? Database::Access::write : Database::Access::read, options_.busy_timeout_ms, damage);
     if (!opened && opened.status().code() == Code::unsupported) {
       log_.debug(fmt::format("{}: it is left alone", opened.status().message()));
       continue;
@@ -398,10 +409,10 @@ void SqliteStore::warn_once(Session& session, std::string_view cause, std::strin
 FileLock SqliteStore::compile_turn(const Digest& key, std::chrono::milliseconds patience) {
   if (options_.mode != CacheMode::read_write)
     return {};
-  const Result<std::string> directory = private_directory(options_.directory, true);
-  if (!directory || (options_.locks_hold && !options_.locks_hold(*directory)))
+  const Result<Generations> generations = generations_of(options_, TrustedDirectory::Missing::create);
+  if (!generations)
     return {};
-  Result<FileLock> turn = Generations(*directory).compile_turn(key, patience);
+  Result<FileLock> turn = generations->compile_turn(key, patience);
   if (turn)
     return std::move(*turn);
   log_.debug(fmt::format("{}: kernel {} is compiled here too", turn.status().message(), key.hex()));
@@ -611,11 +622,13 @@ Result<Store::Pruned> SqliteStore::evict(Database& database, std::int64_t max_by
 std::string SqliteStore::path() {
   Session& session = current_session();
   const SessionLock lock(session);
-  const Generations generations(options_.directory);
-  if (session.database)
-    return generations.path(session.generation);
-  const Result<Generations::Listing> listing = generations.list();
-  return generations.path(listing && !listing->databases.empty() ? listing->databases.front() : 0);
+  std::int64_t generation = session.generation;
+  if (!session.database) {
+    const Result<Generations> generations = generations_of(options_, TrustedDirectory::Missing::leave);
+    const Result<Generations::Listing> listing = generations ? generations->list() : generations.status();
+    generation = listing && !listing->databases.empty() ? listing->databases.front() : 0;
+  }
+  return options_.directory + "/" + Generations::name_of(generation);
 }
 
 void SqliteStore::flush() {
@@ -808,11 +821,11 @@ Result<Store::Pruned> SqliteStore::prune(std::int64_t max_bytes, bool dry_run) {
 Result<Store::Pruned> SqliteStore::clear(bool dry_run) {
   Session& session = current_session();
   const SessionLock lock(session);
-  const Result<std::string> directory = private_directory(options_.directory, false);
-  if (dry_run || options_.mode != CacheMode::read_write || !directory)
+  const Result<Generations> found = generations_of(options_, TrustedDirectory::Missing::leave);
+  if (dry_run || options_.mode != CacheMode::read_write || !found)
     return clear_database(session, dry_run);
   // Whoever clears wants the room back, and to begin anew after any damage.
-  const Generations generations(*directory);
+  const Generations& generations = *found;
   generations.forget_replaced();
   Result<Pruned> out = clear_database(session, false);
   if (!out && out.status().code() == Code::integrity) {

@@ -40,9 +40,6 @@ struct StoreOptions {
   std::int64_t max_bytes =
       512ll << 20; ///< bound on the database's pages in use: codes, their columns, indexes; holds after each put
   int busy_timeout_ms = 20; ///< a longer wait for SQLite's lock is a miss
-  /// Whether locks hold on the file system of this directory, which exists; null: they do. Where not, processes do not
-  /// wait for each other's compiles.
-  bool (*locks_hold)(const std::string& directory) = nullptr;
 };
 
 struct StoreStats {

@@ -1,7 +1,5 @@
 #include "cache/system_cache.h"
 
-#include <unistd.h>
-
 #include <chrono>
 #include <fmt/format.h>
 #include <memory>
@@ -9,6 +7,7 @@
 #include <set>
 
 #include "cache/bundle.h"
+#include "cache/process.h"
 
 namespace kiln {
 namespace {
@@ -42,7 +41,7 @@ Result<Bundle> open_trusted_bundle(const std::string& path, const std::string& t
 /// All that belongs to one process. A child made by fork leaves its parent's alone: a thread that does not exist in the
 /// child may have held the lock.
 struct SystemCache::Session {
-  const pid_t process = ::getpid();
+  const ProcessId process = current_process();
   std::mutex mutex;
   // Below: guarded by the mutex. The bundle itself is read without it.
   std::shared_ptr<const Bundle> bundle; ///< null: there is none, or none that may be used
@@ -62,13 +61,13 @@ SystemCache::SystemCache(std::string directory, std::string trusted_keys_file, c
       session_(new Session) {}
 
 SystemCache::~SystemCache() {
-  if (Session* session = session_; session->process == ::getpid())
+  if (Session* session = session_; session->process == current_process())
     delete session;
 }
 
 SystemCache::Session& SystemCache::current_session() {
   Session* session = session_.load();
-  while (session->process != ::getpid()) {
+  while (session->process != current_process()) {
     auto fresh = std::make_unique<Session>();
     if (session_.compare_exchange_strong(session, fresh.get()))
       session = fresh.release();

@@ -9,9 +9,10 @@
 #include <functional>
 #include <mutex>
 #include <optional>
-#include <unistd.h>
 #include <utility>
 #include <vector>
+
+#include "cache/process.h"
 
 namespace kiln {
 
@@ -57,7 +58,7 @@ public:
     slots_.store(&arrays_.emplace_front(kFewestSlots), std::memory_order_release);
   }
   ~SharedTable() {
-    if (const Makers* makers = makers_; makers->process == ::getpid()) // a parent's lock may be held for good
+    if (const Makers* makers = makers_; makers->process == current_process()) // a parent's lock may be held for good
       delete makers;
   }
   SharedTable(const SharedTable&) = delete;
@@ -173,7 +174,7 @@ private:
 
   /// The threads of one process that make values. Its mutex guards the table's changes too.
   struct Makers {
-    const pid_t process = ::getpid();
+    const ProcessId process = current_process();
     std::mutex mutex;
     std::condition_variable landed;
     std::vector<Key> keys;
@@ -205,7 +206,7 @@ private:
 
   Makers& current_makers() const {
     Makers* makers = makers_.load(std::memory_order_acquire);
-    while (makers->process != ::getpid()) {
+    while (makers->process != current_process()) {
       Makers* const fresh = new Makers;
       if (makers_.compare_exchange_strong(makers, fresh, std::memory_order_acq_rel))
         return *fresh;

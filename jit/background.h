@@ -6,9 +6,9 @@
 #include <mutex>
 #include <thread>
 
+#include "cache/per_process.h"
 #include "cache/status.h"
 #include "jit/desc.h"
-#include "jit/per_process.h"
 
 namespace kiln {
 

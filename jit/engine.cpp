@@ -188,7 +188,6 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
     store.key_directory = state->config().key_dir;
     store.mode = state->config().cache;
     store.max_bytes = state->config().cache_max_mb << 20;
-    store.locks_hold = [](const std::string& path) { return !os::file_system_of(path).over_network; };
     Result<std::unique_ptr<Store>> opened = Store::open(std::move(store), state->log);
     if (opened)
       state->store = std::move(*opened);

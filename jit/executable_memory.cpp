@@ -9,8 +9,9 @@
 
 #include <fmt/format.h>
 
+#include "cache/per_process.h"
+#include "cache/process.h"
 #include "jit/os.h"
-#include "jit/per_process.h"
 
 namespace kiln {
 namespace {
@@ -47,7 +48,7 @@ void make_visible_to_instruction_fetch(const std::uint8_t* begin, std::size_t si
 
 /// One mapping with many blocks: [0, size) is split into `used` and `free`, which map offset to length.
 struct Chunk {
-  explicit Chunk(const os::CodeMapping& m) : mapping(m), forks(os::fork_count()) { free.emplace(0, m.size); }
+  explicit Chunk(const os::CodeMapping& m) : mapping(m), forks(fork_count()) { free.emplace(0, m.size); }
 
   os::CodeMapping mapping;
   unsigned forks;               ///< when it was made
@@ -56,7 +57,7 @@ struct Chunk {
   bool failed = false; ///< a write did: the system is out of memory, or a host closed the file
 
   /// A chunk that a fork has shared is never written again, by either side: the other may run what this one released.
-  bool is_writable() const { return !failed && forks == os::fork_count(); }
+  bool is_writable() const { return !failed && forks == fork_count(); }
 
   /// Offset of the first free range that takes `size` bytes at `alignment`, or the chunk's size.
   std::size_t find(std::size_t size, std::size_t alignment) const {

@@ -43,12 +43,6 @@ struct FileSystem {
 };
 FileSystem file_system_of(const std::string& path);
 
-/// How many forks lie between the process that loaded Kiln and this one: grows in the child only.
-unsigned process_generation();
-/// Forks that this process, or one it descends from, has begun: grows in parent and child, before the child exists.
-/// Neither count sees a bare clone(2), after which glibc supports nothing of what Kiln needs.
-unsigned fork_count();
-
 /// Memory that is readable and executable at `address` and changes through `write_code` only. Shared with children made
 /// by fork.
 struct CodeMapping {

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cerrno>
 #include <climits>
 #include <cstdio>
@@ -12,7 +11,6 @@
 #include <fcntl.h>
 #include <linux/membarrier.h>
 #include <memory>
-#include <pthread.h>
 #include <sched.h>
 #include <string_view>
 #include <sys/auxv.h>
@@ -101,15 +99,6 @@ int cgroup_cores() {
       cores = std::min(cores, tightest_quota("/sys/fs/cgroup/cpu", group, quota_of_cgroup_v1));
   }
   return cores;
-}
-
-std::atomic<unsigned> g_generation{0}, g_forks{0};
-
-void count_forks() {
-  // Registered with this library's handle: glibc drops the handlers when it is unloaded.
-  static const int registered = pthread_atfork([] { g_forks.fetch_add(1, std::memory_order_relaxed); }, nullptr,
-                                               [] { g_generation.fetch_add(1, std::memory_order_relaxed); });
-  static_cast<void>(registered);
 }
 
 /// A memfd of this size, or -1.
@@ -232,16 +221,6 @@ FileSystem file_system_of(const std::string& path) {
       if (row.magic == static_cast<std::uint32_t>(info.f_type))
         return {row.name, row.over_network, row.in_memory};
   return {"local"};
-}
-
-unsigned process_generation() {
-  count_forks();
-  return g_generation.load(std::memory_order_relaxed);
-}
-
-unsigned fork_count() {
-  count_forks();
-  return g_forks.load(std::memory_order_relaxed);
 }
 
 Result<CodeMapping> map_code(std::size_t size, bool anonymous) {

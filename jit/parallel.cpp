@@ -9,7 +9,7 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
-#include "jit/per_process.h"
+#include "cache/per_process.h"
 
 namespace kiln {
 namespace {

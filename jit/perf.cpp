@@ -4,7 +4,7 @@
 
 #include <fmt/format.h>
 
-#include "jit/per_process.h"
+#include "cache/per_process.h"
 #include "jit/perf_file.h"
 
 namespace kiln {

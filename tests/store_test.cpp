@@ -687,7 +687,7 @@ TEST_CASE("store: paths that others may have written are refused with owner, mod
   SUBCASE("cache directory below a file") {
     write_file((place.root.path() / "file").string(), {});
     place.options.directory = (place.root.path() / "file" / "cache").string();
-    check_disabled(place, {place.options.directory});
+    check_disabled(place, {(place.root.path() / "file").string(), "a file", "a directory"});
   }
   SUBCASE("database writable by the group") {
     REQUIRE(::chmod(place.database().c_str(), 0660) == 0);

@@ -12,7 +12,6 @@
 #include "cache/file.h"
 #include "cache/signing.h"
 #include "jit/kernel_key.h"
-#include "jit/os.h"
 
 namespace kiln::cli {
 namespace {
@@ -40,7 +39,6 @@ Result<std::unique_ptr<Store>> open_to_look(Engine& engine) {
   options.directory = engine.config().cache_dir;
   options.key_directory = engine.config().key_dir;
   options.mode = CacheMode::read_only;
-  options.locks_hold = [](const std::string& path) { return !os::file_system_of(path).over_network; };
   return Store::open(std::move(options), engine.log());
 }
 

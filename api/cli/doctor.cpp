@@ -15,7 +15,7 @@
 #include "backends/llvm/disassemble.h"
 #include "cache/database.h"
 #include "cache/key_file.h"
-#include "cache/private_path.h"
+#include "cache/trusted_directory.h"
 #include "jit/os.h"
 
 namespace kiln::cli {
@@ -89,9 +89,10 @@ void check_environment(Report& report, const Config& config) {
 }
 
 void check_directories(Report& report, const Config& config) {
-  const Result<std::string> cache = private_directory(config.cache_dir, false);
+  const Result<TrustedDirectory> cache =
+      TrustedDirectory::open(config.cache_dir, TrustedDirectory::Owner::user, TrustedDirectory::Missing::leave);
   if (cache)
-    report.add(State::ok, "cache directory", *cache);
+    report.add(State::ok, "cache directory", cache->path());
   else if (cache.status().code() == Code::not_found)
     report.add(State::ok, "cache directory", fmt::format("{} (will be made)", config.cache_dir));
   else

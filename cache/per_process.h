@@ -1,7 +1,7 @@
 #pragma once
 #include <atomic>
 
-#include "jit/os.h"
+#include "cache/process.h"
 
 namespace kiln {
 
@@ -11,7 +11,7 @@ template <class T> class PerProcess {
 public:
   PerProcess() : state_(new State) {}
   ~PerProcess() {
-    if (State* state = state_.load(); state->generation == os::process_generation())
+    if (State* state = state_.load(); state->generation == process_generation())
       delete state;
   }
   PerProcess(const PerProcess&) = delete;
@@ -19,7 +19,7 @@ public:
 
   T& get() {
     State* state = state_.load(std::memory_order_acquire);
-    if (state->generation == os::process_generation()) [[likely]]
+    if (state->generation == process_generation()) [[likely]]
       return state->value;
     State* fresh = new State;
     if (state_.compare_exchange_strong(state, fresh, std::memory_order_acq_rel))
@@ -30,7 +30,7 @@ public:
 
 private:
   struct State {
-    unsigned generation = os::process_generation();
+    unsigned generation = process_generation();
     T value{};
   };
   std::atomic<State*> state_;
