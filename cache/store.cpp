@@ -397,7 +397,7 @@ Status SqliteStore::report(Session& session, Status status) {
   // A damaged file is one cause, whichever call finds it and whatever it finds there.
   const bool damaged = status.code() == Code::integrity && status.message().starts_with(session.file);
   warn_once(session, damaged ? session.file : status.message(),
-            fmt::format("{}; going on without it", status.message()));
+            fmt::format("{}; going on without the cache", status.message()));
   return status;
 }
 

@@ -99,7 +99,8 @@ Result<std::string> read_link(const std::string& path, const FileDescriptor& lin
   if ((!is_user(info.st_uid) && !is_superuser(info.st_uid)) || (directory.st_mode & others_write) != 0)
     return Status::error(
         Code::io, fmt::format("{} is not trusted: it is a symbolic link of uid {} in a directory of uid {} with "
-                              "mode {:04o}; followed are links of {} in directories that others may not write",
+                              "mode {:04o}; needed is a link of {} in a directory that group and others may not "
+                              "write",
                               path, info.st_uid, directory.st_uid, directory.st_mode & 07777u, trusted_owners()));
   std::array<char, PATH_MAX> target{};
   const ssize_t size = ::readlinkat(link.get(), "", target.data(), target.size());

@@ -35,7 +35,7 @@ public:
     leave,  ///< Code::not_found
   };
   /// `path` is absolute; `owner` is asked of the last directory. Code::io when a part of it is not trusted: the message
-  /// names that part, its owner and mode, what is needed and, where there is one, the command that mends it. Some 2 µs
+  /// names that part, its owner and mode, what is needed and, where there is one, the command that mends it. Some 3 µs
   /// for each part of the path.
   static Result<TrustedDirectory> open(const std::string& path, Owner owner, Missing missing);
 

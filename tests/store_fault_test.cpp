@@ -4,14 +4,17 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <csignal>
+#include <cstdarg>
 #include <cstring>
 #include <fstream>
 #include <iterator>
@@ -107,6 +110,36 @@ struct Plan {
     return hit;
   }
 } plan;
+
+/// As a sandbox may be: without the locks of open file descriptions.
+bool knows_locks_of_descriptions = true;
+
+bool takes_lock_of_description(int command, const void* argument) {
+  return command == F_OFD_SETLK && static_cast<const struct flock*>(argument)->l_type != F_UNLCK;
+}
+
+} // namespace
+
+/// Before the C library's: Kiln's own locks fail by plan too.
+extern "C" int fcntl(int file, int command, ...) {
+  va_list arguments;
+  va_start(arguments, command);
+  void* const argument = va_arg(arguments, void*);
+  va_end(arguments);
+  const bool of_descriptions = command == F_OFD_SETLK || command == F_OFD_GETLK;
+  errno = 0;
+  if (of_descriptions && !knows_locks_of_descriptions)
+    errno = EINVAL;
+  else if (takes_lock_of_description(command, argument) && plan.strikes(Fault::busy))
+    errno = EAGAIN;
+  else if (takes_lock_of_description(command, argument) && plan.strikes(Fault::io_error))
+    errno = EIO;
+  else
+    return static_cast<int>(::syscall(SYS_fcntl, file, command, argument));
+  return -1;
+}
+
+namespace {
 
 /// The file system of SQLite with the plan before it. A file holds the real one behind itself.
 struct File {
@@ -326,6 +359,42 @@ TEST_CASE("faults: SQLite's calls fail one after another, and none costs more th
   MESSAGE(runs, " runs, ", struck, " with a fault: 0 crashes, ", wrong, " wrong rows, ", replaced,
           " files replaced (short reads)");
   CHECK(struck > 100);
+}
+
+TEST_CASE("faults: where the system has no locks of open file descriptions, SQLite's own serve") {
+  knows_locks_of_descriptions = false;
+  Place place;
+  const std::unique_ptr<Store> store = place.open(), another = place.open();
+  for (int i = 0; i < 3; ++i)
+    CHECK(store->put(row_of(i)));
+  CHECK(find(*another, 1, 100) == Found::yes);
+  sqlite3* handle = nullptr;
+  const auto by_sqlite_in_a_child = [&](const char* sql) {
+    const pid_t child = ::fork();
+    if (child == 0) {
+      const bool done = sqlite3_open(place.database().c_str(), &handle) == SQLITE_OK &&
+                        sqlite3_exec(handle, sql, nullptr, nullptr, nullptr) == SQLITE_OK;
+      ::_exit(done ? 0 : 1);
+    }
+    int status = 1;
+    ::waitpid(child, &status, 0);
+    return status == 0;
+  };
+  CHECK(by_sqlite_in_a_child("BEGIN EXCLUSIVE"));
+  sqlite3_stmt* statement = nullptr; // a reader in this process, whose lock keeps a writer in another one out
+  REQUIRE(sqlite3_open(place.database().c_str(), &handle) == SQLITE_OK);
+  REQUIRE(sqlite3_prepare_v2(handle, "SELECT key FROM kernels", -1, &statement, nullptr) == SQLITE_OK);
+  REQUIRE(sqlite3_step(statement) == SQLITE_ROW);
+  { // and is not dropped by a store that comes and goes
+    const std::unique_ptr<Store> third = place.open();
+    CHECK(find(*third, 1, 100) == Found::yes);
+  }
+  CHECK(!by_sqlite_in_a_child("BEGIN EXCLUSIVE"));
+  sqlite3_finalize(statement);
+  CHECK(by_sqlite_in_a_child("BEGIN EXCLUSIVE"));
+  sqlite3_close(handle);
+  knows_locks_of_descriptions = true;
+  CHECK(place.warnings.empty());
 }
 
 // ---------------------------------------------------------------- killed writers
