@@ -508,8 +508,14 @@ Status SqliteStore::put_once(Session& session, std::span<const StoreRow> rows) {
   Status status;
   // Once more, into a new file, when this one is found damaged or deleted.
   for (int turn = 0; turn < 2; ++turn) {
-    // The secret first: whoever then finds the database finds it too.
-    status = load_secret(session, Missing::create);
+    status = session.disabled;
+    // The directory first: where it is refused, nobody wants to hear of the key's too.
+    if (status && !session.secret)
+      if (const Result<Generations> place = generations_of(options_, TrustedDirectory::Missing::create); !place)
+        status = place.status();
+    // Then the secret: whoever finds the database finds it too.
+    if (status)
+      status = load_secret(session, Missing::create);
     if (status)
       status = open_database(session, Missing::create);
     if (status)

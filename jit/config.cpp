@@ -21,6 +21,7 @@ constexpr std::array<std::string_view, 3> kMissPolicies = {"compile", "error", "
 constexpr std::array<std::string_view, 3> kPerfModes = {"off", "map", "jitdump"};
 constexpr std::array<std::string_view, 6> kLogLevels = {"trace", "debug", "info", "warn", "error", "off"};
 constexpr std::string_view kDiskTier = "disk";
+constexpr const char* kCacheDirectory = "KILN_CACHE_DIR";
 constexpr std::int64_t kMostCacheMb = 1 << 20;
 constexpr std::int64_t kMostThreads = 1024;
 
@@ -192,7 +193,7 @@ constexpr Variable kVariables[] = {
     {"KILN_FORCE", parse_force, shown_force},
     {"KILN_CACHE", [](Config& c, View name, View text) { return choose(name, text, kCacheModes, c.cache); },
      [](const Config& c) { return shown_choice(kCacheModes, c.cache); }},
-    {"KILN_CACHE_DIR", [](Config& c, View name, View text) { return parse_path(name, text, c.cache_dir); },
+    {kCacheDirectory, [](Config& c, View name, View text) { return parse_path(name, text, c.cache_dir); },
      [](const Config& c) { return c.cache_dir; }},
     {"KILN_CACHE_MAX_MB",
      [](Config& c, View name, View text) { return parse_integer(name, text, 1, kMostCacheMb, c.cache_max_mb); },
@@ -237,7 +238,8 @@ std::string xdg_directory(GetVariable get, const char* variable, std::string_vie
 
 } // namespace
 
-Result<Config> Config::from_environment(const char* (*get)(const char* name), const HostSettings& host) {
+Result<Config> Config::from_environment(const char* (*get)(const char* name), const HostSettings& host,
+                                        FileSystemOf file_system_of) {
   Config config;
   if (os::runs_privileged()) {
     get = [](const char*) -> const char* { return nullptr; };
@@ -255,7 +257,7 @@ Result<Config> Config::from_environment(const char* (*get)(const char* name), co
   std::set<std::string_view> set_by_host;
   if (host.cache_dir) {
     config.cache_dir = *host.cache_dir;
-    set_by_host.insert("KILN_CACHE_DIR");
+    set_by_host.insert(kCacheDirectory);
   }
   if (host.cache) {
     config.cache = *host.cache;
@@ -265,6 +267,7 @@ Result<Config> Config::from_environment(const char* (*get)(const char* name), co
     config.threads = *host.threads;
     set_by_host.insert("KILN_THREADS");
   }
+  bool moved = false;
   config.cache_unwanted = config.cache == CacheMode::off;
   if (config.cache != CacheMode::off && (config.cache_dir.empty() || config.key_dir.empty())) {
     config.cache = CacheMode::off;
@@ -272,11 +275,23 @@ Result<Config> Config::from_environment(const char* (*get)(const char* name), co
                                           config.cache_dir.empty() ? "it" : "its key",
                                           config.cache_dir.empty() ? " or KILN_CACHE_DIR" : " or XDG_DATA_HOME"));
   }
+  if (config.cache != CacheMode::off) {
+    CachePlace place =
+        place_cache(config.cache_dir, config.key_dir, std::string(value_of(get, "XDG_RUNTIME_DIR")), file_system_of);
+    moved = !place.moved.empty();
+    if (moved)
+      config.warnings.push_back(std::move(place.moved));
+    if (place.none)
+      config.cache = CacheMode::off;
+    config.cache_dir = std::move(place.directory);
+    config.key_dir = std::move(place.key_directory);
+  }
   for (const Variable& variable : kVariables)
     config.origins.push_back({variable.name, variable.shown(config),
-                              set_by_host.contains(variable.name)    ? "host"
-                              : value_of(get, variable.name).empty() ? "default"
-                                                                     : "environment"});
+                              moved && variable.name == kCacheDirectory ? "moved"
+                              : set_by_host.contains(variable.name)     ? "host"
+                              : value_of(get, variable.name).empty()    ? "default"
+                                                                        : "environment"});
   return config;
 }
 

@@ -9,6 +9,7 @@
 #include "cache/log.h"
 #include "cache/status.h"
 #include "cache/store.h"
+#include "jit/cache_place.h"
 #include "jit/implementation.h"
 
 namespace kiln {
@@ -39,6 +40,7 @@ struct Config {
 
   CacheMode cache = CacheMode::read_write;
   bool cache_unwanted = false; ///< KILN_CACHE=off; without, the mode is also off where there is no place for a cache
+  /// The first two are where the cache really is, which may be another place than was asked for: see CachePlace.
   std::string cache_dir, key_dir, cache_system_dir, trusted_keys, remote;
   std::int64_t cache_max_mb = 512;
   MissPolicy miss = MissPolicy::compile;
@@ -47,7 +49,8 @@ struct Config {
   std::string dump_dir;
   PerfMode perf = PerfMode::off;
 
-  /// One row a variable, for `kiln info`: name, value in force, where it came from (`default`, `environment`, `host`).
+  /// One row a variable, for `kiln info`: name, value in force, where it came from (`default`, `environment`, `host`,
+  /// or `moved` for a cache directory that is another than any of them said).
   struct Origin {
     std::string name, value, origin;
   };
@@ -57,7 +60,8 @@ struct Config {
 
   /// Reads through `get` (as ::getenv). Errors (a malformed KILN_FORCE, KILN_CACHE, KILN_THREADS…) name variable, value
   /// and what is allowed. What the host sets itself goes over the environment.
-  static Result<Config> from_environment(const char* (*get)(const char* name), const HostSettings& host = {});
+  static Result<Config> from_environment(const char* (*get)(const char* name), const HostSettings& host = {},
+                                         FileSystemOf file_system_of = os::file_system_of);
 
   /// Also where there is no place for a cache of the user's own.
   bool serves_system_cache() const { return !cache_system_dir.empty() && !cache_unwanted && !disk_disabled; }

@@ -2,6 +2,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "cache/bytes.h"
 #include "cache/status.h"
@@ -35,13 +36,18 @@ ArmProcessor arm_processor();
 /// be trusted.
 bool runs_privileged();
 
-/// What holds a path, for `kiln doctor`.
+/// What holds a path.
 struct FileSystem {
-  std::string name;          ///< `nfs`, `tmpfs`, …; `local` for those that call for no remark
-  bool over_network = false; ///< locks between machines may not hold
+  std::string name;          ///< `ext4`, `nfs`, `fuse.sshfs`, …; `local` for those that call for no remark
+  bool over_network = false; ///< shared between machines, so that locks may not hold between them, or may hang
   bool in_memory = false;    ///< empty after a restart
+  bool read_only = false;
 };
+/// Of the path, or of the nearest directory above it that exists.
 FileSystem file_system_of(const std::string& path);
+/// By the number that statfs(2) gives, and, for file systems in user space, which are one to it, by the type that
+/// /proc/self/mountinfo gives (`fuse.sshfs`). Those that are not known to be local count as over a network.
+FileSystem describe_file_system(std::uint32_t number, std::string_view mount_type);
 
 /// Memory that is readable and executable at `address` and changes through `write_code` only. Shared with children made
 /// by fork.

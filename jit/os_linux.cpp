@@ -17,7 +17,9 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -203,24 +205,77 @@ bool runs_privileged() {
   return getauxval(AT_SECURE) != 0;
 }
 
-FileSystem file_system_of(const std::string& path) {
+FileSystem describe_file_system(std::uint32_t number, std::string_view mount_type) {
+  constexpr std::uint32_t fuse = 0x65735546;
   struct Row {
-    std::uint32_t magic; // statfs(2)
+    std::uint32_t number; // statfs(2), include/uapi/linux/magic.h
     const char* name;
     bool over_network, in_memory;
   };
   constexpr Row rows[] = {
-      {0x6969, "nfs", true, false},        {0xFF534D42, "cifs", true, false},  {0xFE534D42, "smb2", true, false},
-      {0x517B, "smb", true, false},        {0x01021997, "9p", true, false},    {0x00C36400, "ceph", true, false},
-      {0x0BD00BD0, "lustre", true, false}, {0x65735546, "fuse", true, false},  {0x5346414F, "afs", true, false},
-      {0x01021994, "tmpfs", false, true},  {0x858458F6, "ramfs", false, true},
+      {0x6969, "nfs", true, false},        {0xFF534D42, "cifs", true, false},     {0xFE534D42, "smb2", true, false},
+      {0x517B, "smb", true, false},        {0x01021997, "9p", true, false},       {0x00C36400, "ceph", true, false},
+      {0x0BD00BD0, "lustre", true, false}, {0x5346414F, "afs", true, false},      {0x6B414653, "kafs", true, false},
+      {0x47504653, "gpfs", true, false},   {0x19830326, "beegfs", true, false},   {0x20030528, "orangefs", true, false},
+      {0xAAD7AAEA, "panfs", true, false},  {0x73757245, "coda", true, false},     {0x564C, "ncp", true, false},
+      {0x7461636F, "ocfs2", true, false},  {0x01161970, "gfs2", true, false},     {0x786F4256, "vboxsf", true, false},
+      {0xBACBACBC, "vmhgfs", true, false}, {fuse, "fuse", true, false},           {0x01021994, "tmpfs", false, true},
+      {0x858458F6, "ramfs", false, true},  {0xEF53, "ext4", false, false},        {0x58465342, "xfs", false, false},
+      {0x9123683E, "btrfs", false, false}, {0x794C7630, "overlay", false, false}, {0x2FC12FC1, "zfs", false, false},
+      {0xF2F52010, "f2fs", false, false},
   };
-  struct statfs info;
-  if (::statfs(path.c_str(), &info) == 0)
-    for (const Row& row : rows)
-      if (row.magic == static_cast<std::uint32_t>(info.f_type))
-        return {row.name, row.over_network, row.in_memory};
+  // Over a disk or another directory of this machine. virtiofs is not among them: its other side is another machine.
+  constexpr std::string_view local_fuse[] = {
+      "fuseblk",        "fuse.fuse-overlayfs", "fuse.mergerfs", "fuse.unionfs", "fuse.unionfs-fuse", "fuse.bindfs",
+      "fuse.gocryptfs", "fuse.encfs",          "fuse.cryfs",    "fuse.ntfs-3g", "fuse.exfat",        "fuse.zfs"};
+  for (const Row& row : rows) {
+    if (row.number != number)
+      continue;
+    const bool is_local = std::find(std::begin(local_fuse), std::end(local_fuse), mount_type) != std::end(local_fuse);
+    if (number == fuse && !mount_type.empty())
+      return {std::string(mount_type), !is_local, false};
+    return {row.name, row.over_network, row.in_memory};
+  }
   return {"local"};
+}
+
+namespace {
+
+/// The type of the mounted file system with this device number (proc(5), mountinfo); empty when there is none.
+std::string mount_type_of(dev_t device) {
+  const std::string wanted = fmt::format("{}:{}", major(device), minor(device));
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen("/proc/self/mountinfo", "re"), std::fclose);
+  std::array<char, 8192> line;
+  while (file && std::fgets(line.data(), line.size(), file.get())) {
+    std::array<char, 32> numbers{};
+    if (std::sscanf(line.data(), "%*d %*d %31s", numbers.data()) != 1 || wanted != numbers.data())
+      continue;
+    const std::string_view text = line.data();
+    const std::size_t type = text.find(" - "); // ends the optional fields
+    if (type != std::string_view::npos)
+      return std::string(text.substr(type + 3, text.find(' ', type + 3) - (type + 3)));
+  }
+  return {};
+}
+
+} // namespace
+
+FileSystem file_system_of(const std::string& path) {
+  std::string there = path;
+  struct statfs info;
+  while (::statfs(there.c_str(), &info) != 0) {
+    const std::size_t slash = there.rfind('/');
+    if ((errno != ENOENT && errno != ENOTDIR && errno != ELOOP) || slash == std::string::npos || there == "/")
+      return {"local"};
+    there.erase(std::max<std::size_t>(slash, 1));
+  }
+  struct stat file;
+  const bool in_user_space = static_cast<std::uint32_t>(info.f_type) == 0x65735546;
+  FileSystem out = describe_file_system(static_cast<std::uint32_t>(info.f_type),
+                                        in_user_space && ::stat(there.c_str(), &file) == 0 ? mount_type_of(file.st_dev)
+                                                                                           : std::string());
+  out.read_only = (info.f_flags & ST_RDONLY) != 0;
+  return out;
 }
 
 Result<CodeMapping> map_code(std::size_t size, bool anonymous) {

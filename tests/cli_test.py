@@ -543,6 +543,119 @@ class Cache(CommandTest):
             self.refused("cache", "list", env={"KILN_CACHE_DIR": str(self.dir / "foreign")}, says="uid 12345", expect=FAILED)
 
 
+class Places(CommandTest):
+    """Where the cache lies when nobody says so: homes as they are found."""
+
+    def setUp(self):
+        super().setUp()
+        self.dir.chmod(0o755)  # for other users
+        self.home = self.dir / "home"
+        self.home.mkdir(mode=0o755)
+        self.env.update(HOME=str(self.home), KILN_CACHE_DIR="", XDG_DATA_HOME="")
+
+    def warned(self, *args, env=None, user=None):
+        """The result of a run that is right all the same, and its one warning."""
+        done = subprocess.run([*KILN, "run", *SHAPE, "--check", "--json"], env={**self.env, **(env or {})}, cwd=self.dir,
+                              capture_output=True, text=True, timeout=120, user=user)
+        self.assertEqual(OK, done.returncode, done.stderr)
+        report = json.loads(done.stdout)
+        self.assertTrue(report["check"]["ok"])
+        self.assertRegex(done.stderr, r"^kiln: \[warn\] [^\n]+\n$")
+        return report, done.stderr
+
+    def test_a_home(self):
+        for source in ("compiled", "disk"):
+            self.assertEqual(source, self.json("run", *SHAPE)["source"])
+        self.assertEqual(str(self.home / ".cache/kiln/kernels.db"), self.kiln("cache", "path").stdout.strip())
+        for path in (".cache", ".cache/kiln", ".local/share/kiln"):
+            self.assertEqual(0o700, stat.S_IMODE((self.home / path).stat().st_mode))
+
+    def test_a_home_that_the_group_may_write_and_the_command_that_mends_it(self):
+        self.home.chmod(0o2775)  # as systems with a group for each user have
+        for _ in range(2):
+            report, warning = self.warned()
+            self.assertEqual("compiled", report["source"])
+            self.assertIn(f"{self.home} is not trusted: it is a directory of uid {os.getuid()} with mode 2775", warning)
+        self.assertEqual([], list(self.home.iterdir()))
+        doctor = self.kiln("doctor", expect=FAILED).stdout
+        self.assertRegex(doctor, rf"(?m)^fail +cache directory +{self.home} is not trusted")
+        command = re.search("`(chmod [^`]+)` mends it", warning).group(1)
+        subprocess.run(command, shell=True, check=True)
+        self.kiln("run", *SHAPE)
+        self.assertEqual("disk", self.json("run", *SHAPE)["source"])
+
+    def test_a_linked_cache_directory(self):
+        (self.dir / "scratch").mkdir()
+        (self.home / ".cache").symlink_to(self.dir / "scratch")
+        self.kiln("run", *SHAPE)
+        self.assertTrue((self.dir / "scratch/kiln/kernels.db").exists())
+        self.assertEqual("disk", self.json("run", *SHAPE)["source"])
+
+    def test_no_home(self):
+        for home in ("", "relative"):
+            report, warning = self.warned(env={"HOME": home})
+            self.assertEqual("compiled", report["source"])
+            self.assertIn("the kernel cache is off: there is no place for it; set HOME", warning)
+        _, warning = self.warned(env={"HOME": "/proc/none"})  # no home, but a name for one
+        self.assertIn("cannot make the directory /proc/none", warning)
+
+    @unittest.skipUnless(os.getuid() == 0, "needs the superuser to be another user")
+    def test_a_home_of_another_user(self):
+        # As in an image that runs under any number: nothing can be made there, whoever that is.
+        report, warning = self.warned(user=12345)
+        self.assertEqual("compiled", report["source"])
+        self.assertIn(f"cannot make the directory {self.home}/.", warning)
+        self.home.chmod(0o777)
+        _, warning = self.warned(user=12345)
+        self.assertIn(f"the superuser's `chmod go-w {self.home}` mends it, or, where others must write, `chmod +t {self.home}`", warning)
+        self.home.chmod(0o1777)
+        for source in ("compiled", "disk"):
+            done = subprocess.run([*KILN, "run", *SHAPE, "--json"], env=self.env, cwd=self.dir, capture_output=True, text=True, user=12345)
+            self.assertEqual((source, ""), (json.loads(done.stdout)["source"], done.stderr))
+        # Another user finds it taken, and goes on.
+        _, warning = self.warned(user=12346)
+        self.assertIn("uid 12345", warning)
+
+    @unittest.skipUnless(os.environ.get("KILN_TEST_FAKE_NFS"), "needs a library to preload")
+    @unittest.skipIf(os.environ.get("TEST_EMULATOR"), "the emulator is a program of another machine")
+    def test_a_home_on_the_network(self):
+        runtime = self.dir / "run"
+        runtime.mkdir(mode=0o700)
+        env = {"LD_PRELOAD": os.environ["KILN_TEST_FAKE_NFS"], "XDG_RUNTIME_DIR": str(runtime),
+               "FAKE_NFS": f"{self.home}:/var/tmp:/tmp/kiln-{os.getuid()}"}
+        for source in ("compiled", "disk"):
+            report, warning = self.warned(env=env)
+            self.assertEqual(source, report["source"])
+            self.assertIn(f"{self.home}/.cache/kiln is on nfs", warning)
+            self.assertIn(f"the kernel cache is in {runtime}/kiln/cache instead", warning)
+        self.assertEqual([], list(self.home.iterdir()))
+        self.assertTrue((runtime / "kiln/key/cache.key").exists())
+        self.assertEqual(str(runtime / "kiln/cache/kernels.db"), self.kiln("cache", "path", env=env).stdout.strip())
+        (row,) = [row for row in self.json("info", env=env)["environment"] if row["name"] == "KILN_CACHE_DIR"]
+        self.assertEqual(("moved", f"{runtime}/kiln/cache"), (row["origin"], row["value"]))
+        self.assertIn("is on nfs", self.kiln("doctor", env=env).stdout)
+
+    @unittest.skipUnless(os.getuid() == 0, "needs the superuser to make a setuid program")
+    @unittest.skipIf(os.environ.get("TEST_EMULATOR"), "emulated programs have no more rights")
+    def test_a_privileged_process_ignores_its_environment(self):
+        if os.statvfs(self.dir).f_flag & os.ST_NOSUID:
+            self.skipTest("mounted nosuid")
+        program = shutil.copy(KILN[-1], self.dir / "kiln")
+        os.chmod(program, 0o4755)
+        env = {**self.env, "KILN_CACHE_DIR": str(self.dir / "planted"), "KILN_THREADS": "1", "KILN_DUMP_DIR": str(self.dir / "dump"),
+               "KILN_TRUSTED_KEYS": str(self.dir / "keys"), "KILN_CACHE_SYSTEM_DIR": str(self.dir / "system"), "KILN_LOG": "off"}
+        done = subprocess.run([program, "info", "--json"], env=env, capture_output=True, text=True, user=12345)
+        self.assertEqual(OK, done.returncode, done.stderr)
+        self.assertIn("the environment is ignored: this process has rights that its caller does not have", done.stderr)
+        rows = {row["name"]: (row["value"], row["origin"]) for row in json.loads(done.stdout)["environment"]}
+        self.assertEqual({"default"}, {origin for _, origin in rows.values()})
+        for name in ("KILN_CACHE_DIR", "KILN_DUMP_DIR", "KILN_TRUSTED_KEYS", "KILN_CACHE_SYSTEM_DIR"):
+            self.assertEqual("", rows[name][0])
+        done = subprocess.run([program, "run", *SHAPE, "--check", "--json"], env=env, cwd="/", capture_output=True, text=True, user=12345)
+        self.assertTrue(json.loads(done.stdout)["check"]["ok"], done.stderr)
+        self.assertFalse((self.dir / "planted").exists() or (self.dir / "dump").exists())
+
+
 class Bundle(CommandTest):
     """Bundles between two caches: this one, and that of another machine."""
     HEADER, INDEX_ENTRY, DIGEST = 50, 72, 32  # api/doc/bundle.md

@@ -2,7 +2,9 @@
 #include "jit/config.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <map>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <doctest/doctest.h>
@@ -225,4 +227,140 @@ TEST_CASE("the system cache and its keys") {
   CHECK(homeless.cache == CacheMode::off);
   CHECK(homeless.serves_system_cache());
   CHECK(homeless.trusted_keys.empty());
+}
+
+namespace {
+
+std::map<std::string, os::FileSystem> g_mounts; ///< by what a path begins with
+
+os::FileSystem mounted(const std::string& path) {
+  os::FileSystem found{"local"};
+  std::size_t longest = 0;
+  for (const auto& [prefix, file_system] : g_mounts)
+    if (path.starts_with(prefix) && prefix.size() > longest) {
+      longest = prefix.size();
+      found = file_system;
+    }
+  return found;
+}
+
+const os::FileSystem kNfs{"nfs", true};
+
+} // namespace
+
+TEST_CASE("a cache on a network file system is moved to this machine, said once, and its key goes with it") {
+  std::string pattern = (std::filesystem::temp_directory_path() / "kiln_config_test.XXXXXX").string();
+  REQUIRE(mkdtemp(pattern.data()) != nullptr);
+  const std::filesystem::path runtime = std::filesystem::canonical(pattern);
+  const auto moved = [&](std::map<std::string, std::string> environment, std::map<std::string, os::FileSystem> mounts,
+                         const HostSettings& host = {}) {
+    environment.emplace("HOME", "/home/u");
+    environment.emplace("XDG_RUNTIME_DIR", runtime.string());
+    g_environment = std::move(environment);
+    // So that what is on this machine is a directory of this test.
+    mounts.emplace("/var/tmp", kNfs);
+    mounts.emplace("/tmp/kiln-" + std::to_string(geteuid()), kNfs);
+    g_mounts = std::move(mounts);
+    const auto config = Config::from_environment(get_variable, host, mounted);
+    REQUIRE(config.is_ok());
+    return *config;
+  };
+  const std::string base = runtime / "kiln";
+  {
+    const Config config = moved({}, {{"/home", kNfs}});
+    CHECK(config.cache == CacheMode::read_write);
+    CHECK(config.cache_dir == base + "/cache");
+    CHECK(config.key_dir == base + "/key");
+    CHECK(config.trusted_keys == "/home/u/.local/share/kiln/trusted.keys"); // a list of the user's, not the cache's
+    REQUIRE(config.warnings.size() == 1);
+    for (const char* part : {"/home/u/.cache/kiln is on nfs", "KILN_CACHE_DIR"})
+      CHECK(contains(config.warnings[0], part));
+    CHECK(contains(config.warnings[0], base + "/cache"));
+    CHECK(origin_of(config, "KILN_CACHE_DIR").value == base + "/cache");
+    CHECK(origin_of(config, "KILN_CACHE_DIR").origin == "moved");
+    CHECK(!std::filesystem::exists(base)); // made when something is stored
+  }
+  { // A key that is on this machine stays.
+    const Config config = moved({{"XDG_DATA_HOME", "/local/u"}}, {{"/home", kNfs}});
+    CHECK(config.cache_dir == base + "/cache");
+    CHECK(config.key_dir == "/local/u/kiln");
+  }
+  { // So does the key of a cache that is: it must not be gone before the cache.
+    const Config config = moved({{"KILN_CACHE_DIR", "/scratch/u"}}, {{"/home", kNfs}});
+    CHECK(config.cache_dir == "/scratch/u");
+    CHECK(config.key_dir == "/home/u/.local/share/kiln");
+    CHECK(config.warnings.empty());
+    CHECK(origin_of(config, "KILN_CACHE_DIR").origin == "environment");
+  }
+  { // Wherever the wish comes from.
+    CHECK(moved({{"KILN_CACHE_DIR", "/lustre/u"}}, {{"/lustre", {"lustre", true}}}).cache_dir == base + "/cache");
+    HostSettings host;
+    host.cache_dir = "/lustre/u";
+    const Config config = moved({}, {{"/lustre", {"lustre", true}}}, host);
+    CHECK(config.cache_dir == base + "/cache");
+    CHECK(config.key_dir == "/home/u/.local/share/kiln");
+    CHECK(config.warnings.size() == 1);
+  }
+  { // Not where others may write, and not where nothing can be made.
+    REQUIRE(chmod(runtime.c_str(), 0777) == 0);
+    const Config config = moved({}, {{"/home", kNfs}});
+    CHECK(config.cache == CacheMode::off);
+    REQUIRE(config.warnings.size() == 1);
+    CHECK(contains(config.warnings[0], "no directory of this machine serves instead: the kernel cache is off"));
+    CHECK(moved({{"XDG_RUNTIME_DIR", "/nothing/of/this/name"}}, {{"/home", kNfs}}).cache == CacheMode::off);
+    CHECK(moved({{"XDG_RUNTIME_DIR", "relative"}}, {{"/home", kNfs}}).cache == CacheMode::off);
+    REQUIRE(chmod(runtime.c_str(), 0700) == 0);
+  }
+  { // Nobody looks where no cache is wanted.
+    const Config config = moved({{"KILN_CACHE", "off"}}, {{"/home", kNfs}});
+    CHECK(config.warnings.empty());
+    CHECK(config.cache_dir == "/home/u/.cache/kiln");
+  }
+  std::filesystem::remove_all(runtime);
+}
+
+TEST_CASE("the first directory of this machine is the one that outlives a restart") {
+  g_environment = {{"HOME", "/home/u"}, {"XDG_RUNTIME_DIR", "/run"}};
+  g_mounts = {{"/home", kNfs}};
+  const auto config = Config::from_environment(get_variable, {}, mounted);
+  REQUIRE(config.is_ok());
+  const std::string var = "/var/tmp/kiln-" + std::to_string(geteuid());
+  struct stat info;
+  if (stat("/var/tmp", &info) == 0 && access("/var/tmp", W_OK) == 0 && (info.st_mode & 01000) != 0)
+    CHECK(config->cache_dir == var + "/cache");
+}
+
+TEST_CASE("file systems over a network are known by their numbers, those in user space by their types") {
+  struct Row {
+    std::uint32_t number;
+    const char* type;
+    const char* name;
+    bool over_network, in_memory;
+  };
+  for (const Row& row : {Row{0x6969, "", "nfs", true, false},
+                         {0xFF534D42, "", "cifs", true, false},
+                         {0xFE534D42, "", "smb2", true, false},
+                         {0x01021997, "", "9p", true, false},
+                         {0x5346414F, "", "afs", true, false},
+                         {0x0BD00BD0, "", "lustre", true, false},
+                         {0x00C36400, "", "ceph", true, false},
+                         {0x65735546, "", "fuse", true, false}, // /proc does not tell more
+                         {0x65735546, "fuse.sshfs", "fuse.sshfs", true, false},
+                         {0x65735546, "fuse.something-new", "fuse.something-new", true, false},
+                         {0x65735546, "virtiofs", "virtiofs", true, false},
+                         {0x65735546, "fuse.fuse-overlayfs", "fuse.fuse-overlayfs", false, false},
+                         {0x65735546, "fuseblk", "fuseblk", false, false},
+                         {0x01021994, "", "tmpfs", false, true},
+                         {0xEF53, "", "ext4", false, false},
+                         {0x12345678, "", "local", false, false}}) {
+    CAPTURE(row.name);
+    const os::FileSystem found = os::describe_file_system(row.number, row.type);
+    CHECK(found.name == row.name);
+    CHECK(found.over_network == row.over_network);
+    CHECK(found.in_memory == row.in_memory);
+  }
+  // What does not exist is where it would be made.
+  CHECK(os::file_system_of("/proc/self/none/at/all").name == os::file_system_of("/proc").name);
+  CHECK(os::file_system_of("/nothing/of/this/name").name == os::file_system_of("/").name);
+  CHECK(os::file_system_of("relative").name == "local");
 }
