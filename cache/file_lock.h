@@ -2,8 +2,8 @@
 #include <chrono>
 #include <cstdint>
 #include <string>
-#include <utility>
 
+#include "cache/own_descriptor.h"
 #include "cache/status.h"
 
 namespace kiln {
@@ -23,26 +23,14 @@ public:
   static Result<FileLock> take(const std::string& path, std::uint64_t byte, Kind kind,
                                std::chrono::milliseconds patience, Missing missing);
 
-  FileLock() = default;
-  ~FileLock() { release(); }
-  FileLock(FileLock&& other) noexcept { *this = std::move(other); }
-  FileLock& operator=(FileLock&& other) noexcept {
-    std::swap(file_, other.file_);
-    std::swap(file_id_, other.file_id_);
-    std::swap(process_, other.process_);
-    waited_ = other.waited_;
-    return *this;
-  }
-
-  bool held() const { return file_ >= 0; }
+  bool held() const { return file_.held(); }
   /// Whether another held the lock at the first try.
   bool waited() const { return waited_; }
-  void release();
+  /// The only descriptor of its description: the lock goes with it.
+  void release() { file_.close(); }
 
 private:
-  int file_ = -1;
-  std::uint64_t file_id_ = 0; ///< tells whether `file_` is still ours: a host may close descriptors it did not open
-  int process_ = 0;
+  OwnDescriptor file_;
   bool waited_ = false;
 };
 
