@@ -248,7 +248,8 @@ kiln_status kiln_kernel_get_info(const kiln_kernel* kernel, kiln_kernel_info* in
     out.features = k.texts().features.c_str();
     out.key = k.texts().key.c_str();
     out.pack_layout = k.texts().pack_layout.c_str();
-    static_assert(static_cast<int>(Source::builtin) == KILN_BUILTIN);
+    static_assert(static_cast<int>(Source::builtin) == KILN_BUILTIN &&
+                  static_cast<int>(Source::remote) == KILN_FROM_REMOTE);
     out.source = static_cast<std::int32_t>(k.source);
     out.vector_registers = k.code().vector_registers;
     out.general_registers = k.code().general_registers;
@@ -432,6 +433,9 @@ kiln_status kiln_get_stats(kiln_engine* engine, kiln_stats* stats) {
     out.cache_errors = static_cast<std::uint64_t>(s.store.errors);
     out.system_hits = s.system_hits;
     out.system_refused = s.system_refused;
+    out.remote_hits = s.remote_hits;
+    out.remote_refused = s.remote_refused;
+    out.remote_errors = s.remote_errors;
     return write_sized("stats", out, stats);
   });
 }

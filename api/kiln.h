@@ -153,7 +153,7 @@ typedef struct kiln_int8_mm_desc {
 
 typedef struct kiln_kernel kiln_kernel;
 
-/* The kernel for a desc: from memory (no lock), from disk, or compiled now. Release with kiln_kernel_release.
+/* The kernel for a desc: from memory (no lock), from disk, from KILN_REMOTE, or compiled now. Release with kiln_kernel_release.
  * One thread compiles a kernel, the others wait for it. Under KILN_MISS=fallback a kernel that would have to be compiled is compiled in the
  * background, and the caller gets a slow one (KILN_BUILTIN) that reads the same packs: get again for the compiled one.
  * Errors: KILN_INVALID_ARGUMENT, KILN_UNSUPPORTED (KILN_FORCE or KILN_DISABLE leave nothing that can do it), KILN_COMPILE_FAILED, KILN_MISS, KILN_OUT_OF_MEMORY. */
@@ -162,7 +162,7 @@ KILN_API kiln_status kiln_get(kiln_engine* engine, const kiln_desc* desc, kiln_k
 KILN_API void kiln_kernel_retain(kiln_kernel* kernel);
 KILN_API void kiln_kernel_release(kiln_kernel* kernel);
 
-typedef enum kiln_source { KILN_FROM_MEMORY = 0, KILN_FROM_DISK = 1, KILN_COMPILED = 2, KILN_BUILTIN = 3 } kiln_source;
+typedef enum kiln_source { KILN_FROM_MEMORY = 0, KILN_FROM_DISK = 1, KILN_COMPILED = 2, KILN_BUILTIN = 3, KILN_FROM_REMOTE = 4 } kiln_source;
 
 /* Strings live as long as the kernel is held. */
 typedef struct kiln_kernel_info {
@@ -276,8 +276,9 @@ typedef struct kiln_stats {
   uint64_t cache_rows, cache_bytes;        /* on disk; 0 when the cache is off */
   uint64_t cache_refused, cache_errors;    /* rows that failed authentication; errors passed over */
   uint64_t system_hits, system_refused;    /* of KILN_CACHE_SYSTEM_DIR: those of disk_hits; kernels that failed authentication */
+  uint64_t remote_hits, remote_refused, remote_errors; /* of KILN_REMOTE: kernels loaded; rows not trusted; calls that failed */
 } kiln_stats;
-#define KILN_STATS_INIT {sizeof(kiln_stats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+#define KILN_STATS_INIT {sizeof(kiln_stats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 /* Counts since the engine was created. */
 KILN_API kiln_status kiln_get_stats(kiln_engine* engine, kiln_stats* stats);
 

@@ -5,6 +5,8 @@
 #include <memory>
 #include <zstd.h>
 
+#include "cache/entry.h"
+
 namespace kiln {
 namespace {
 
@@ -17,7 +19,6 @@ constexpr std::size_t header_bytes = 8 + 4 + 1 + 1 + 4 + 32;
 constexpr std::size_t index_entry_bytes = 32 + 32 + 4 + 4;
 /// Kernels are a few KiB: higher levels take longer and gain nothing that is worth it.
 constexpr int compression_level = 9;
-constexpr std::size_t short_text_bytes = 256;
 
 std::size_t seal_bytes(Authentication authentication) {
   return authentication == Authentication::ed25519 ? sizeof(Signature) : sizeof(Digest);
@@ -25,40 +26,6 @@ std::size_t seal_bytes(Authentication authentication) {
 
 void append(Bytes& out, ByteSpan bytes) {
   out.insert(out.end(), bytes.begin(), bytes.end());
-}
-
-/// One of the row's texts, with the longest that a bundle may hold.
-struct TextColumn {
-  const char* name;
-  std::string StoreRow::*text;
-  std::size_t most_bytes;
-};
-constexpr TextColumn text_columns[] = {
-    {"op", &StoreRow::op, short_text_bytes},
-    {"desc", &StoreRow::desc, BundleLimits::text_bytes},
-    {"isa", &StoreRow::isa, short_text_bytes},
-    {"target", &StoreRow::target, BundleLimits::text_bytes},
-    {"generator", &StoreRow::generator, short_text_bytes},
-};
-
-/// Empty, or what is wrong with the row's texts.
-std::string fault_of_texts(const StoreRow& row) {
-  for (const TextColumn& column : text_columns) {
-    const std::string& text = row.*column.text;
-    if (text.empty() || text.size() > column.most_bytes)
-      return fmt::format("its {} has {} bytes; allowed are 1 to {}", column.name, text.size(), column.most_bytes);
-    if (!std::all_of(text.begin(), text.end(), [](char c) { return c >= 0x20 && c < 0x7f; }))
-      return fmt::format("its {} has characters that are not printable ASCII", column.name);
-  }
-  return {};
-}
-
-Bytes serialised(const StoreRow& row) {
-  Writer writer;
-  for (const TextColumn& column : text_columns)
-    writer.string(row.*column.text);
-  writer.blob(row.code);
-  return writer.take();
 }
 
 Result<Bytes> compressed(ZSTD_CCtx* context, const Bytes& bytes) {
@@ -105,7 +72,7 @@ Result<Bytes> make_bundle(std::span<const StoreRow> rows, const SecretKey* key) 
   for (const StoreRow* row : *in_order) {
     if (const std::string fault = fault_of_texts(*row); !fault.empty())
       return not_made(fmt::format("kernel {}: {}", row->key.hex(), fault));
-    const Bytes plain = serialised(*row);
+    const Bytes plain = entry_of(*row);
     all_bytes += plain.size();
     if (plain.size() > BundleLimits::entry_bytes || all_bytes > BundleLimits::all_bytes)
       return not_made(fmt::format("kernel {} has {} bytes, and those up to it have {}; allowed are {} and {}",
@@ -257,15 +224,8 @@ Result<StoreRow> Bundle::read(const Entry& entry) const {
 
   StoreRow row;
   row.key = entry.key;
-  Reader in(plain);
-  for (const TextColumn& column : text_columns)
-    row.*column.text = in.string();
-  const ByteSpan code = in.blob();
-  if (!in.finished())
-    return bad("its columns do not fill it");
-  if (const std::string fault = fault_of_texts(row); !fault.empty())
+  if (const std::string fault = read_entry(plain, row); !fault.empty())
     return bad(fault);
-  row.code.assign(code.begin(), code.end());
   return row;
 }
 

@@ -23,7 +23,6 @@ struct BundleLimits {
   static constexpr std::uint32_t entries = 100'000;
   static constexpr std::uint32_t entry_bytes = 64u << 20; ///< of one entry, decompressed
   static constexpr std::uint64_t all_bytes = 1ull << 30;  ///< of all entries together, decompressed
-  static constexpr std::size_t text_bytes = 4096;         ///< of a desc or a target; of the other texts 256
 };
 
 /// The bundle of these rows: the same bytes for the same rows in any order (and the same version of libzstd), whatever

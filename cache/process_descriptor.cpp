@@ -48,12 +48,12 @@ struct OpenDescriptors {
 
 } // namespace
 
-ProcessDescriptor ProcessDescriptor::open_at(int directory, const char* path, int flags, mode_t mode) {
+ProcessDescriptor ProcessDescriptor::make(const std::function<int()>& make_descriptor) {
   OpenDescriptors& open = OpenDescriptors::get();
   const std::lock_guard guard(open.mutex);
   open.entries.reserve(open.entries.size() + 1);
   ProcessDescriptor out;
-  const int descriptor = ::openat(directory, path, flags | O_CLOEXEC, mode);
+  const int descriptor = make_descriptor();
   if (descriptor < 0)
     return out;
   struct stat info;
@@ -68,6 +68,10 @@ ProcessDescriptor ProcessDescriptor::open_at(int directory, const char* path, in
   out.process_ = current_process();
   open.entries.push_back({descriptor, out.file_});
   return out;
+}
+
+ProcessDescriptor ProcessDescriptor::open_at(int directory, const char* path, int flags, mode_t mode) {
+  return make([&] { return ::openat(directory, path, flags | O_CLOEXEC, mode); });
 }
 
 bool ProcessDescriptor::is_ours() const {

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <utility>
 
@@ -25,7 +26,10 @@ public:
     return *this;
   }
 
-  /// openat(2) with O_CLOEXEC added. Empty, with errno, when that fails.
+  /// Calls `open`, which returns a descriptor that exec closes, or -1 with errno, while no fork can happen. Empty, with
+  /// errno, when that fails.
+  static ProcessDescriptor make(const std::function<int()>& open);
+  /// openat(2) with O_CLOEXEC added.
   static ProcessDescriptor open_at(int directory, const char* path, int flags, mode_t mode = 0);
 
   int get() const { return descriptor_; }

@@ -34,10 +34,9 @@ struct StoredRow {
   StoreRow row;
   std::int64_t code_bytes = 0;
   Bytes mac;
-  Bytes signature; ///< empty: NULL
 };
 
-Digest mac_of(const Digest& secret, const StoreRow& row, ByteSpan signature) {
+Digest mac_of(const Digest& secret, const StoreRow& row) {
   Writer writer;
   writer.u32(Database::schema_version);
   writer.blob(row.key.bytes);
@@ -48,7 +47,7 @@ Digest mac_of(const Digest& secret, const StoreRow& row, ByteSpan signature) {
   writer.string(row.generator);
   writer.i64(row.compile_us);
   writer.i64(row.created_at);
-  writer.blob(signature);
+  writer.blob(row.signature);
   writer.blob(row.code);
   return keyed_digest_of(secret, writer.bytes());
 }
@@ -64,7 +63,7 @@ std::optional<Digest> to_digest(ByteSpan bytes) {
 bool is_authentic(const Digest& secret, const StoredRow& stored) {
   const std::optional<Digest> mac = to_digest(stored.mac);
   return mac && stored.code_bytes == static_cast<std::int64_t>(stored.row.code.size()) &&
-         equal_in_constant_time(*mac, mac_of(secret, stored.row, stored.signature));
+         equal_in_constant_time(*mac, mac_of(secret, stored.row));
 }
 
 #define KILN_READABLE_COLUMNS "op, desc, isa, target, generator, code_bytes, compile_us, created_at, last_hit_at, hits"
@@ -93,7 +92,7 @@ constexpr const char* select_keys = "SELECT key FROM kernels WHERE key BETWEEN ?
 constexpr const char* select_totals = "SELECT count(*), coalesce(sum(code_bytes), 0) FROM kernels";
 constexpr const char* insert_row =
     "INSERT OR REPLACE INTO kernels (op, desc, isa, target, generator, code_bytes, compile_us, created_at,"
-    " last_hit_at, hits, mac, code, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?)";
+    " last_hit_at, hits, mac, signature, code, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?)";
 constexpr const char* update_use =
     "UPDATE kernels SET hits = hits + ?, last_hit_at = max(last_hit_at, ?) WHERE key = ?";
 constexpr const char* delete_by_key = "DELETE FROM kernels WHERE key = ?";
@@ -113,7 +112,7 @@ void read_whole_row(const Query& query, StoredRow& stored) {
     return Bytes(bytes.begin(), bytes.end());
   };
   stored.mac = copy(10);
-  stored.signature = copy(11);
+  stored.row.signature = copy(11);
   stored.row.code = copy(12);
 }
 
@@ -568,7 +567,7 @@ Status SqliteStore::insert_one(Session& session, const StoreRow& given, double n
   StoreRow row = given;
   if (row.created_at == 0)
     row.created_at = static_cast<std::int64_t>(now);
-  const Digest mac = mac_of(*session.secret, row, {});
+  const Digest mac = mac_of(*session.secret, row);
   return session.database->query(insert_row)
       .bind(row.op)
       .bind(row.desc)
@@ -580,6 +579,7 @@ Status SqliteStore::insert_one(Session& session, const StoreRow& given, double n
       .bind(row.created_at)
       .bind(now)
       .bind(ByteSpan(mac.bytes))
+      .bind(ByteSpan(row.signature))
       .bind(ByteSpan(row.code))
       .bind(ByteSpan(row.key.bytes))
       .run();

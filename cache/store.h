@@ -25,6 +25,7 @@ struct StoreRow {
   std::string target;    ///< the features (and vector length or SM) the code uses
   std::string generator; ///< generator id, hex
   Bytes code;            ///< serialised CodeObject
+  Bytes signature;       ///< of a row from a remote tier: who vouched for it (see signer_of); empty for others
   std::int64_t compile_us = 0;
   std::int64_t created_at = 0;  ///< Unix seconds
   std::int64_t last_hit_at = 0; ///< Unix seconds; not authenticated

@@ -20,7 +20,7 @@ constexpr std::array<std::string_view, 3> kCacheModes = {"rw", "ro", "off"};
 constexpr std::array<std::string_view, 3> kMissPolicies = {"compile", "error", "fallback"};
 constexpr std::array<std::string_view, 3> kPerfModes = {"off", "map", "jitdump"};
 constexpr std::array<std::string_view, 6> kLogLevels = {"trace", "debug", "info", "warn", "error", "off"};
-constexpr std::string_view kDiskTier = "disk";
+constexpr std::string_view kDiskTier = "disk", kRemoteTier = "remote";
 constexpr const char* kCacheDirectory = "KILN_CACHE_DIR";
 constexpr std::int64_t kMostCacheMb = 1 << 20;
 constexpr std::int64_t kMostThreads = 1024;
@@ -106,15 +106,18 @@ Status parse_disable(Config& config, std::string_view variable, std::string_view
       config.disabled_generators.push_back(*generator);
     if (name == kDiskTier)
       config.disk_disabled = true;
+    else if (name == kRemoteTier)
+      config.remote_disabled = true;
     else if (!path && !backend && (!generator || *generator == GeneratorId::none))
       unknown.push_back(name);
   }
   if (!unknown.empty())
-    config.warnings.push_back(fmt::format(
-        "{}: unknown {} ignored; valid are the paths {}, the backends {}, the generators {} "
-        "and the tier {}",
-        variable, fmt::join(unknown, ", "), fmt::join(names_from(IsaPath::avx2), ", "),
-        fmt::join(names_from(BackendId::x86), ", "), fmt::join(names_from(GeneratorId::asmjit), ", "), kDiskTier));
+    config.warnings.push_back(
+        fmt::format("{}: unknown {} ignored; valid are the paths {}, the backends {}, the generators {} "
+                    "and the tiers {}, {}",
+                    variable, fmt::join(unknown, ", "), fmt::join(names_from(IsaPath::avx2), ", "),
+                    fmt::join(names_from(BackendId::x86), ", "), fmt::join(names_from(GeneratorId::asmjit), ", "),
+                    kDiskTier, kRemoteTier));
   return {};
 }
 
@@ -143,9 +146,12 @@ Status parse_force(Config& config, std::string_view variable, std::string_view t
   return {};
 }
 
-Status parse_not_served(Config& config, std::string_view variable, std::string_view text, std::string& value) {
-  value = text;
-  config.warnings.push_back(fmt::format("{}={} has no effect: this version of Kiln does not serve it", variable, text));
+/// The value is not quoted: it may hold a password in the wrong place.
+Status parse_remote(Config& config, std::string_view variable, std::string_view text) {
+  Result<RemoteUrl> url = RemoteUrl::parse(text);
+  if (!url)
+    return Status::error(url.status().code(), fmt::format("{}: {}", variable, url.status().message()));
+  config.remote = std::move(*url);
   return {};
 }
 
@@ -163,6 +169,8 @@ std::string shown_disable(const Config& config) {
     add(name_of(generator));
   if (config.disk_disabled)
     add(kDiskTier);
+  if (config.remote_disabled)
+    add(kRemoteTier);
   return fmt::format("{}", fmt::join(names, ","));
 }
 
@@ -203,8 +211,10 @@ constexpr Variable kVariables[] = {
      [](const Config& c) { return c.cache_system_dir; }},
     {"KILN_TRUSTED_KEYS", [](Config& c, View name, View text) { return parse_path(name, text, c.trusted_keys); },
      [](const Config& c) { return c.trusted_keys; }},
-    {"KILN_REMOTE", [](Config& c, View name, View text) { return parse_not_served(c, name, text, c.remote); },
-     [](const Config& c) { return c.remote; }},
+    {"KILN_REMOTE", parse_remote, [](const Config& c) { return c.remote ? c.remote->text() : std::string(); }},
+    {"KILN_REMOTE_SIGNING_KEY",
+     [](Config& c, View name, View text) { return parse_path(name, text, c.remote_signing_key); },
+     [](const Config& c) { return c.remote_signing_key; }},
     {"KILN_MISS", [](Config& c, View name, View text) { return choose(name, text, kMissPolicies, c.miss); },
      [](const Config& c) { return shown_choice(kMissPolicies, c.miss); }},
     {"KILN_THREADS",
@@ -286,6 +296,8 @@ Result<Config> Config::from_environment(const char* (*get)(const char* name), co
     config.cache_dir = std::move(place.directory);
     config.key_dir = std::move(place.key_directory);
   }
+  if (!config.remote_signing_key.empty() && !config.remote)
+    config.warnings.push_back("KILN_REMOTE_SIGNING_KEY has no effect without KILN_REMOTE");
   for (const Variable& variable : kVariables)
     config.origins.push_back({variable.name, variable.shown(config),
                               moved && variable.name == kCacheDirectory ? "moved"

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cache/log.h"
+#include "cache/remote_url.h"
 #include "cache/status.h"
 #include "cache/store.h"
 #include "jit/cache_place.h"
@@ -30,7 +31,7 @@ struct Config {
   std::vector<IsaPath> disabled_paths;
   std::vector<BackendId> disabled_backends;
   std::vector<GeneratorId> disabled_generators;
-  bool disk_disabled = false;
+  bool disk_disabled = false, remote_disabled = false;
   // KILN_FORCE: `path` for every op that has it, or `op:path`
   struct Force {
     OpId op = OpId::none; ///< none: every op that has the path
@@ -41,7 +42,9 @@ struct Config {
   CacheMode cache = CacheMode::read_write;
   bool cache_unwanted = false; ///< KILN_CACHE=off; without, the mode is also off where there is no place for a cache
   /// The first two are where the cache really is, which may be another place than was asked for: see CachePlace.
-  std::string cache_dir, key_dir, cache_system_dir, trusted_keys, remote;
+  std::string cache_dir, key_dir, cache_system_dir, trusted_keys;
+  std::optional<RemoteUrl> remote;
+  std::string remote_signing_key; ///< a file; empty: nothing is written to the remote tier
   std::int64_t cache_max_mb = 512;
   MissPolicy miss = MissPolicy::compile;
   int threads = 0; ///< 0: every core this process may use
@@ -65,6 +68,8 @@ struct Config {
 
   /// Also where there is no place for a cache of the user's own.
   bool serves_system_cache() const { return !cache_system_dir.empty() && !cache_unwanted && !disk_disabled; }
+  /// With the disk or without.
+  bool serves_remote_cache() const { return remote && !cache_unwanted && !remote_disabled; }
   bool disables(const Implementation& implementation) const;
   /// The path forced for this op: its own, else the one for every op that has it (the caller knows which have). False
   /// when there is none.

@@ -128,6 +128,20 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
   return choice;
 }
 
+/// What is stored of a kernel that was compiled in so many microseconds.
+StoreRow row_of(const Choice& choice, const CodeObject& code, std::int64_t us) {
+  StoreRow row;
+  row.key = choice.key;
+  row.op = find_op(choice.implementation->op)->name;
+  row.desc = choice.key_fields.desc;
+  row.isa = name_of(choice.implementation->isa);
+  row.target = code.needs().text();
+  row.generator = choice.implementation->generator_digest;
+  row.code = code.serialise();
+  row.compile_us = us;
+  return row;
+}
+
 Status may_not_compile(const KernelDesc& canonical, const Implementation& row) {
   return Status::error(Code::miss, fmt::format("{} ({}) is not cached and KILN_MISS=error forbids compiling it",
                                                canonical.text(), name_of(row.isa)));
@@ -151,7 +165,9 @@ struct Engine::State {
   PerfReporter perf;
   std::unique_ptr<Store> store;
   std::unique_ptr<SystemCache> system; ///< under the store; null without KILN_CACHE_SYSTEM_DIR
-  std::atomic<std::uint64_t> disk_hits{0}, system_hits{0}, compiled{0}, failed{0}, fallbacks{0}, compile_us{0};
+  std::unique_ptr<RemoteCache> remote; ///< behind both; null without KILN_REMOTE
+  std::atomic<std::uint64_t> disk_hits{0}, system_hits{0}, remote_hits{0}, compiled{0}, failed{0}, fallbacks{0},
+      compile_us{0};
   std::atomic<bool> refuses_executable_memory{false}; ///< the system: said once, found out once
   KernelTable table;
   std::unique_ptr<Background> background; ///< ends before anything it uses
@@ -163,13 +179,15 @@ struct Engine::State {
   Result<KernelRef> lookup(const KernelDesc& canonical, MissPolicy on_miss);
   Result<KernelTable::Made> make(const KernelDesc& canonical, MissPolicy on_miss);
   Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical, Store::Call call);
-  Result<Kernel> load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row,
+  std::optional<Kernel> from_remote(const Choice& choice, const KernelDesc& canonical, Store::Call call);
+  Result<Kernel> load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row, Source source,
                           std::chrono::steady_clock::time_point start);
   std::optional<StoreRow> stored(const Digest& key);
   Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
                              std::int64_t& us);
-  Status keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us,
-              Store::Call call);
+  Status keep(const StoreRow& row, Store::Call call);
+  Status keep_patiently(const StoreRow& row);
+  void publish(const StoreRow& row, RemoteCache::Patience patience);
   FileLock compile_turn(const Choice& choice) const;
   Status prefetch(const KernelDesc& canonical);
   void settle_for_stand_in(const KernelDesc& canonical);
@@ -177,6 +195,26 @@ struct Engine::State {
   Result<KernelTable::Made> stand_in(const Choice& choice, const KernelDesc& canonical, Stay stay);
   const Implementation* builtin_for(const KernelDesc& canonical) const;
 };
+
+namespace {
+
+RemoteOptions remote_options(const Config& config, const Log& log) {
+  RemoteOptions options;
+  options.url = *config.remote;
+  options.trusted_keys_file = config.trusted_keys;
+  options.check_row = check_row;
+  if (!config.remote_signing_key.empty()) {
+    Result<SecretKey> key = SecretKey::load(config.remote_signing_key);
+    if (key)
+      options.signing_key.emplace(std::move(*key));
+    else
+      log.warn(fmt::format("KILN_REMOTE_SIGNING_KEY: {}; nothing is written to {}", key.status().message(),
+                           config.remote->text()));
+  }
+  return options;
+}
+
+} // namespace
 
 Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
   auto state = std::make_unique<State>(std::move(options));
@@ -197,6 +235,8 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
   if (state->config().serves_system_cache())
     state->system =
         std::make_unique<SystemCache>(state->config().cache_system_dir, state->config().trusted_keys, state->log);
+  if (state->config().serves_remote_cache())
+    state->remote = std::make_unique<RemoteCache>(remote_options(state->config(), state->log), state->log);
   State* const s = state.release();
   s->background = std::make_unique<Background>([s](const KernelDesc& canonical) {
     if (const Status status = s->prefetch(canonical); !status)
@@ -209,6 +249,7 @@ Engine::~Engine() {
   state_->background.reset();
   state_->store.reset();
   state_->system.reset();
+  state_->remote.reset();
   state_->table.close(); // deletes the state now, or with the last kernel
 }
 
@@ -271,7 +312,8 @@ void Engine::State::settle_for_stand_in(const KernelDesc& canonical) {
     KernelTable::release(node);
 }
 
-/// Disk, then the compiler. What is compiled is stored; a store that fails has said so in the log.
+/// Disk, the remote tier, then the compiler. What comes from these two is stored; a store that fails has said so in the
+/// log.
 Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissPolicy on_miss) {
   const Result<Choice> choice = choose(canonical, target());
   if (!choice)
@@ -297,26 +339,42 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   };
   if (std::optional<KernelTable::Made> stored = look(Store::Call::plain))
     return std::move(*stored);
-  if (on_miss == MissPolicy::error)
+  const auto look_afar = [&](Store::Call call) -> std::optional<KernelTable::Made> {
+    if (not_stored.code() != Code::not_found) // what is here and cannot be used is there too
+      return std::nullopt;
+    std::optional<Kernel> kernel = from_remote(*choice, canonical, call);
+    return kernel ? std::optional(resident(std::move(*kernel))) : std::nullopt;
+  };
+  if (on_miss == MissPolicy::error) {
+    if (std::optional<KernelTable::Made> fetched = look_afar(Store::Call::plain))
+      return std::move(*fetched);
     return may_not_compile(canonical, *choice->implementation);
+  }
   // Where the toggles leave nothing to fall back on (KILN_FORCE, KILN_DISABLE), the kernel is compiled now.
   if (on_miss == MissPolicy::fallback && builtin_for(canonical) != nullptr) {
     if (const Status status = background->add(canonical); !status)
       log.warn(fmt::format("{} stays with its fallback: {}", canonical.text(), status.message()));
     return stand_in(*choice, canonical, Stay::for_this_caller);
   }
-  // One process at a time compiles a kernel: the next in turn finds it stored.
-  const FileLock turn = compile_turn(*choice);
+  // One process at a time fetches or compiles a kernel: the next in turn finds it stored.
+  FileLock turn = compile_turn(*choice);
   if (turn.held() && not_stored.code() == Code::not_found)
     if (std::optional<KernelTable::Made> stored = look(Store::Call::in_turn))
       return std::move(*stored);
+  const Store::Call call = turn.held() ? Store::Call::in_turn : Store::Call::plain;
+  if (std::optional<KernelTable::Made> fetched = look_afar(call))
+    return std::move(*fetched);
   std::int64_t us = 0;
   Result<CodeObject> code = compile(*choice, canonical, target(), us);
   if (!code)
     return code.status();
-  const Store::Call call = turn.held() ? Store::Call::in_turn : Store::Call::plain;
-  if (const Status status = keep(*choice, canonical, *code, us, call); !status)
-    log.debug(fmt::format("{} was not stored: {}", canonical.text(), status.message()));
+  if (store || (remote && remote->writes())) {
+    const StoreRow row = row_of(*choice, *code, us);
+    if (const Status status = keep(row, call); !status)
+      log.debug(fmt::format("{} was not stored: {}", canonical.text(), status.message()));
+    turn.release();
+    publish(row, RemoteCache::Patience::host);
+  }
   Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
   if (!kernel && kernel.status().code() == Code::unsupported) {
     if (!refuses_executable_memory.exchange(true))
@@ -337,14 +395,14 @@ Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& 
   Status reason = Status::error(Code::not_found, "not on disk");
   if (store)
     if (const std::optional<StoreRow> row = store->get(choice.key, call)) {
-      Result<Kernel> kernel = load_row(choice, canonical, *row, start);
+      Result<Kernel> kernel = load_row(choice, canonical, *row, Source::disk, start);
       if (kernel)
         return kernel;
       reason = kernel.status();
     }
   if (system)
     if (const std::optional<StoreRow> row = system->get(choice.key)) {
-      Result<Kernel> kernel = load_row(choice, canonical, *row, start);
+      Result<Kernel> kernel = load_row(choice, canonical, *row, Source::disk, start);
       if (kernel) {
         ++system_hits;
         return kernel;
@@ -352,6 +410,21 @@ Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& 
       reason = kernel.status();
     }
   return reason;
+}
+
+/// What comes from there is authenticated anew for the cache on disk, and stored.
+std::optional<Kernel> Engine::State::from_remote(const Choice& choice, const KernelDesc& canonical, Store::Call call) {
+  const auto start = std::chrono::steady_clock::now();
+  const std::optional<StoreRow> row = remote ? remote->get(choice.key, RemoteCache::Patience::host) : std::nullopt;
+  if (!row)
+    return std::nullopt;
+  Result<Kernel> kernel = load_row(choice, canonical, *row, Source::remote, start);
+  if (!kernel)
+    return std::nullopt;
+  ++remote_hits;
+  if (const Status status = keep(*row, call); !status)
+    log.debug(fmt::format("{} was not stored: {}", canonical.text(), status.message()));
+  return std::move(*kernel);
 }
 
 /// Without loading it.
@@ -365,7 +438,7 @@ std::optional<StoreRow> Engine::State::stored(const Digest& key) {
 }
 
 Result<Kernel> Engine::State::load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row,
-                                       std::chrono::steady_clock::time_point start) {
+                                       Source source, std::chrono::steady_clock::time_point start) {
   Result<CodeObject> code = CodeObject::parse(row.code);
   Result<Kernel> kernel = code ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code))
                                : Result<Kernel>(code.status());
@@ -379,7 +452,7 @@ Result<Kernel> Engine::State::load_row(const Choice& choice, const KernelDesc& c
       log.warn(message);
     return kernel;
   }
-  kernel->source = Source::disk;
+  kernel->source = source;
   kernel->compile_us = row.compile_us;
   kernel->load_us = microseconds_since(start);
   return kernel;
@@ -403,21 +476,24 @@ Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc
   return code;
 }
 
-/// Stores what `compile` made, where there is a store.
-Status Engine::State::keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us,
-                           Store::Call call) {
-  if (!store)
-    return {};
-  StoreRow row;
-  row.key = choice.key;
-  row.op = find_op(canonical.op)->name;
-  row.desc = canonical.text();
-  row.isa = name_of(choice.implementation->isa);
-  row.target = code.needs().text();
-  row.generator = choice.implementation->generator_digest;
-  row.code = code.serialise();
-  row.compile_us = us;
-  return store->put(row, call);
+/// Where there is a cache on disk.
+Status Engine::State::keep(const StoreRow& row, Store::Call call) {
+  return store ? store->put(row, call) : Status();
+}
+
+/// Many may warm one cache at once. A host would not wait for them; whoever warms up has nothing better to do.
+Status Engine::State::keep_patiently(const StoreRow& row) {
+  const auto give_up = std::chrono::steady_clock::now() + kWarmupPatience;
+  Status kept = keep(row, Store::Call::in_turn);
+  while (kept.code() == Code::busy && std::chrono::steady_clock::now() < give_up)
+    kept = keep(row, Store::Call::in_turn);
+  return kept;
+}
+
+/// To the remote tier, with a signing key. What fails there is counted and logged there.
+void Engine::State::publish(const StoreRow& row, RemoteCache::Patience patience) {
+  if (remote && remote->writes())
+    (void)remote->put(row, patience);
 }
 
 /// Not held where the caller compiles for itself, whatever others do.
@@ -481,25 +557,40 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
     return choice.status();
   if (choice->implementation->compile == nullptr)
     return Warmed::hit; // part of the library
-  if (state_->stored(choice->key))
+  const auto there_already = [&](const StoreRow& row) {
+    state_->publish(row, RemoteCache::Patience::batch);
     return Warmed::hit;
-  const FileLock turn = state_->compile_turn(*choice);
-  if (turn.held() && state_->store->get(choice->key, Store::Call::in_turn))
-    return Warmed::hit;
+  };
+  const auto not_kept = [&](const Status& why, std::string_view what) {
+    return Status::error(why.code(),
+                         fmt::format("{} was {} but could not be stored: {}", canonical.text(), what, why.message()));
+  };
+  if (const std::optional<StoreRow> row = state_->stored(choice->key))
+    return there_already(*row);
+  // Not within the turn: hosts may wait for it, and must not wait for a slow server.
+  if (state_->remote)
+    if (const std::optional<StoreRow> row = state_->remote->get(choice->key, RemoteCache::Patience::batch)) {
+      if (const Status kept = state_->keep_patiently(*row); !kept)
+        return not_kept(kept, "fetched");
+      return Warmed::hit;
+    }
+  FileLock turn = state_->compile_turn(*choice);
+  if (turn.held())
+    if (const std::optional<StoreRow> row = state_->store->get(choice->key, Store::Call::in_turn)) {
+      turn.release();
+      return there_already(*row);
+    }
   std::int64_t us = 0;
   const Result<CodeObject> code = state_->compile(*choice, canonical, for_target, us);
   if (!code) {
     ++state_->failed;
     return code.status();
   }
-  // Many may warm one cache at once. A host would not wait for them; whoever warms up has nothing better to do.
-  const auto give_up = std::chrono::steady_clock::now() + kWarmupPatience;
-  Status kept = state_->keep(*choice, canonical, *code, us, Store::Call::in_turn);
-  while (kept.code() == Code::busy && std::chrono::steady_clock::now() < give_up)
-    kept = state_->keep(*choice, canonical, *code, us, Store::Call::in_turn);
-  if (!kept)
-    return Status::error(kept.code(),
-                         fmt::format("{} was compiled but could not be stored: {}", canonical.text(), kept.message()));
+  const StoreRow row = row_of(*choice, *code, us);
+  if (const Status kept = state_->keep_patiently(row); !kept)
+    return not_kept(kept, "compiled");
+  turn.release();
+  state_->publish(row, RemoteCache::Patience::batch);
   return Warmed::compiled;
 }
 
@@ -637,6 +728,10 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
     e.tier = "system";
     return e;
   }
+  if (state_->remote && state_->remote->get(e.key, RemoteCache::Patience::host)) {
+    e.tier = "remote";
+    return e;
+  }
   if (!state_->store)
     return e;
   const Result<std::vector<Store::Listed>> rows = state_->store->list();
@@ -670,6 +765,12 @@ EngineStats Engine::stats() {
   stats.system_hits = state_->system_hits;
   if (state_->system)
     stats.system_refused = state_->system->stats().refused;
+  stats.remote_hits = state_->remote_hits;
+  if (state_->remote) {
+    const RemoteCache::Stats remote = state_->remote->stats();
+    stats.remote_refused = static_cast<std::uint64_t>(remote.refused);
+    stats.remote_errors = static_cast<std::uint64_t>(remote.errors);
+  }
   stats.compiled = state_->compiled;
   stats.failed = state_->failed;
   stats.fallbacks = state_->fallbacks;
@@ -699,6 +800,9 @@ Store* Engine::store() {
 }
 SystemCache* Engine::system_cache() {
   return state_->system.get();
+}
+RemoteCache* Engine::remote_cache() {
+  return state_->remote.get();
 }
 std::span<const Implementation> Engine::implementations() const {
   return state_->options.implementations;

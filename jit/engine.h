@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cache/log.h"
+#include "cache/remote_cache.h"
 #include "cache/status.h"
 #include "cache/store.h"
 #include "cache/system_cache.h"
@@ -35,6 +36,9 @@ struct EngineStats {
   std::uint64_t memory_hits = 0, disk_hits = 0, compiled = 0, failed = 0, fallbacks = 0;
   std::uint64_t system_hits = 0;    ///< of the disk hits those in the system cache
   std::uint64_t system_refused = 0; ///< kernels there that failed authentication
+  std::uint64_t remote_hits = 0;    ///< kernels loaded from the remote tier
+  std::uint64_t remote_refused = 0; ///< rows there that are not trusted, or not what they say
+  std::uint64_t remote_errors = 0;  ///< calls there that failed
   std::uint64_t kernels = 0, evictions = 0, code_bytes = 0;
   std::uint64_t compile_us = 0; ///< sum
   bool has_store = false;
@@ -56,14 +60,14 @@ struct Explanation {
   std::string key_text;    ///< what the key is the digest of, readable
   std::string pack_layout; ///< empty for ops without a pack
   std::string assumes;     ///< what the path taken takes for granted about the machine; may be empty
-  std::string tier;        ///< `memory`, `disk`, `system` or `none` (a get would compile)
+  std::string tier;        ///< `memory`, `disk`, `system`, `remote` or `none` (a get would compile)
   std::string
       nearest; ///< on a miss: the stored kernel of this op that differs least, and in which key fields; may be empty
   std::string
       why; ///< on a miss, when a kernel of this very desc is stored: each key field that differs, there and here
 };
 
-/// The whole path of a call: L1, L2, compile. Thread-safe.
+/// The whole path of a call: L1, L2, the remote tier, compile. Thread-safe.
 class Engine {
 public:
   static Result<std::unique_ptr<Engine>> create(EngineOptions options);
@@ -77,8 +81,8 @@ public:
   Result<KernelRef> get(const KernelDesc& desc);
 
   enum class Warmed : std::uint8_t { hit, compiled };
-  /// Makes sure that the cache on disk, or the system's, holds the desc's kernel for `target` (null: this machine);
-  /// loads nothing.
+  /// Makes sure that the cache on disk, or the system's, holds the desc's kernel for `target` (null: this machine), and
+  /// with a signing key the remote tier too, whose failures are logged only. Loads nothing.
   Result<Warmed> warmup(const KernelDesc& desc, const Target* target);
 
   /// What a get on `target` (null: this machine) would run, from the cache on disk or compiled now, for whoever wants
@@ -109,6 +113,7 @@ public:
   Runtime& runtime();
   Store* store();              ///< null when the cache is off
   SystemCache* system_cache(); ///< null when there is none to look at
+  RemoteCache* remote_cache(); ///< null without a remote tier
   std::span<const Implementation> implementations() const;
 
 private:

@@ -8,7 +8,7 @@
 namespace kiln {
 
 std::string_view name_of(Source source) {
-  constexpr std::string_view names[] = {"memory", "disk", "compiled", "builtin"};
+  constexpr std::string_view names[] = {"memory", "disk", "compiled", "builtin", "remote"};
   return names[static_cast<int>(source)];
 }
 

@@ -19,7 +19,7 @@
 namespace kiln {
 
 /// Where a kernel came from when it was loaded.
-enum class Source : std::uint8_t { memory, disk, compiled, builtin };
+enum class Source : std::uint8_t { memory, disk, compiled, builtin, remote };
 std::string_view name_of(Source source);
 
 /// What every kernel of an engine runs with; outlives them all.
@@ -64,7 +64,7 @@ public:
   const Texts& texts() const { return texts_; }
   Runtime& runtime() const { return *runtime_; } ///< of its engine
 
-  Source source = Source::compiled; ///< disk, compiled or builtin
+  Source source = Source::compiled; ///< disk, compiled, builtin or remote
   std::int64_t compile_us = 0;      ///< of the process that compiled it
   std::int64_t load_us = 0;
 

@@ -13,6 +13,7 @@
 #include <zstd.h>
 
 #include "cache/bundle.h"
+#include "cache/entry.h"
 
 using namespace kiln;
 namespace fs = std::filesystem;
@@ -200,7 +201,7 @@ TEST_CASE("bundle: what cannot be one is not made") {
   StoreRow row = row_of(1);
   row.desc = "a\nb";
   refused({row}, "its desc has characters");
-  row.desc = std::string(BundleLimits::text_bytes + 1, 'x');
+  row.desc = std::string(EntryLimits::text_bytes + 1, 'x');
   refused({row}, "its desc has 4097 bytes");
   row = row_of(1);
   row.isa = "";

@@ -66,6 +66,7 @@ TEST_CASE("every variable of the design has a row that tells value and origin") 
                                                                   {"KILN_CACHE_SYSTEM_DIR", "/s"},
                                                                   {"KILN_TRUSTED_KEYS", "/t"},
                                                                   {"KILN_REMOTE", "redis://h:1/2"},
+                                                                  {"KILN_REMOTE_SIGNING_KEY", "/s"},
                                                                   {"KILN_MISS", "error"},
                                                                   {"KILN_THREADS", "3"},
                                                                   {"KILN_LOG", "debug"},
@@ -201,12 +202,35 @@ TEST_CASE("errors name the variable, the value and what is allowed") {
   }
 }
 
-TEST_CASE("variables of later versions are shown and warned about") {
-  const auto config = config_of({{"KILN_REMOTE", "redis://h:6379/0"}});
+TEST_CASE("the remote cache: its URL is checked at once, and its password never shown") {
+  const auto config = config_of({{"KILN_REMOTE", "redis://ci:hunter%32@h:7000/3?ttl_s=60"}, {"HOME", "/h"}});
   REQUIRE(config.is_ok());
-  CHECK(config->remote == "redis://h:6379/0");
-  CHECK(config->warnings.size() == 1);
-  CHECK(contains(config->warnings[0], "KILN_REMOTE"));
+  CHECK(config->serves_remote_cache());
+  CHECK(config->remote->password == "hunter2");
+  CHECK(config->warnings.empty());
+  for (const auto& origin : config->origins)
+    if (origin.name == "KILN_REMOTE")
+      CHECK(origin.value == "redis://ci:***@h:7000/3?ttl_s=60");
+
+  for (const char* url : {"redis//h", "redis://hunter2@h", "redis://u:hunter2", "rediss://:hunter2@h", "unix://r.sock",
+                          "redis://h?hunter2", "redis://u:hunter2@h:x"}) {
+    const auto bad = config_of({{"KILN_REMOTE", url}});
+    REQUIRE(!bad.is_ok());
+    CHECK(bad.status().code() == Code::invalid_argument);
+    CHECK(contains(bad.status().message(), "KILN_REMOTE: "));
+    CHECK(!contains(bad.status().message(), "hunter2"));
+  }
+
+  const auto with = [](std::map<std::string, std::string> variables) {
+    variables.insert({{"KILN_REMOTE", "redis://h"}, {"HOME", "/h"}});
+    return *config_of(std::move(variables));
+  };
+  CHECK(!with({{"KILN_CACHE", "off"}}).serves_remote_cache());
+  CHECK(!with({{"KILN_DISABLE", "remote"}}).serves_remote_cache());
+  CHECK(with({{"KILN_DISABLE", "disk"}}).serves_remote_cache());
+  CHECK(with({{"KILN_CACHE", "ro"}}).serves_remote_cache());
+  CHECK(with({{"HOME", ""}}).serves_remote_cache()); // no place for a cache of its own
+  CHECK(contains(config_of({{"KILN_REMOTE_SIGNING_KEY", "/k"}, {"HOME", "/h"}})->warnings.at(0), "KILN_REMOTE"));
 }
 
 TEST_CASE("the system cache and its keys") {

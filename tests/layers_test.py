@@ -16,6 +16,7 @@ LIBRARIES = {
     r"sodium\.h|sodium/.*": ["cache/"],
     r"spdlog/.*": ["cache/"],
     r"zstd\.h": ["cache/"],
+    r"hiredis/.*": ["cache/"],
     r"pthreadpool\.h": ["jit/"],
     r"CLI/.*": ["api/cli/"],
 }

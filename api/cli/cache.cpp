@@ -7,6 +7,7 @@
 #include "api/cli/command.h"
 #include "api/cli/output.h"
 #include "api/session.h"
+#include "cache/remote_row.h"
 #include "jit/code_object.h"
 
 namespace kiln::cli {
@@ -57,6 +58,23 @@ std::string system_text(SystemCache& system) {
                   : "not used: " + contents.status().message();
 }
 
+/// What lies behind them; null without KILN_REMOTE.
+Json remote_json(Engine& engine) {
+  if (engine.remote_cache() == nullptr)
+    return {};
+  const Result<RemoteCache::Probe> probe = engine.remote_cache()->probe(0);
+  const EngineStats stats = engine.stats();
+  return {{"url", engine.remote_cache()->url().text()},     {"names", probe ? Json(probe->names) : Json()},
+          {"error", probe ? "" : probe.status().message()}, {"remote_hits", stats.remote_hits},
+          {"remote_refused", stats.remote_refused},         {"remote_errors", stats.remote_errors}};
+}
+
+std::string remote_text(RemoteCache& remote) {
+  const Result<RemoteCache::Probe> probe = remote.probe(0);
+  return fmt::format("{}: {}", remote.url().text(),
+                     probe ? count_text(probe->names, "name") : probe.status().message());
+}
+
 Result<Exit> stats(Engine& engine, const Options& options) {
   const Result<StoreStats> stats = engine.store()->stats();
   if (!stats)
@@ -75,7 +93,8 @@ Result<Exit> stats(Engine& engine, const Options& options) {
                 {"file_bytes", stats->file_bytes},
                 {"max_bytes", max_bytes},
                 {"hits", hits},
-                {"system", system_json(engine)}});
+                {"system", system_json(engine)},
+                {"remote", remote_json(engine)}});
     return Exit::ok;
   }
   Columns columns;
@@ -86,6 +105,8 @@ Result<Exit> stats(Engine& engine, const Options& options) {
   columns.row({"hits", std::to_string(hits)});
   if (engine.system_cache() != nullptr)
     columns.row({"under it", system_text(*engine.system_cache())});
+  if (engine.remote_cache() != nullptr)
+    columns.row({"behind it", remote_text(*engine.remote_cache())});
   columns.print();
   return Exit::ok;
 }
@@ -157,6 +178,8 @@ Result<Exit> inspect(Engine& engine, const Options& options) {
   if (!code)
     return code.status();
   const Implementation* implementation = implementation_of(engine, *row, code->arch);
+  const std::optional<PublicKey> signer = signer_of(*row); // of a row that came from a remote tier
+  const std::string signed_by = signer ? signer->id() : "";
 
   if (options.json) {
     Json report = row_json({*row, static_cast<std::int64_t>(row->code.size())});
@@ -172,7 +195,8 @@ Result<Exit> inspect(Engine& engine, const Options& options) {
                    {"entries", entries},
                    {"plan_version", code->plan_version},
                    {"plan", plan},
-                   {"of_this_version", implementation != nullptr}});
+                   {"of_this_version", implementation != nullptr},
+                   {"signed_by", signed_by.empty() ? Json() : Json(signed_by)}});
     print_json(report);
     return Exit::ok;
   }
@@ -194,6 +218,8 @@ Result<Exit> inspect(Engine& engine, const Options& options) {
   columns.row({"compiled", fmt::format("{} in {}", local_time_text(row->created_at),
                                        microseconds_text(static_cast<double>(row->compile_us)))});
   columns.row({"hits", fmt::format("{}, last {}", row->hits, local_time_text(row->last_hit_at))});
+  if (!signed_by.empty())
+    columns.row({"signed by", signed_by});
   columns.print();
   return Exit::ok;
 }

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <filesystem>
 #include <memory>
+#include <ranges>
 
 #include <fmt/format.h>
 
@@ -15,6 +16,7 @@
 #include "backends/llvm/disassemble.h"
 #include "cache/database.h"
 #include "cache/key_file.h"
+#include "cache/signing.h"
 #include "cache/trusted_directory.h"
 #include "jit/os.h"
 
@@ -174,6 +176,43 @@ void check_system_cache(Report& report, const SystemCache& system) {
                          contents->signer));
 }
 
+/// Whether there is a server that can be used, and which of its rows a process here would refuse.
+void check_remote_cache(Report& report, Engine& engine) {
+  constexpr int samples = 64;
+  RemoteCache& remote = *engine.remote_cache();
+  const Config& config = engine.config();
+  const std::string where = remote.url().text();
+  const Result<TrustedKeys> trusted = TrustedKeys::read(config.trusted_keys, Ownership::path);
+  if (!trusted || trusted->keys.empty())
+    report.add(remote.writes() ? State::warn : State::fail, "trusted keys",
+               fmt::format("{}: nothing is taken from {}",
+                           trusted ? config.trusted_keys + " lists no key" : trusted.status().message(), where));
+  else
+    report.add(State::ok, "trusted keys", fmt::format("{} in {}", trusted->keys.size(), config.trusted_keys));
+  if (remote.writes())
+    report.add(!trusted || trusted->contains(*remote.signer()) ? State::ok : State::warn, "signing key",
+               fmt::format("{}: kernels compiled here are written to {}{}", remote.signer()->id(), where,
+                           !trusted || trusted->contains(*remote.signer()) ? "" : ", and are not trusted here"));
+  else if (!config.remote_signing_key.empty())
+    report.add(State::fail, "signing key", fmt::format("{} cannot be used: see the log", config.remote_signing_key));
+
+  const Result<RemoteCache::Probe> probe = remote.probe(samples);
+  if (!probe)
+    return report.add(State::fail, "remote cache", fmt::format("{}: {}", where, probe.status().message()));
+  const double most_ms = remote.url().timeout_ms;
+  report.add(probe->answer_ms < most_ms ? State::ok : State::warn, "remote cache",
+             fmt::format("{}: answers in {:.2f} ms ({} are waited for), holds {}", where, probe->answer_ms,
+                         remote.url().timeout_ms, count_text(probe->names, "name")));
+  if (!probe->not_sampled.empty())
+    return report.add(State::warn, "remote kernels", fmt::format("not looked at: {}", probe->not_sampled));
+  std::string text = fmt::format("{} of {} looked at would be refused", probe->refused.size(), probe->sampled);
+  if (probe->other > 0)
+    text += fmt::format(", {} are another version's", probe->other);
+  for (const Status& why : probe->refused | std::views::take(3))
+    text += fmt::format("; {}", why.message());
+  report.add(probe->refused.empty() ? State::ok : State::warn, "remote kernels", text);
+}
+
 /// Loads generated code into executable memory and runs it.
 void check_execution(Report& report, Engine& engine, const KernelDesc& desc) {
   const std::string name = "run " + std::string(find_op(desc.op)->name);
@@ -221,6 +260,8 @@ Result<Exit> doctor(bool json) {
   }
   if (engine.system_cache() != nullptr)
     check_system_cache(report, *engine.system_cache());
+  if (engine.remote_cache() != nullptr)
+    check_remote_cache(report, engine);
   for (const OpSpec& op : op_table()) {
     const Result<KernelDesc> desc = small_desc(op);
     if (!desc)

@@ -100,7 +100,8 @@ Json info_json(Engine& engine) {
             {"l3_bytes", machine.l3_bytes}}},
           {"cache",
            {{"path", engine.store() ? engine.store()->path() : ""},
-            {"system_path", engine.system_cache() ? engine.system_cache()->path() : ""}}},
+            {"system_path", engine.system_cache() ? engine.system_cache()->path() : ""},
+            {"remote", engine.remote_cache() ? engine.remote_cache()->url().text() : ""}}},
           {"ops", ops_json(engine)},
           {"environment", environment},
           {"known_targets", targets}};
@@ -128,6 +129,8 @@ void print_info(Engine& engine) {
   facts.row({"cache", engine.store() ? engine.store()->path() : "off"});
   if (engine.system_cache() != nullptr)
     facts.row({"under it", engine.system_cache()->path()});
+  if (engine.remote_cache() != nullptr)
+    facts.row({"behind it", engine.remote_cache()->url().text()});
   facts.print();
   for (const OpSpec& op : op_table()) {
     print_line(fmt::format("\n{}: fields", op.name));

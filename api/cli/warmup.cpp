@@ -143,6 +143,8 @@ Result<Exit> warmup(const Options& options) {
     list.push_back(std::move(one));
   }
   const std::size_t failed = kernels.size() - hit - compiled;
+  RemoteCache* const remote = (*engine)->remote_cache();
+  const std::int64_t written = remote != nullptr ? remote->stats().written : 0;
   if (options.json)
     print_json({{"target", (target ? *target : (*engine)->machine().target).text()},
                 {"descs", descs->size()},
@@ -150,11 +152,14 @@ Result<Exit> warmup(const Options& options) {
                 {"hit", hit},
                 {"compiled", compiled},
                 {"failed", failed},
+                {"written_to_remote", written},
                 {"ms", ms},
                 {"results", list}});
   else
-    print_line(fmt::format("{} for {}: {} hit, {} compiled, {} failed in {}", count_text(std::ssize(kernels), "kernel"),
-                           count_text(std::ssize(*descs), "desc"), hit, compiled, failed, microseconds_text(ms * 1e3)));
+    print_line(fmt::format(
+        "{} for {}: {} hit, {} compiled, {} failed in {}{}", count_text(std::ssize(kernels), "kernel"),
+        count_text(std::ssize(*descs), "desc"), hit, compiled, failed, microseconds_text(ms * 1e3),
+        remote != nullptr && remote->writes() ? fmt::format("; {} written to {}", written, remote->url().text()) : ""));
   return failed == 0 ? Exit::ok : Exit::failed;
 }
 

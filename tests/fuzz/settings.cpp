@@ -54,6 +54,9 @@ std::vector<Seed> seeds() {
                "KILN_REMOTE=redis://h:1/2\nKILN_MISS=error\nKILN_THREADS=3\nKILN_LOG=debug\nKILN_DUMP_DIR=d/\n"
                "KILN_PERF=map\nXDG_CACHE_HOME=/xc\nXDG_DATA_HOME=xd\n"),
       accepted("KILN_DISABLE=,x86, reference\nKILN_PERF=jitdump\nKILN_MISS=fallback\nKILN_CACHE=rw"),
+      accepted("KILN_REMOTE=unix://u:%70w@/r.sock?db=3&ttl_s=9&timeout_ms=7\nKILN_REMOTE_SIGNING_KEY=k"),
+      accepted("KILN_REMOTE=redis://:p:w@@[::1]"),
+      refused("KILN_REMOTE=redis://h:"),
       accepted(""),
       refused("KILN_THREADS=0"),
       refused("KILN_FORCE=avx2,avx2"),
