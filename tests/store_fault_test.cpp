@@ -21,6 +21,7 @@
 #include <sqlite3.h>
 
 #include "cache/store.h"
+#include "tests/emulator.h"
 #include "tests/store_fixture.h"
 
 /// Faults of every kind under a store: killed writers, rot, and an SQLite whose every call fails once. What must hold:
@@ -386,8 +387,10 @@ TEST_CASE("faults: writers killed at random points leave no bad row and no damag
     const Result<StoreStats> stats = store->stats(); // the writers may hold the lock
     bad += stats ? static_cast<int>(stats->refused) : 0;
   };
+  // Enough for a writer to put some rows, at least where it began early.
+  const std::uint64_t longest_pause_us = is_emulated() ? 250'000 : 8000;
   for (int kill = 0; kill < kills; ++kill) {
-    std::this_thread::sleep_for(std::chrono::microseconds(random() % 8000));
+    std::this_thread::sleep_for(std::chrono::microseconds(random() % longest_pause_us));
     pid_t& writer = writers[random() % writers.size()];
     ::kill(writer, SIGKILL);
     int status = 0;
