@@ -48,8 +48,8 @@ constexpr bool is_sanitized = true;
 #else
 constexpr bool is_sanitized = false;
 #endif
-/// Where a process takes ten times as long as on a machine, fewer of them make a fleet, they wait for each other as long
-/// as it takes, and no time is asserted: that one compiles for all is.
+/// Where a process takes ten times as long as on a machine, fewer of them make a fleet, they wait for each other as
+/// long as it takes, and no time is asserted: that one compiles for all is.
 bool is_slow() {
   return is_sanitized || is_emulated();
 }
