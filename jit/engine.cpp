@@ -17,8 +17,6 @@ namespace {
 
 /// How long a thread waits for another's compile before it compiles for itself.
 constexpr std::chrono::milliseconds kCompilePatience{2000};
-/// How long a process waits for another's: less than its threads wait for each other.
-constexpr std::chrono::milliseconds kTurnPatience{800};
 /// How long a warm-up waits for others to be done with the cache.
 constexpr std::chrono::seconds kWarmupPatience{5};
 
@@ -498,7 +496,7 @@ void Engine::State::publish(const StoreRow& row, RemoteCache::Patience patience)
 
 /// Not held where the caller compiles for itself, whatever others do.
 FileLock Engine::State::compile_turn(const Choice& choice) const {
-  return store ? store->compile_turn(choice.key, kTurnPatience) : FileLock();
+  return store ? store->compile_turn(choice.key, options.turn_patience) : FileLock();
 }
 
 /// A builtin kernel that reads the same packs as the chosen one.

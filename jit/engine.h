@@ -28,6 +28,9 @@ struct EngineOptions {
   ParallelForFn parallel_for = nullptr; ///< null: pthreadpool
   void* parallel_context = nullptr;
   std::size_t max_code_bytes = 64u << 20; ///< L1's bound on loaded code; kernels that are held do not go
+  /// How long a process waits for another that compiles the same kernel, before it compiles it for itself. Less than
+  /// its threads wait for each other (2 s).
+  std::chrono::milliseconds turn_patience{800};
   /// Listing of a code object for KILN_DUMP_DIR; may be null.
   std::function<Result<std::string>(const CodeObject&)> disassemble;
 };

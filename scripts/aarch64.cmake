@@ -3,7 +3,7 @@ set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 
 cmake_path(SET kiln_default_sysroot NORMALIZE ${CMAKE_CURRENT_LIST_DIR}/../.cache/aarch64-sysroot)
-set(KILN_AARCH64_SYSROOT ${kiln_default_sysroot} CACHE PATH "arm64 libraries and headers; scripts/aarch64-sysroot makes it (tests of another: QEMU_LD_PREFIX)")
+set(KILN_AARCH64_SYSROOT ${kiln_default_sysroot} CACHE PATH "arm64 libraries and headers; scripts/aarch64-sysroot makes it (to run with another: AARCH64_SYSROOT in the environment)")
 list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES KILN_AARCH64_SYSROOT)
 if(NOT EXISTS ${KILN_AARCH64_SYSROOT}/usr/include)
   message(FATAL_ERROR "There is no sysroot in ${KILN_AARCH64_SYSROOT}: run scripts/aarch64-sysroot, or give -DKILN_AARCH64_SYSROOT=DIR")

@@ -1,5 +1,7 @@
 #pragma once
+#include <cerrno> // program_invocation_name
 #include <cstdlib>
+#include <filesystem>
 #include <string>
 
 namespace kiln::test {
@@ -15,6 +17,11 @@ inline std::string emulator() {
 /// seccomp filters, and threads in a child that was forked among threads (it aborts).
 inline bool is_emulated() {
   return !emulator().empty();
+}
+
+/// The file of this program, to run it again. Not from /proc/self/exe, which scripts/aarch64-run makes the loader.
+inline std::string own_program() {
+  return std::filesystem::absolute(program_invocation_name);
 }
 
 } // namespace kiln::test

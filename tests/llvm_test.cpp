@@ -184,8 +184,7 @@ TEST_CASE("sums of a long K do not saturate") {
 TEST_CASE("same bytes every time, in every process, on every thread") {
   const std::string here = digests_of_all_targets();
   CHECK(digests_of_all_targets() == here);
-  const std::string self = std::filesystem::read_symlink("/proc/self/exe");
-  CHECK(run(self + " --digests") == here);
+  CHECK(run(own_program() + " --digests") == here);
   std::array<std::string, 4> elsewhere;
   {
     std::vector<std::jthread> threads;
@@ -291,7 +290,7 @@ TEST_CASE("without its shared object the path says what was looked for, and wher
   char directory[] = "/tmp/kiln-llvm-test-XXXXXX";
   REQUIRE(mkdtemp(directory) != nullptr);
   const std::string copy = std::string(directory) + "/lonely";
-  std::filesystem::copy_file(std::filesystem::read_symlink("/proc/self/exe"), copy);
+  std::filesystem::copy_file(own_program(), copy);
   const std::string message = run(copy + " --status");
   CHECK(message.starts_with("unsupported: libkiln-llvm.so.0"));
   CHECK(message.find(std::string(directory) + "/libkiln-llvm.so.0") != std::string::npos);
