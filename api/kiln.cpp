@@ -436,6 +436,15 @@ kiln_status kiln_get_stats(kiln_engine* engine, kiln_stats* stats) {
     out.remote_hits = s.remote_hits;
     out.remote_refused = s.remote_refused;
     out.remote_errors = s.remote_errors;
+    out.cache_misses = static_cast<std::uint64_t>(s.store.misses);
+    out.cache_puts = static_cast<std::uint64_t>(s.store.puts);
+    out.cache_evictions = static_cast<std::uint64_t>(s.store.evictions);
+    out.cache_busy = static_cast<std::uint64_t>(s.store.busy);
+    out.cache_refused_mac = static_cast<std::uint64_t>(s.store.refused_mac);
+    out.cache_refused_key_file = static_cast<std::uint64_t>(s.store.refused_key_file);
+    out.cache_refused_code = static_cast<std::uint64_t>(s.store.refused_code);
+    out.cache_refused_features = static_cast<std::uint64_t>(s.store.refused_features);
+    out.cache_refused_size = static_cast<std::uint64_t>(s.store.refused_size);
     return write_sized("stats", out, stats);
   });
 }

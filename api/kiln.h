@@ -274,12 +274,18 @@ typedef struct kiln_stats {
   uint64_t kernels, code_bytes, evictions; /* loaded now; thrown out of memory so far */
   uint64_t compile_us;                     /* sum */
   uint64_t cache_rows, cache_bytes;        /* on disk; 0 when the cache is off */
-  uint64_t cache_refused, cache_errors;    /* rows that failed authentication; errors passed over */
+  uint64_t cache_refused, cache_errors;    /* rows that were not used; errors passed over */
   uint64_t system_hits, system_refused;    /* of KILN_CACHE_SYSTEM_DIR: those of disk_hits; kernels that failed authentication */
+  uint64_t cache_misses;                   /* looked for on disk and found in no tier */
+  uint64_t cache_puts, cache_evictions;    /* kernels stored on disk; evicted from there for want of room */
+  uint64_t cache_busy;                     /* calls that went without the cache because other processes held its lock */
+  /* The parts of cache_refused: changed or of another key; of another key file; no code that this version understands; for a machine with
+   * other features; too large. */
+  uint64_t cache_refused_mac, cache_refused_key_file, cache_refused_code, cache_refused_features, cache_refused_size;
   uint64_t remote_hits, remote_refused, remote_errors; /* of KILN_REMOTE: kernels loaded; rows not trusted; calls that failed */
 } kiln_stats;
-#define KILN_STATS_INIT {sizeof(kiln_stats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
-/* Counts since the engine was created. */
+#define KILN_STATS_INIT {sizeof(kiln_stats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+/* Counts since the engine was created, of this process. `kiln cache stats` has those of all processes that used the cache. */
 KILN_API kiln_status kiln_get_stats(kiln_engine* engine, kiln_stats* stats);
 
 /* The path of the cache database, "" when the cache is off. Lives as long as the engine. */

@@ -27,8 +27,8 @@ CREATE TABLE kernels (
   code_bytes INTEGER NOT NULL,
   compile_us INTEGER NOT NULL,
   created_at INTEGER NOT NULL, -- Unix seconds
-  last_hit_at REAL NOT NULL,   -- Unix seconds
-  hits INTEGER NOT NULL,
+  last_hit_at REAL NOT NULL,   -- Unix seconds; the usage file may know a later time
+  mac_key INTEGER NOT NULL,    -- which key file `mac` was made with
   mac BLOB NOT NULL,
   signature BLOB,
   code BLOB NOT NULL

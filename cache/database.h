@@ -67,7 +67,7 @@ const char* name_of(Damage damage);
 class Database {
 public:
   /// Changed whenever a table or the serialised form of a row changes.
-  static constexpr int schema_version = 1;
+  static constexpr int schema_version = 2;
   /// Fixed for ever in the files: "kiln" in ASCII.
   static constexpr int application_id = 0x6b696c6e;
 

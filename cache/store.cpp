@@ -22,7 +22,9 @@
 namespace kiln {
 namespace {
 
-constexpr std::size_t hits_per_flush = 64;
+constexpr std::int64_t calls_per_flush = 64;
+/// How many rows an eviction looks at that were used since the database heard of it.
+constexpr std::size_t most_spared = 64;
 constexpr std::chrono::milliseconds patience_in_turn{100};
 
 double unix_seconds_now() {
@@ -33,6 +35,7 @@ double unix_seconds_now() {
 struct StoredRow {
   StoreRow row;
   std::int64_t code_bytes = 0;
+  std::int64_t mac_key = 0;
   Bytes mac;
 };
 
@@ -60,13 +63,36 @@ std::optional<Digest> to_digest(ByteSpan bytes) {
   return out;
 }
 
-bool is_authentic(const Digest& secret, const StoredRow& stored) {
-  const std::optional<Digest> mac = to_digest(stored.mac);
-  return mac && stored.code_bytes == static_cast<std::int64_t>(stored.row.code.size()) &&
-         equal_in_constant_time(*mac, mac_of(secret, stored.row));
+/// Tells key files apart, and nothing about the secret.
+std::int64_t mac_key_of(const Digest& secret) {
+  return Reader(keyed_digest_of(secret, {}).bytes).i64();
 }
 
-#define KILN_READABLE_COLUMNS "op, desc, isa, target, generator, code_bytes, compile_us, created_at, last_hit_at, hits"
+using Reason = std::int64_t UsageCounts::*;
+
+/// Why a row is refused; null when it is authentic.
+Reason refusal_of(const Digest& secret, const StoredRow& stored) {
+  if (stored.mac_key != mac_key_of(secret))
+    return &UsageCounts::refused_key_file;
+  const std::optional<Digest> mac = to_digest(stored.mac);
+  const bool authentic = mac && stored.code_bytes == static_cast<std::int64_t>(stored.row.code.size()) &&
+                         equal_in_constant_time(*mac, mac_of(secret, stored.row));
+  return authentic ? nullptr : &UsageCounts::refused_mac;
+}
+
+/// A value that SQLite was told not to read: no row of Kiln's has one.
+bool is_too_large(const Status& status) {
+  return status.code() == Code::invalid_argument;
+}
+
+std::string_view text_of(Reason reason) {
+  return reason == &UsageCounts::refused_key_file
+             ? "fails authentication: it was stored under another key file (a cache that was copied, or a new key)"
+         : reason == &UsageCounts::refused_size ? "is larger than any kernel"
+                                                : "fails authentication: it was changed, or is that of another key";
+}
+
+#define KILN_READABLE_COLUMNS "op, desc, isa, target, generator, code_bytes, compile_us, created_at, last_hit_at"
 
 /// Reads KILN_READABLE_COLUMNS; returns code_bytes.
 std::int64_t read_readable_columns(const Query& query, int first, StoreRow& row) {
@@ -78,27 +104,25 @@ std::int64_t read_readable_columns(const Query& query, int first, StoreRow& row)
   row.compile_us = query.integer(first + 6);
   row.created_at = query.integer(first + 7);
   row.last_hit_at = query.integer(first + 8);
-  row.hits = query.integer(first + 9);
   return query.integer(first + 5);
 }
 
 constexpr const char* select_by_key =
-    "SELECT " KILN_READABLE_COLUMNS ", mac, signature, code FROM kernels WHERE key = ?";
+    "SELECT " KILN_READABLE_COLUMNS ", mac_key, mac, signature, code FROM kernels WHERE key = ?";
 constexpr const char* select_by_id =
-    "SELECT " KILN_READABLE_COLUMNS ", mac, signature, code, key FROM kernels WHERE id = ?";
-constexpr const char* select_all = "SELECT " KILN_READABLE_COLUMNS ", key FROM kernels ORDER BY last_hit_at DESC";
+    "SELECT " KILN_READABLE_COLUMNS ", mac_key, mac, signature, code, key FROM kernels WHERE id = ?";
+constexpr const char* select_all = "SELECT " KILN_READABLE_COLUMNS ", last_hit_at, key FROM kernels";
 constexpr const char* select_ids = "SELECT id FROM kernels";
 constexpr const char* select_keys = "SELECT key FROM kernels WHERE key BETWEEN ? AND ? ORDER BY key";
 constexpr const char* select_totals = "SELECT count(*), coalesce(sum(code_bytes), 0) FROM kernels";
 constexpr const char* insert_row =
     "INSERT OR REPLACE INTO kernels (op, desc, isa, target, generator, code_bytes, compile_us, created_at,"
-    " last_hit_at, hits, mac, signature, code, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?)";
-constexpr const char* update_use =
-    "UPDATE kernels SET hits = hits + ?, last_hit_at = max(last_hit_at, ?) WHERE key = ?";
+    " last_hit_at, mac_key, mac, signature, code, key) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+constexpr const char* update_use = "UPDATE kernels SET last_hit_at = ? WHERE id = ?";
 constexpr const char* delete_by_key = "DELETE FROM kernels WHERE key = ?";
 constexpr const char* delete_by_id = "DELETE FROM kernels WHERE id = ?";
-constexpr const char* delete_least_recently_used = "DELETE FROM kernels WHERE id = (SELECT id FROM kernels WHERE key "
-                                                   "!= ? ORDER BY last_hit_at LIMIT 1) RETURNING code_bytes";
+constexpr const char* select_least_recently_used =
+    "SELECT id, key, last_hit_at, code_bytes FROM kernels WHERE key != ? ORDER BY last_hit_at";
 constexpr const char* delete_all = "DELETE FROM kernels";
 constexpr const char* pragma_page_count = "PRAGMA page_count";
 constexpr const char* pragma_free_pages = "PRAGMA freelist_count";
@@ -111,6 +135,7 @@ void read_whole_row(const Query& query, StoredRow& stored) {
     const ByteSpan bytes = query.blob(column);
     return Bytes(bytes.begin(), bytes.end());
   };
+  stored.mac_key = query.integer(9);
   stored.mac = copy(10);
   stored.row.signature = copy(11);
   stored.row.code = copy(12);
@@ -144,11 +169,6 @@ Result<Generations> generations_of(const StoreOptions& options, TrustedDirectory
   return directory ? Result<Generations>(Generations(std::move(*directory))) : directory.status();
 }
 
-struct Use {
-  std::int64_t hits = 0;
-  double last_at = 0; ///< Unix seconds
-};
-
 /// All that belongs to one process. A child made by fork leaves its parent's alone and makes its own.
 struct Session {
   const ProcessId process = current_process();
@@ -163,11 +183,20 @@ struct Session {
   std::string file;               ///< the last that was looked at
   std::set<std::int64_t> damaged; ///< generations whose pages were found damaged in use
   std::optional<Digest> secret;
-  std::map<Digest, Use> unwritten_uses;
-  std::size_t hits_since_flush = 0;
-  StoreStats counts;
+  std::optional<UsageFile> usage;
+  UsageCounts counts;    ///< of this process
+  UsageCounts unwritten; ///< those that the usage file has not yet
+  std::int64_t calls_since_flush = 0;
   std::set<std::string, std::less<>> warned_causes;
 
+  void count(const UsageCounts& more) {
+    counts += more;
+    unwritten += more;
+  }
+  void count(std::int64_t UsageCounts::*what, std::int64_t more = 1) {
+    counts.*what += more;
+    unwritten.*what += more;
+  }
   void close_database() {
     database.reset();
     in_use_lock.release();
@@ -210,12 +239,18 @@ public:
 
   FileLock compile_turn(const Digest& key, std::chrono::milliseconds patience) override;
   std::optional<StoreRow> get(const Digest& key, Call call) override;
+  void refuse(const Digest& key, std::int64_t UsageCounts::*why) override;
+  Result<StoreRow> look(const Digest& key) override;
   Status put(const StoreRow& row, Call call) override { return put_rows({&row, 1}, call); }
   Status put_all(std::span<const StoreRow> rows) override { return put_rows(rows, Call::plain); }
+  void count(const UsageCounts& more) override;
   void flush() override;
   Result<std::vector<Listed>> list() override;
   Result<std::vector<Digest>> find(std::string_view hex_prefix) override;
   Result<StoreStats> stats() override;
+  UsageCounts counts() override;
+  Result<UsageFile::Totals> totals() override;
+  std::optional<UsageFile::Trace> trace(const Digest& key) override;
   Status remove(const Digest& key) override;
   Result<Verified> verify(bool repair) override;
   Result<Pruned> prune(std::int64_t max_bytes, bool dry_run) override;
@@ -236,15 +271,23 @@ private:
   Status put_rows(std::span<const StoreRow> rows, Call call);
   Status put_once(Session& session, std::span<const StoreRow> rows);
   Status read_row(Session& session, const Digest& key, StoredRow& stored);
-  void refuse(Session& session, const Digest& key);
-  void count_hit(Session& session, const Digest& key);
+  void remove_refused(Session& session, const Digest& key, Reason reason);
+  void flush_after_call(Session& session);
+  void flush(Session& session);
+  double add_use(Session& session, StoreRow& row);
+  UsageFile* usage_of(Session& session);
+  std::int64_t usage_bytes(Session& session) { return usage_of(session) ? session.usage->fitted_bytes() : 0; }
+  void note(Session& session, const Digest& key, UsageFile::Event event);
   Status insert(Session& session, std::span<const StoreRow> rows);
   Status insert_one(Session& session, const StoreRow& row, double now);
   Status check_all_are_there(Session& session, std::span<const StoreRow> rows);
-  Status flush_uses(Session& session);
-  Status write_uses(Session& session);
   Result<Pruned> clear_database(Session& session, bool dry_run);
-  Result<Pruned> evict(Database& database, std::int64_t max_bytes, ByteSpan kept_key);
+  struct Evicted {
+    Pruned pruned;
+    std::vector<Digest> keys;
+  };
+  Result<Evicted> evict(Session& session, std::int64_t max_bytes, ByteSpan kept_key);
+  void count_evicted(Session& session, const Evicted& evicted);
   Status report(Session& session, Status status);
   void warn_once(Session& session, std::string_view cause, std::string_view message);
 
@@ -390,9 +433,11 @@ Status SqliteStore::report(Session& session, Status status) {
   if (status || status.code() == Code::busy || status.code() == Code::not_found) {
     if (!status)
       log_.debug(status.message());
+    if (status.code() == Code::busy)
+      session.count(&UsageCounts::busy);
     return status;
   }
-  ++session.counts.errors;
+  session.count(&UsageCounts::errors);
   // A damaged file is one cause, whichever call finds it and whatever it finds there.
   const bool damaged = status.code() == Code::integrity && status.message().starts_with(session.file);
   warn_once(session, damaged ? session.file : status.message(),
@@ -429,23 +474,27 @@ std::optional<StoreRow> SqliteStore::get(const Digest& key, Call call) {
     Status status = read_row(session, key, stored);
     if (status)
       secret = *session.secret;
-    return report(session, std::move(status));
+    return is_too_large(status) ? status : report(session, std::move(status));
   };
-  if (!while_busy(call, read)) {
-    const SessionLock lock(session);
-    session.counts.misses += call == Call::plain;
-    return std::nullopt;
-  }
+  const Status status = while_busy(call, read);
   // The longest part of a hit needs no lock.
-  const bool authentic = is_authentic(secret, stored);
+  const Reason refused = is_too_large(status) ? &UsageCounts::refused_size
+                         : status             ? refusal_of(secret, stored)
+                                              : nullptr;
 
   const SessionLock lock(session);
-  if (!authentic) {
-    refuse(session, key);
-    return std::nullopt;
-  }
-  count_hit(session, key);
-  return std::move(stored.row);
+  const bool hit = status && refused == nullptr;
+  // A second look finds what the first one counted as a miss, or counts no other.
+  session.count(&UsageCounts::misses, (call == Call::plain) - std::int64_t{hit});
+  if (hit)
+    session.count(&UsageCounts::disk_hits);
+  if (refused != nullptr)
+    remove_refused(session, key, refused);
+  else if (hit && options_.mode == CacheMode::read_write)
+    if (UsageFile* const usage = usage_of(session))
+      usage->note_hit(key, unix_seconds_now());
+  flush_after_call(session);
+  return hit ? std::optional(std::move(stored.row)) : std::nullopt;
 }
 
 Status SqliteStore::read_row(Session& session, const Digest& key, StoredRow& stored) {
@@ -469,28 +518,51 @@ Status SqliteStore::read_row(Session& session, const Digest& key, StoredRow& sto
   return {};
 }
 
-void SqliteStore::refuse(Session& session, const Digest& key) {
-  ++session.counts.refused;
-  ++session.counts.misses;
+void SqliteStore::remove_refused(Session& session, const Digest& key, Reason reason) {
+  session.count(&UsageCounts::refused);
+  session.count(reason);
   const bool writes = options_.mode == CacheMode::read_write;
-  warn_once(session, "refused",
-            fmt::format("{}: the row of kernel {} fails authentication and is {}; the kernel is compiled again "
-                        "(further such rows are "
+  warn_once(session, text_of(reason),
+            fmt::format("{}: the row of kernel {} {}. It is {}; the kernel is compiled again (further such rows are "
                         "counted, not logged)",
-                        session.file, key.hex(), writes ? "removed" : "not used"));
-  if (writes && session.database)
-    (void)report(session, session.database->query(delete_by_key).bind(ByteSpan(key.bytes)).run());
+                        session.file, key.hex(), text_of(reason), writes ? "removed" : "not used"));
+  if (!writes || !session.database)
+    return;
+  (void)report(session, session.database->query(delete_by_key).bind(ByteSpan(key.bytes)).run());
+  note(session, key, UsageFile::Event::refused);
 }
 
-void SqliteStore::count_hit(Session& session, const Digest& key) {
-  ++session.counts.hits;
-  if (options_.mode != CacheMode::read_write)
-    return;
-  Use& use = session.unwritten_uses[key];
-  ++use.hits;
-  use.last_at = unix_seconds_now();
-  if (++session.hits_since_flush >= hits_per_flush)
-    (void)report(session, flush_uses(session));
+void SqliteStore::refuse(const Digest& key, Reason why) {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  session.count(&UsageCounts::disk_hits, -1);
+  session.count(&UsageCounts::misses);
+  session.count(&UsageCounts::refused);
+  session.count(why);
+  note(session, key, UsageFile::Event::refused);
+  flush_after_call(session);
+}
+
+Result<StoreRow> SqliteStore::look(const Digest& key) {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  if (options_.mode == CacheMode::off)
+    return Status::error(Code::not_found, "the cache is off");
+  StoredRow stored;
+  if (Status status = read_row(session, key, stored); !status)
+    return status;
+  if (const Reason reason = refusal_of(*session.secret, stored))
+    return Status::error(Code::integrity,
+                         fmt::format("{}: the row of kernel {} {}", session.file, key.hex(), text_of(reason)));
+  add_use(session, stored.row);
+  return std::move(stored.row);
+}
+
+void SqliteStore::count(const UsageCounts& more) {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  session.count(more);
+  flush_after_call(session);
 }
 
 Status SqliteStore::put_rows(std::span<const StoreRow> rows, Call call) {
@@ -524,8 +596,6 @@ Status SqliteStore::put_once(Session& session, std::span<const StoreRow> rows) {
     else if (status || !session.database || !session.database->is_damaged())
       break;
   }
-  if (status)
-    session.counts.puts += std::ssize(rows);
   return report(session, std::move(status));
 }
 
@@ -539,26 +609,28 @@ Status SqliteStore::insert(Session& session, std::span<const StoreRow> rows) {
   for (const StoreRow& row : rows)
     if (status = insert_one(session, row, now); !status)
       return status;
-  if (status = write_uses(session); !status)
-    return status;
-  const Result<Pruned> evicted = evict(database, options_.max_bytes, rows.back().key.bytes);
+  const std::int64_t bound = options_.max_bytes - usage_bytes(session);
+  const Result<Evicted> evicted = evict(session, bound, rows.back().key.bytes);
   if (!evicted)
     return evicted.status();
   const Result<DatabaseSize> size = size_of(database);
   if (!size)
     return size.status();
-  if (size->used_bytes > options_.max_bytes)
+  if (size->used_bytes > bound)
     return Status::error(Code::unsupported,
                          fmt::format("{}: a kernel of {} bytes does not fit into the size bound of {} bytes",
                                      session.file, rows.back().code.size(), options_.max_bytes));
-  if (evicted->rows > 0)
+  if (evicted->pruned.rows > 0)
     if (status = check_all_are_there(session, rows); !status)
       return status;
   if (status = transaction.commit(); !status)
     return status;
-  session.unwritten_uses.clear();
-  session.hits_since_flush = 0;
-  session.counts.evictions += evicted->rows;
+  session.count(&UsageCounts::puts, std::ssize(rows));
+  for (const StoreRow& row : rows)
+    session.count(&UsageCounts::put_bytes, std::ssize(row.code));
+  count_evicted(session, *evicted); // makes the usage file
+  for (const StoreRow& row : rows)
+    note(session, row.key, UsageFile::Event::used);
   return {};
 }
 
@@ -578,6 +650,7 @@ Status SqliteStore::insert_one(Session& session, const StoreRow& given, double n
       .bind(row.compile_us)
       .bind(row.created_at)
       .bind(now)
+      .bind(mac_key_of(*session.secret))
       .bind(ByteSpan(mac.bytes))
       .bind(ByteSpan(row.signature))
       .bind(ByteSpan(row.code))
@@ -601,27 +674,69 @@ Status SqliteStore::check_all_are_there(Session& session, std::span<const StoreR
 }
 
 /// Within a transaction: deletes least recently used rows, but not `kept_key`, until the pages in use fit or no row is
-/// left.
-Result<Store::Pruned> SqliteStore::evict(Database& database, std::int64_t max_bytes, ByteSpan kept_key) {
-  Pruned out;
+/// left. Rows that the usage file saw in use since the database heard of it are told to it and spared; of very many
+/// such the least recently used goes.
+Result<SqliteStore::Evicted> SqliteStore::evict(Session& session, std::int64_t max_bytes, ByteSpan kept_key) {
+  Database& database = *session.database;
+  const double latest = unix_seconds_now() + 1; // a later time was written by a wrong clock
+  struct Candidate {
+    std::int64_t id, code_bytes;
+    Digest key;
+    double used_at;
+  };
+  Evicted out;
   while (true) {
     const Result<DatabaseSize> size = size_of(database);
     if (!size)
       return size.status();
     if (size->used_bytes <= max_bytes)
       return out;
-    Query query = database.query(delete_least_recently_used);
-    query.bind(kept_key);
-    if (!query.step()) {
+    std::vector<Candidate> spared;
+    std::optional<Candidate> victim;
+    {
+      Query query = database.query(select_least_recently_used);
+      query.bind(kept_key);
+      while (!victim && spared.size() < most_spared && query.step()) {
+        Candidate candidate = {query.integer(0), query.integer(3), to_digest(query.blob(1)).value_or(Digest()),
+                               query.real(2)};
+        const std::optional<UsageFile::Trace> trace =
+            session.usage ? session.usage->trace(candidate.key) : std::nullopt;
+        if (trace && trace->event == UsageFile::Event::used && trace->at > candidate.used_at && trace->at <= latest) {
+          candidate.used_at = trace->at;
+          spared.push_back(candidate);
+        } else {
+          victim = candidate;
+        }
+      }
       if (Status status = query.status(); !status)
         return status;
-      return out;
     }
-    ++out.rows;
-    out.bytes += query.integer(0);
-    if (Status status = query.run(); !status)
+    if (!victim && spared.empty())
+      return out;
+    if (!victim) {
+      const auto oldest = std::min_element(
+          spared.begin(), spared.end(), [](const Candidate& a, const Candidate& b) { return a.used_at < b.used_at; });
+      victim = *oldest;
+      spared.erase(oldest);
+    }
+    for (const Candidate& one : spared)
+      if (Status status = database.query(update_use).bind(one.used_at).bind(one.id).run(); !status)
+        return status;
+    if (Status status = database.query(delete_by_id).bind(victim->id).run(); !status)
       return status;
+    ++out.pruned.rows;
+    out.pruned.bytes += victim->code_bytes;
+    out.keys.push_back(victim->key);
   }
+}
+
+/// Once the transaction is committed.
+void SqliteStore::count_evicted(Session& session, const Evicted& evicted) {
+  session.count(&UsageCounts::evictions, evicted.pruned.rows);
+  session.count(&UsageCounts::evicted_bytes, evicted.pruned.bytes);
+  flush(session);
+  for (const Digest& key : evicted.keys)
+    note(session, key, UsageFile::Event::evicted);
 }
 
 /// What is open, else what would be.
@@ -640,34 +755,50 @@ std::string SqliteStore::path() {
 void SqliteStore::flush() {
   Session& session = current_session();
   const SessionLock lock(session);
-  if (session.database)
-    (void)report(session, flush_uses(session));
+  flush(session);
 }
 
-/// In a transaction of its own. What could not be written stays for the next time.
-Status SqliteStore::flush_uses(Session& session) {
-  session.hits_since_flush = 0;
-  if (session.unwritten_uses.empty())
-    return {};
-  Transaction transaction(*session.database);
-  if (!transaction.begun())
-    return transaction.begun();
-  Status status = write_uses(session);
-  if (status)
-    status = transaction.commit();
-  if (status)
-    session.unwritten_uses.clear();
-  return status;
+void SqliteStore::flush_after_call(Session& session) {
+  if (++session.calls_since_flush >= calls_per_flush)
+    flush(session);
 }
 
-/// Within a transaction; the caller clears the uses once it has committed.
-Status SqliteStore::write_uses(Session& session) {
-  for (const auto& [key, use] : session.unwritten_uses)
-    if (Status status =
-            session.database->query(update_use).bind(use.hits).bind(use.last_at).bind(ByteSpan(key.bytes)).run();
-        !status)
-      return status;
-  return {};
+/// What could not be written stays for the next time.
+void SqliteStore::flush(Session& session) {
+  session.calls_since_flush = 0;
+  if (options_.mode != CacheMode::read_write || session.unwritten == UsageCounts())
+    return;
+  UsageFile* const usage = usage_of(session);
+  if (usage == nullptr)
+    return;
+  if (Status status = usage->add(session.unwritten, unix_seconds_now()); !status)
+    log_.debug(status.message());
+  else
+    session.unwritten = {};
+}
+
+/// To what the database knows of a row's use, what the usage file does. Returns the time of the last, or 0.
+double SqliteStore::add_use(Session& session, StoreRow& row) {
+  UsageFile* const usage = usage_of(session);
+  const std::optional<UsageFile::Trace> trace = usage != nullptr ? usage->trace(row.key) : std::nullopt;
+  if (!trace || trace->event != UsageFile::Event::used)
+    return 0;
+  row.hits = trace->hits;
+  row.last_hit_at = std::max(row.last_hit_at, static_cast<std::int64_t>(trace->at));
+  return trace->at;
+}
+
+/// Null where the directory is not there, or not ours alone.
+UsageFile* SqliteStore::usage_of(Session& session) {
+  if (!session.usage)
+    if (const Result<std::string> directory = private_directory(options_.directory, false))
+      session.usage.emplace(*directory, options_.max_bytes);
+  return session.usage ? &*session.usage : nullptr;
+}
+
+void SqliteStore::note(Session& session, const Digest& key, UsageFile::Event event) {
+  if (UsageFile* const usage = usage_of(session); usage != nullptr && options_.mode == CacheMode::read_write)
+    usage->note(key, event, unix_seconds_now());
 }
 
 Result<std::vector<Store::Listed>> SqliteStore::list() {
@@ -676,15 +807,19 @@ Result<std::vector<Store::Listed>> SqliteStore::list() {
   const SessionLock lock(session);
   if (Status status = report(session, open_for_reading(session)); !status)
     return status.code() == Code::not_found ? Result(std::move(out)) : status;
-  (void)report(session, flush_uses(session));
+  std::vector<std::pair<double, Listed>> rows;
   Query query = session.database->query(select_all);
   while (query.step()) {
-    Listed& listed = out.emplace_back();
+    auto& [used_at, listed] = rows.emplace_back();
     listed.code_bytes = read_readable_columns(query, 0, listed.row);
     listed.row.key = to_digest(query.blob(10)).value_or(Digest());
+    used_at = std::max(query.real(9), add_use(session, listed.row));
   }
   if (Status status = report(session, query.status()); !status)
     return status;
+  std::stable_sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  for (auto& [used_at, listed] : rows)
+    out.push_back(std::move(listed));
   return out;
 }
 
@@ -717,8 +852,8 @@ Result<StoreStats> SqliteStore::stats() {
   Session& session = current_session();
   const SessionLock lock(session);
   if (Status status = report(session, open_for_reading(session)); !status)
-    return status.code() == Code::not_found ? Result(session.counts) : status;
-  StoreStats out = session.counts;
+    return status.code() == Code::not_found ? Result(StoreStats{session.counts}) : status;
+  StoreStats out{session.counts};
   Query query = session.database->query(select_totals);
   if (query.step()) {
     out.rows = query.integer(0);
@@ -733,16 +868,41 @@ Result<StoreStats> SqliteStore::stats() {
   return out;
 }
 
+UsageCounts SqliteStore::counts() {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  return session.counts;
+}
+
+Result<UsageFile::Totals> SqliteStore::totals() {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  UsageFile* const usage = options_.mode != CacheMode::off ? usage_of(session) : nullptr;
+  if (usage == nullptr)
+    return Status::error(Code::not_found, fmt::format("{} holds no cache", options_.directory));
+  Result<UsageFile::Totals> out = usage->totals();
+  if (out)
+    out->counts += session.unwritten;
+  return out;
+}
+
+std::optional<UsageFile::Trace> SqliteStore::trace(const Digest& key) {
+  Session& session = current_session();
+  const SessionLock lock(session);
+  UsageFile* const usage = options_.mode != CacheMode::off ? usage_of(session) : nullptr;
+  return usage != nullptr ? usage->trace(key) : std::nullopt;
+}
+
 Status SqliteStore::remove(const Digest& key) {
   Session& session = current_session();
   const SessionLock lock(session);
   if (Status status = open_for_change(session); !status)
     return status;
-  session.unwritten_uses.erase(key);
   if (Status status = report(session, session.database->query(delete_by_key).bind(ByteSpan(key.bytes)).run()); !status)
     return status;
   if (session.database->changes() == 0)
     return Status::error(Code::not_found, fmt::format("{} is not in {}", key.hex(), session.file));
+  note(session, key, UsageFile::Event::removed);
   return {};
 }
 
@@ -775,7 +935,7 @@ Result<Store::Verified> SqliteStore::verify(bool repair) {
         if (const std::optional<Digest> key = to_digest(query.blob(13))) {
           stored.row.key = *key;
           name = key->hex();
-          authentic = is_authentic(*session.secret, stored);
+          authentic = refusal_of(*session.secret, stored) == nullptr;
         }
       } else if (query.status()) {
         continue; // evicted meanwhile
@@ -804,24 +964,20 @@ Result<Store::Pruned> SqliteStore::prune(std::int64_t max_bytes, bool dry_run) {
     return status.code() == Code::not_found ? Result(Pruned()) : status;
   // A dry run does the same and rolls it back: nothing else counts exactly.
   Transaction transaction(*session.database);
-  Status status = transaction.begun();
-  if (status)
-    status = write_uses(session);
-  if (!status)
-    return report(session, std::move(status));
-  const Result<Pruned> out = evict(*session.database, max_bytes, {});
+  if (!transaction.begun())
+    return report(session, transaction.begun());
+  const Result<Evicted> out = evict(session, max_bytes, {});
   if (!out)
     return report(session, out.status());
   if (dry_run)
-    return out;
-  status = session.database->run(pragma_shrink);
+    return out->pruned;
+  Status status = session.database->run(pragma_shrink);
   if (status)
     status = transaction.commit();
   if (!status)
     return report(session, std::move(status));
-  session.unwritten_uses.clear();
-  session.counts.evictions += out->rows;
-  return out;
+  count_evicted(session, *out);
+  return out->pruned;
 }
 
 Result<Store::Pruned> SqliteStore::clear(bool dry_run) {
@@ -867,7 +1023,6 @@ Result<Store::Pruned> SqliteStore::clear_database(Session& session, bool dry_run
     status = transaction.commit();
   if (!status)
     return report(session, std::move(status));
-  session.unwritten_uses.clear();
   return out;
 }
 

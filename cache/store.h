@@ -13,10 +13,11 @@
 #include "cache/file_lock.h"
 #include "cache/log.h"
 #include "cache/status.h"
+#include "cache/usage.h"
 
 namespace kiln {
 
-/// One kernel on disk. Everything but `hits` and the times of use is covered by the row's authentication.
+/// One kernel on disk. Everything but `hits` and the time of use is covered by the row's authentication.
 struct StoreRow {
   Digest key;
   std::string op;        ///< readable columns: what the key was made of
@@ -28,8 +29,8 @@ struct StoreRow {
   Bytes signature;       ///< of a row from a remote tier: who vouched for it (see signer_of); empty for others
   std::int64_t compile_us = 0;
   std::int64_t created_at = 0;  ///< Unix seconds
-  std::int64_t last_hit_at = 0; ///< Unix seconds; not authenticated
-  std::int64_t hits = 0;        ///< not authenticated
+  std::int64_t last_hit_at = 0; ///< Unix seconds; not authenticated. Of get(): as of the last eviction that looked
+  std::int64_t hits = 0;        ///< as far as the usage file remembers (UsageFile); 0 from get()
 };
 
 enum class CacheMode : std::uint8_t { read_write, read_only, off };
@@ -38,17 +39,16 @@ struct StoreOptions {
   std::string directory;     ///< made with mode 0700 when it does not exist
   std::string key_directory; ///< where the MAC key file lives: outside `directory`; made 0700, the key file 0600
   CacheMode mode = CacheMode::read_write;
-  std::int64_t max_bytes =
-      512ll << 20; ///< bound on the database's pages in use: codes, their columns, indexes; holds after each put
+  /// Bound on the database's pages in use (codes, their columns, indexes) and the usage file; holds after each put.
+  std::int64_t max_bytes = 512ll << 20;
   int busy_timeout_ms = 20; ///< a longer wait for SQLite's lock is a miss
 };
 
-struct StoreStats {
+/// The counts are of this process; Store::totals has those of all.
+struct StoreStats : UsageCounts {
   std::int64_t rows = 0;
   std::int64_t bytes = 0;      ///< sum of code sizes
   std::int64_t file_bytes = 0; ///< of the database, free pages included
-  // of this process:
-  std::int64_t hits = 0, misses = 0, puts = 0, evictions = 0, refused = 0, errors = 0;
 };
 
 /// L2: the kernels on disk, in one SQLite database (`kernels.db`) per cache directory.
@@ -78,6 +78,12 @@ public:
   /// The row with this key, authenticated, or nothing. A row that fails authentication is deleted, counted and treated
   /// as a miss.
   virtual std::optional<StoreRow> get(const Digest& key, Call call = Call::plain) = 0;
+  /// The caller cannot use the row that get() gave it: no hit, but refused. `why` is UsageCounts::refused_code or
+  /// refused_features.
+  virtual void refuse(const Digest& key, std::int64_t UsageCounts::*why) = 0;
+  /// The same row for whoever only wants to see it: nothing is counted, noted or deleted. Code::not_found, or why a
+  /// get would not have it: Code::integrity when it fails authentication.
+  virtual Result<StoreRow> look(const Digest& key) = 0;
   /// Stores or replaces (hits from 0, last hit now, `created_at` now when it is 0); evicts least recently used rows
   /// until the bound holds. Errors are logged and returned, never fatal. Ok without doing anything when the mode is not
   /// read_write.
@@ -85,13 +91,17 @@ public:
   /// Likewise, all of them or none: in one transaction. An error, and no change, when they do not all fit into the
   /// bound.
   virtual Status put_all(std::span<const StoreRow> rows) = 0;
-  /// Writes pending hit counts and times (batched; also done every 64 hits and at destruction).
+
+  /// Adds to this process's counts and to those of all processes what happened to kernels beside the store: in memory,
+  /// in the compiler, in other tiers.
+  virtual void count(const UsageCounts& more) = 0;
+  /// Writes pending counts (batched; also done with each put, every 64 calls and at destruction).
   virtual void flush() = 0;
 
   // The calls below return the error that keeps the database from being used, if one does; without a database, or with
   // the mode off, they find nothing. Those that change rows are Code::unsupported when the mode is read_only.
 
-  /// Every row without its code (`code` empty; `size` in the pair), most recently used first. Not authenticated.
+  /// Every row without its code (`code` empty), most recently used first. Not authenticated.
   struct Listed {
     StoreRow row;
     std::int64_t code_bytes = 0;
@@ -100,6 +110,12 @@ public:
   /// Keys that begin with `hex_prefix` (for the command).
   virtual Result<std::vector<Digest>> find(std::string_view hex_prefix) = 0;
   virtual Result<StoreStats> stats() = 0;
+  /// Of this process, whatever the state of the database.
+  virtual UsageCounts counts() = 0;
+  /// Of all processes, pending counts of this one included. Code::not_found: nothing is known.
+  virtual Result<UsageFile::Totals> totals() = 0;
+  /// What last happened to this kernel, stored or not; nothing when that is not remembered.
+  virtual std::optional<UsageFile::Trace> trace(const Digest& key) = 0;
   virtual Status remove(const Digest& key) = 0;
   struct Verified {
     std::int64_t ok = 0, bad = 0;
@@ -111,7 +127,7 @@ public:
   struct Pruned {
     std::int64_t rows = 0, bytes = 0;
   };
-  /// Evicts least recently used rows until at most `max_bytes` of pages are in use (see StoreOptions), and shrinks the
+  /// Evicts least recently used rows until at most `max_bytes` of the database's pages are in use, and shrinks the
   /// file; `dry_run` only counts.
   virtual Result<Pruned> prune(std::int64_t max_bytes, bool dry_run) = 0;
   /// Removes every row; `dry_run` only counts. In the place of a damaged database it makes an empty one, and it removes

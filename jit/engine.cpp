@@ -9,6 +9,7 @@
 #include "jit/background.h"
 #include "jit/dump.h"
 #include "jit/kernel_key.h"
+#include "jit/miss.h"
 #include "jit/os.h"
 #include "jit/perf.h"
 
@@ -167,6 +168,10 @@ struct Engine::State {
   std::atomic<std::uint64_t> disk_hits{0}, system_hits{0}, remote_hits{0}, compiled{0}, failed{0}, fallbacks{0},
       compile_us{0};
   std::atomic<bool> refuses_executable_memory{false}; ///< the system: said once, found out once
+  /// See tell_store. A flag, no mutex: a child made by fork meanwhile must not wait for it.
+  std::atomic<bool> telling{false};
+  UsageCounts told;                              ///< so far
+  std::chrono::steady_clock::time_point told_at; ///< last
   KernelTable table;
   std::unique_ptr<Background> background; ///< ends before anything it uses
 
@@ -178,9 +183,14 @@ struct Engine::State {
   Result<KernelTable::Made> make(const KernelDesc& canonical, MissPolicy on_miss);
   Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical, Store::Call call);
   std::optional<Kernel> from_remote(const Choice& choice, const KernelDesc& canonical, Store::Call call);
+  /// Why a row could not be loaded, as the store counts it; null where the row is not at fault.
+  using Refusal = std::int64_t UsageCounts::*;
   Result<Kernel> load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row, Source source,
-                          std::chrono::steady_clock::time_point start);
+                          std::chrono::steady_clock::time_point start, Refusal& why);
+  void count(const UsageCounts& counts) const;
+  void tell_store(std::chrono::steady_clock::duration at_most_every);
   std::optional<StoreRow> stored(const Digest& key);
+  std::optional<StoreRow> seen(const Digest& key) const;
   Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
                              std::int64_t& us);
   Status keep(const StoreRow& row, Store::Call call);
@@ -245,6 +255,7 @@ Result<std::unique_ptr<Engine>> Engine::create(EngineOptions options) {
 
 Engine::~Engine() {
   state_->background.reset();
+  state_->tell_store({});
   state_->store.reset();
   state_->system.reset();
   state_->remote.reset();
@@ -373,6 +384,7 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
     turn.release();
     publish(row, RemoteCache::Patience::host);
   }
+  tell_store(std::chrono::seconds(1));
   Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
   if (!kernel && kernel.status().code() == Code::unsupported) {
     if (!refuses_executable_memory.exchange(true))
@@ -391,19 +403,28 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
 Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& canonical, Store::Call call) {
   const auto start = std::chrono::steady_clock::now();
   Status reason = Status::error(Code::not_found, "not on disk");
+  Refusal why = nullptr;
   if (store)
     if (const std::optional<StoreRow> row = store->get(choice.key, call)) {
-      Result<Kernel> kernel = load_row(choice, canonical, *row, Source::disk, start);
+      Result<Kernel> kernel = load_row(choice, canonical, *row, Source::disk, start, why);
       if (kernel)
         return kernel;
+      if (why != nullptr)
+        store->refuse(choice.key, why);
       reason = kernel.status();
     }
   if (system)
     if (const std::optional<StoreRow> row = system->get(choice.key)) {
-      Result<Kernel> kernel = load_row(choice, canonical, *row, Source::disk, start);
+      Result<Kernel> kernel = load_row(choice, canonical, *row, Source::disk, start, why);
       if (kernel) {
         ++system_hits;
+        count({.system_hits = 1, .misses = -1}); // the store has counted a miss
         return kernel;
+      }
+      if (why != nullptr) {
+        UsageCounts refused{.refused = 1};
+        refused.*why = 1;
+        count(refused);
       }
       reason = kernel.status();
     }
@@ -416,10 +437,12 @@ std::optional<Kernel> Engine::State::from_remote(const Choice& choice, const Ker
   const std::optional<StoreRow> row = remote ? remote->get(choice.key, RemoteCache::Patience::host) : std::nullopt;
   if (!row)
     return std::nullopt;
-  Result<Kernel> kernel = load_row(choice, canonical, *row, Source::remote, start);
+  Refusal why = nullptr;
+  Result<Kernel> kernel = load_row(choice, canonical, *row, Source::remote, start, why);
   if (!kernel)
     return std::nullopt;
   ++remote_hits;
+  count({.misses = -1, .remote_hits = 1}); // the store has counted a miss
   if (const Status status = keep(*row, call); !status)
     log.debug(fmt::format("{} was not stored: {}", canonical.text(), status.message()));
   return std::move(*kernel);
@@ -430,21 +453,60 @@ std::optional<StoreRow> Engine::State::stored(const Digest& key) {
   std::optional<StoreRow> row;
   if (store)
     row = store->get(key);
-  if (!row && system)
-    row = system->get(key);
+  if (!row && system && (row = system->get(key)))
+    count({.system_hits = 1, .misses = -1});
   return row;
 }
 
+/// Likewise, and without being counted as a use.
+std::optional<StoreRow> Engine::State::seen(const Digest& key) const {
+  if (store)
+    if (Result<StoreRow> row = store->look(key))
+      return std::move(*row);
+  return system ? system->get(key) : std::nullopt;
+}
+
+/// For all processes: where there is a store.
+void Engine::State::count(const UsageCounts& counts) const {
+  if (store)
+    store->count(counts);
+}
+
+/// What is counted where no call may wait: hits in memory, and what the system cache refused.
+void Engine::State::tell_store(std::chrono::steady_clock::duration at_most_every) {
+  if (!store)
+    return;
+  if (telling.exchange(true))
+    return; // another thread does
+  UsageCounts news;
+  if (const auto now = std::chrono::steady_clock::now(); now - told_at >= at_most_every) {
+    told_at = now;
+    const auto hits = static_cast<std::int64_t>(table.stats().hits);
+    const std::int64_t refused = system ? system->stats().refused : 0;
+    news.memory_hits = hits - std::exchange(told.memory_hits, hits);
+    news.refused = news.refused_system = refused - std::exchange(told.refused_system, refused);
+  }
+  telling = false;
+  if (news != UsageCounts())
+    store->count(news);
+}
+
 Result<Kernel> Engine::State::load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row,
-                                       Source source, std::chrono::steady_clock::time_point start) {
+                                       Source source, std::chrono::steady_clock::time_point start,
+                                       Refusal& why) {
   Result<CodeObject> code = CodeObject::parse(row.code);
-  Result<Kernel> kernel = code ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code))
-                               : Result<Kernel>(code.status());
+  const Status runs = code ? Kernel::check_machine(target(), *choice.implementation, canonical, *code) : code.status();
+  Result<Kernel> kernel = runs ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code))
+                               : Result<Kernel>(runs);
   if (!kernel) {
+    const bool is_unsupported = kernel.status().code() == Code::unsupported;
+    why = kernel.status().code() == Code::integrity ? &UsageCounts::refused_code
+          : !runs                                   ? &UsageCounts::refused_features
+                                                    : nullptr; // no executable memory, or none at all
     // That this machine cannot run it is no fault of the cache.
     const std::string message =
         fmt::format("stored kernel {} is passed over: {}", choice.key.hex().substr(0, 16), kernel.status().message());
-    if (kernel.status().code() == Code::unsupported)
+    if (is_unsupported)
       log.debug(message);
     else
       log.warn(message);
@@ -462,10 +524,13 @@ Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc
   const auto start = std::chrono::steady_clock::now();
   Result<CodeObject> code = row.compile(canonical, for_target, choice.pack_layout);
   us = microseconds_since(start);
-  if (!code)
+  if (!code) {
+    count({.compile_failures = 1});
     return code;
+  }
   ++compiled;
   compile_us += static_cast<std::uint64_t>(us);
+  count({.compiles = 1, .compile_us = us});
   if (log.enabled(LogLevel::debug))
     log.debug(
         fmt::format("compiled {} ({}) in {} us, {} bytes", canonical.text(), name_of(row.isa), us, code->image.size()));
@@ -510,6 +575,7 @@ Result<KernelTable::Made> Engine::State::stand_in(const Choice& choice, const Ke
   if (!kernel)
     return kernel.status();
   ++fallbacks;
+  count({.fallbacks = 1});
   return KernelTable::Made{std::move(*kernel), sizeof(Kernel), stay == Stay::resident};
 }
 
@@ -604,7 +670,7 @@ Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) 
   if (row.compile == nullptr)
     return Status::error(Code::unsupported,
                          fmt::format("the path {} is part of the library: it has no generated code", name_of(row.isa)));
-  const std::optional<StoreRow> stored = state_->stored(choice->key);
+  const std::optional<StoreRow> stored = state_->seen(choice->key);
   Result<CodeObject> code = stored ? CodeObject::parse(stored->code) : Status::error(Code::not_found, "not on disk");
   if (!code) {
     if (state_->config().miss == MissPolicy::error)
@@ -641,44 +707,6 @@ Result<std::string> Engine::pack_layout(const KernelDesc& desc) {
     return Status::error(Code::unsupported, fmt::format("{} takes no packed weights", find_op(desc.op)->name));
   return choice->pack_layout;
 }
-
-namespace {
-
-/// The fields in which two key texts (lines of name=value, the desc's fields counting each) differ.
-std::vector<std::string> differing_fields(std::string_view stored_desc, const StoreRow& row,
-                                          const KernelDesc& canonical, const Implementation& implementation) {
-  std::vector<std::string> fields;
-  if (row.generator != implementation.generator_digest)
-    fields.push_back("generator");
-  if (row.isa != name_of(implementation.isa))
-    fields.push_back("isa");
-  const Result<KernelDesc> other = parse_desc(stored_desc);
-  const OpSpec& op = *find_op(canonical.op);
-  for (std::size_t i = 0; i < op.fields.size(); ++i)
-    if (!other || other->value[i] != canonical.value[i])
-      fields.emplace_back(op.fields[i].name);
-  return fields;
-}
-
-/// Why a stored kernel of the very desc that is wanted does not serve.
-std::string why_missed(Store& store, const Digest& stored_key, const KeyFields& wanted) {
-  const std::string name = fmt::format("kernel {} of the same desc is stored", stored_key.hex().substr(0, 16));
-  const std::optional<StoreRow> row = store.get(stored_key);
-  if (!row)
-    return name + ", but fails authentication";
-  const Result<KeyFields> fields = key_fields_of(*row);
-  return fields ? fmt::format("{}: {}", name, fields->differences_from(wanted))
-                : fmt::format("{}, but {}", name, fields.status().message());
-}
-
-std::string join(const std::vector<std::string>& words) {
-  std::string out;
-  for (const std::string& word : words)
-    out += (out.empty() ? "" : ", ") + word;
-  return out;
-}
-
-} // namespace
 
 Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
   Explanation e;
@@ -718,41 +746,21 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
     }
   if (e.taken->compile == nullptr)
     return e;
-  if (state_->store && state_->store->get(e.key)) {
+  const Result<StoreRow> stored =
+      state_->store ? state_->store->look(e.key) : Status::error(Code::not_found, "there is no store");
+  if (stored)
     e.tier = "disk";
-    return e;
-  }
-  if (state_->system && state_->system->get(e.key)) {
+  else if (state_->system && state_->system->get(e.key))
     e.tier = "system";
-    return e;
-  }
-  if (state_->remote && state_->remote->get(e.key, RemoteCache::Patience::host)) {
+  else if (state_->remote && state_->remote->get(e.key, RemoteCache::Patience::host))
     e.tier = "remote";
-    return e;
-  }
-  if (!state_->store)
-    return e;
-  const Result<std::vector<Store::Listed>> rows = state_->store->list();
-  std::size_t fewest = SIZE_MAX;
-  for (const Store::Listed& listed : rows ? *rows : std::vector<Store::Listed>()) {
-    if (listed.row.op != op.name)
-      continue;
-    std::vector<std::string> fields = differing_fields(listed.row.desc, listed.row, e.canonical, *e.taken);
-    const bool same_desc = listed.row.desc == choice.key_fields.desc;
-    if (same_desc && e.why.empty())
-      e.why = why_missed(*state_->store, listed.row.key, choice.key_fields);
-    if (fields.empty())
-      fields.push_back("features or pack_layout"); // all that the readable columns do not tell apart
-    if (fields.size() < fewest) {
-      fewest = fields.size();
-      e.nearest = fmt::format("{} {} ({}) differs in {}", listed.row.key.hex().substr(0, 16), listed.row.desc,
-                              listed.row.isa, join(fields));
-    }
-  }
+  else
+    explain_miss(e, state_->store.get(), stored.status(), choice.key_fields, config());
   return e;
 }
 
 EngineStats Engine::stats() {
+  state_->tell_store({});
   EngineStats stats;
   const auto table = state_->table.stats();
   stats.memory_hits = table.hits;
@@ -773,11 +781,11 @@ EngineStats Engine::stats() {
   stats.failed = state_->failed;
   stats.fallbacks = state_->fallbacks;
   stats.compile_us = state_->compile_us;
-  if (state_->store)
-    if (const Result<StoreStats> store = state_->store->stats()) {
-      stats.has_store = true;
+  if (state_->store) {
+    if (const Result<StoreStats> store = state_->store->stats())
       stats.store = *store;
-    }
+    static_cast<UsageCounts&>(stats.store) = state_->store->counts(); // also of a database that cannot be read
+  }
   return stats;
 }
 

@@ -44,8 +44,7 @@ struct EngineStats {
   std::uint64_t remote_errors = 0;  ///< calls there that failed
   std::uint64_t kernels = 0, evictions = 0, code_bytes = 0;
   std::uint64_t compile_us = 0; ///< sum
-  bool has_store = false;
-  StoreStats store;
+  StoreStats store; ///< its sizes are 0 where there is no database that can be read
 };
 
 /// Why each implementation of the op was taken or refused, and where its kernel would come from.
@@ -64,10 +63,11 @@ struct Explanation {
   std::string pack_layout; ///< empty for ops without a pack
   std::string assumes;     ///< what the path taken takes for granted about the machine; may be empty
   std::string tier;        ///< `memory`, `disk`, `system`, `remote` or `none` (a get would compile)
-  std::string
-      nearest; ///< on a miss: the stored kernel of this op that differs least, and in which key fields; may be empty
-  std::string
-      why; ///< on a miss, when a kernel of this very desc is stored: each key field that differs, there and here
+  /// On a miss, each may be empty: the stored kernel of this op that differs least, and in which key fields;
+  std::string nearest;
+  /// and why a hit that was expected is none: a toggle, a row that is there and refused, or was there and what became
+  /// of it, or the key fields in which a stored kernel of the very desc differs, with what they are there and here.
+  std::string why;
 };
 
 /// The whole path of a call: L1, L2, the remote tier, compile. Thread-safe.

@@ -32,10 +32,8 @@ Status Kernel::bind(Runtime& runtime, const Implementation& implementation, cons
   return {};
 }
 
-Result<Kernel> Kernel::load(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,
-                            const Digest& key, CodeObject code) {
-  const auto start = std::chrono::steady_clock::now();
-  const Target& target = runtime.machine.target;
+Status Kernel::check_machine(const Target& target, const Implementation& implementation, const KernelDesc& canonical,
+                             const CodeObject& code) {
   if (code.arch != target.arch)
     return Status::error(Code::unsupported, fmt::format("{}: code for {} on a machine of {}", canonical.text(),
                                                         name_of(code.arch), name_of(target.arch)));
@@ -47,6 +45,14 @@ Result<Kernel> Kernel::load(Runtime& runtime, const Implementation& implementati
     return Status::error(Code::unsupported,
                          fmt::format("{}: code for vectors of {} bits on a machine of {}", canonical.text(),
                                      code.vector_bits, implementation.vector_bits(target)));
+  return {};
+}
+
+Result<Kernel> Kernel::load(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,
+                            const Digest& key, CodeObject code) {
+  const auto start = std::chrono::steady_clock::now();
+  if (Status status = check_machine(runtime.machine.target, implementation, canonical, code); !status)
+    return status;
   if (code.entries.empty() || code.image.empty())
     return Status::error(Code::integrity, fmt::format("{}: a code object without code", canonical.text()));
   const Bytes image = std::exchange(code.image, {});

@@ -35,6 +35,9 @@ struct Runtime {
 /// Loaded and executable; immutable, safe to run from many threads. Movable so that a table can hold it.
 class Kernel {
 public:
+  /// Code::unsupported when the machine lacks what the code needs.
+  static Status check_machine(const Target& target, const Implementation& implementation, const KernelDesc& canonical,
+                              const CodeObject& code);
   /// Loads `code` into executable memory. Fails with Code::unsupported when the machine lacks a feature that the code
   /// needs or refuses executable mappings, Code::integrity when its plan is not the op's.
   static Result<Kernel> load(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,

@@ -16,12 +16,12 @@ Digest key_of(std::string_view key_text) {
   return digest_of({reinterpret_cast<const std::uint8_t*>(key_text.data()), key_text.size()});
 }
 
-std::string KeyFields::differences_from(const KeyFields& wanted) const {
-  std::string out;
+std::vector<std::string> KeyFields::differences_from(const KeyFields& wanted) const {
+  std::vector<std::string> out;
   const auto compare = [&](std::string_view name, const std::string& there, const std::string& here) {
     const auto shown = [](const std::string& text) { return text.empty() ? std::string("none") : text; };
     if (there != here)
-      out += fmt::format("{}{} {} there, {} here", out.empty() ? "" : "; ", name, shown(there), shown(here));
+      out.push_back(fmt::format("{} {} there, {} here", name, shown(there), shown(here)));
   };
   constexpr std::size_t short_digest = 16;
   compare("generator", generator.substr(0, short_digest), wanted.generator.substr(0, short_digest));

@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "cache/digest.h"
 #include "cache/status.h"
@@ -22,8 +23,8 @@ struct KeyFields {
 
   std::string text() const; ///< one `name=value` a line, for people; the key is its digest
 
-  /// `generator 3f… there, 81… here; features …`: where this stored kernel and the wanted one differ. Empty: nowhere.
-  std::string differences_from(const KeyFields& wanted) const;
+  /// One `features avx2 there, avx2,avxvnni here` for each field in which this stored kernel and the wanted one differ.
+  std::vector<std::string> differences_from(const KeyFields& wanted) const;
 };
 Digest key_of(std::string_view key_text);
 

@@ -409,6 +409,26 @@ class Cache(CommandTest):
         db.commit()
         db.close()
 
+    def forge(self, key, **columns):
+        """Changes columns of one row and authenticates it anew, as whoever has the key file can."""
+        secret = (self.dir / "data" / "kiln" / "cache.key").read_bytes()
+        with contextlib.closing(sqlite3.connect(self.dir / "cache" / "kernels.db")) as db:
+            db.row_factory = sqlite3.Row
+            row = dict(db.execute("SELECT * FROM kernels WHERE key = ?", (bytes.fromhex(key),)).fetchone()) | columns
+            (schema,) = db.execute("PRAGMA user_version").fetchone()
+            blob = lambda content: struct.pack("<Q", len(content)) + content
+            message = struct.pack("<I", schema) + blob(row["key"])
+            message += b"".join(blob(row[name].encode()) for name in ("op", "desc", "isa", "target", "generator"))
+            message += struct.pack("<qq", row["compile_us"], row["created_at"]) + blob(b"") + blob(row["code"])
+            row["code_bytes"] = len(row["code"])
+            row["mac"] = hashlib.blake2b(message, key=secret, digest_size=32).digest()
+            db.execute(f"UPDATE kernels SET {', '.join(f'{name} = :{name}' for name in row)} WHERE key = :key", row)
+            db.commit()
+
+    def code_of(self, key):
+        with contextlib.closing(sqlite3.connect(self.dir / "cache" / "kernels.db")) as db:
+            return db.execute("SELECT code FROM kernels WHERE key = ?", (bytes.fromhex(key),)).fetchone()[0]
+
     def test_looking_at_nothing(self):
         self.assertEqual({"kernels": []}, self.json("cache", "list"))
         self.assertEqual(0, self.json("cache", "stats")["rows"])
@@ -432,7 +452,7 @@ class Cache(CommandTest):
         result = self.kiln("doctor", expect=FAILED)
         self.assertIn("kiln cache clear", result.stdout)
         self.assertEqual(0, self.json("cache", "clear")["rows"])
-        self.assertEqual(["kernels-2.db", "kernels.lock"], sorted(path.name for path in directory.iterdir() if "journal" not in path.name))
+        self.assertEqual(["kernels-2.db", "kernels.lock", "kernels.usage"], sorted(path.name for path in directory.iterdir() if "journal" not in path.name))
         self.json("run", *SHAPE)
         self.assertEqual(1, self.json("cache", "verify")["ok"])
 
@@ -443,6 +463,7 @@ class Cache(CommandTest):
         self.assertEqual({"path": str(path)}, self.json("cache", "path"))
         stats = self.json("cache", "stats")
         self.assertEqual((1, 512 << 20), (stats["rows"], stats["max_bytes"]))
+        self.assertEqual({"path", "rows", "bytes", "file_bytes", "max_bytes", "usage", "system", "remote"}, set(stats))
         (row,) = self.json("cache", "list")["kernels"]
         self.assertEqual((key, "int8_mm"), (row["key"], row["op"]))
         self.assertIn(key[:16], self.kiln("cache", "list").stdout)
@@ -455,6 +476,33 @@ class Cache(CommandTest):
         self.refused("cache", "inspect", "0" * 64, says="no kernel has a key", expect=FAILED)
         for bad in ("", "xyz", "0" * 65):
             self.refused("cache", "inspect", bad, says="give the first digits")
+
+    def test_stats_of_all_processes(self):
+        self.assertIsNone(self.json("cache", "stats")["usage"])
+        began = int(time.time())
+        key = self.json("run", *SHAPE)["key"]
+        for _ in range(3):
+            self.json("run", *SHAPE)
+        self.damage(key)
+        self.json("run", *SHAPE)
+        self.json("warmup", *SHAPE)
+        for _ in range(2):  # looking counts nothing
+            self.json("explain", *SHAPE)
+            self.json("cache", "inspect", key)
+            self.json("cache", "verify", "--recompile")
+            usage = self.json("cache", "stats")["usage"]
+        self.assertTrue(began <= usage.pop("since") <= time.time())
+        self.assertEqual((4, 2, 2, 2, 1, 1), tuple(usage[name] for name in ("disk_hits", "misses", "compiles", "puts", "refused", "refused_mac")))
+        self.assertGreater(usage["compile_us"], 0)
+        for name in ("system_hits", "compile_failures", "fallbacks", "evictions", "evicted_bytes", "refused_key_file", "refused_code", "refused_features", "refused_size", "refused_system", "busy", "errors"):
+            self.assertEqual(0, usage[name], name)
+        shown = self.kiln("cache", "stats").stdout
+        for text in ("4 on disk", "misses         2", "compiles       2 in", "refused        1 (1 changed or of another key)", "0 times busy, 0 errors"):
+            self.assertIn(text, shown)
+        (self.dir / "cache" / "kernels.usage").write_bytes(b"no usage file" * 100)
+        self.assertIsNone(self.json("cache", "stats")["usage"])
+        self.assertEqual("disk", self.json("run", *SHAPE)["source"])
+        self.assertEqual(1, self.json("cache", "stats")["usage"]["disk_hits"])
 
     def test_an_ambiguous_key(self):
         self.write("m.json", json.dumps({"kernels": [{"op": "int8_mm", "m": [1, 2, 4, 8, 16, 32, "any"], "n": [1, 2, 3], "k": 4}]}))
@@ -478,6 +526,41 @@ class Cache(CommandTest):
         self.assertEqual((rows - 1, 1, [key], 0), (report["ok"], report["bad"], report["bad_keys"], report["removed"]))
         self.assertIn(key, self.kiln("cache", "verify", expect=INTEGRITY).stdout)
         self.assertEqual(0, self.json("cache", "verify")["bad"])
+
+    def test_recompiling_the_kernels_of_every_target(self):
+        for target in self.json("info")["known_targets"]:
+            if not target["target"].startswith("nvptx"):
+                for path in ("", "portable"):
+                    for m in (1, 7, 100):
+                        self.kiln("warmup", "int8_mm", f"m={m}", "n=80", "k=72", "--target", target["name"], env={"KILN_FORCE": path})
+        rows = self.json("cache", "stats")["rows"]
+        self.assertGreater(rows, 30)
+        report = self.json("cache", "verify", "--recompile")
+        self.assertEqual((rows, 0), (report["ok"], report["bad"]))
+        self.assertEqual({"same": rows, "different": [], "failed": [], "skipped": 0}, report["recompiled"])
+
+    def test_recompiling_tells_other_bytes_from_other_versions(self):
+        key, other = (self.json("run", "int8_mm", f"m={m}", "n=64", "k=64")["key"] for m in (1, 9))
+        self.forge(other, generator="0" * 64)
+        report = self.json("cache", "verify", "--recompile")
+        self.assertEqual((2, 0), (report["ok"], report["bad"]))
+        self.assertEqual({"same": 1, "different": [], "failed": [], "skipped": 1}, report["recompiled"])
+        self.assertIn("1 compiled again to the same bytes, 0 to others, 1 of another version", self.kiln("cache", "verify", "--recompile").stdout)
+        # A code of the other version that this one cannot read is no difference either.
+        self.forge(other, code=b"of another version", generator="0" * 64)
+        self.assertEqual(1, self.json("cache", "verify", "--recompile")["recompiled"]["skipped"])
+        sound = self.code_of(key)
+        for at in (len(sound) // 2, len(sound) - 1, 0):  # in the image, in the plan, in what comes first: authentic all the same
+            changed = bytearray(sound)
+            changed[at] ^= 1
+            self.forge(key, code=bytes(changed))
+            report = self.json("cache", "verify", "--recompile", expect=INTEGRITY)
+            self.assertEqual((2, 0), (report["ok"], report["bad"]))
+            self.assertEqual([key], report["recompiled"]["different"])
+            self.assertIn(f"different  {key}", self.kiln("cache", "verify", "--recompile", expect=INTEGRITY).stdout)
+            self.kiln("cache", "verify")
+        self.forge(key, code=sound)
+        self.assertEqual(1, self.json("cache", "verify", "--recompile")["recompiled"]["same"])
 
     def test_recompiling_without_llvm_finds_no_difference(self):
         self.json("run", *SHAPE, env={"KILN_FORCE": "portable"})

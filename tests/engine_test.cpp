@@ -495,6 +495,156 @@ TEST_CASE_FIXTURE(Fixture, "explain names the nearest stored kernel and the diff
   CHECK(explanation.nearest.find("differs in n") != std::string::npos);
 }
 
+TEST_CASE_FIXTURE(Fixture, "explain says why a hit that was expected is none") {
+  rows[0].vector_bits = [](const Target&) -> std::int32_t { return 256; };
+  rows[0].compile = [](const KernelDesc& d, const Target& target, std::string_view layout) {
+    Result<CodeObject> code = compile_return(d, target, layout);
+    if (code)
+      code->vector_bits = 256;
+    return code;
+  };
+  source_of(*engine(), desc());
+  const auto check_why = [&](std::initializer_list<std::string_view> parts) {
+    const auto e = engine();
+    const Explanation explanation = e->explain(desc(), nullptr);
+    CHECK(explanation.tier == "none");
+    for (const std::string_view part : parts)
+      CHECK_MESSAGE(explanation.why.find(part) != std::string::npos, explanation.why, " lacks ", part);
+  };
+  const auto key = [&] { return engine()->explain(desc(), nullptr).key; };
+  CHECK(engine()->explain(desc(), nullptr).why.empty());
+  SUBCASE("another generator") {
+    rows[0].generator_digest = "generator-2";
+    check_why({"of the same desc is stored", "generator generator-1 there, generator-2 here"});
+  }
+  SUBCASE("another vector length") {
+    rows[0].vector_bits = [](const Target&) -> std::int32_t { return 512; };
+    check_why({"vector_bits 256 there, 512 here"});
+  }
+  SUBCASE("another layout of packs") {
+    rows[0].pack_layout = [](const KernelDesc&, const Target&) { return std::string("n8k4"); };
+    check_why({"pack_layout n16k4 there, n8k4 here"});
+  }
+  SUBCASE("other features") {
+    rows[0].needs.add(detect_machine().target.features.list().front());
+    check_why({"features none there, ", "here"});
+  }
+  SUBCASE("the path that made it is left out") {
+    Implementation other = null_row(IsaPath::avx2);
+    other.vector_bits = rows[0].vector_bits;
+    rows.insert(rows.begin() + 1, other);
+    config.disabled_paths = {IsaPath::portable};
+    check_why({"isa portable there, avx2 here", "portable is not taken here: left out by KILN_DISABLE"});
+  }
+  SUBCASE("of several the one that differs least is named") {
+    rows[0].generator_digest = "generator-2";
+    rows[0].pack_layout = [](const KernelDesc&, const Target&) { return std::string("n8k4"); };
+    source_of(*engine(), desc());
+    rows[0].pack_layout = [](const KernelDesc&, const Target&) { return std::string("n4k4"); };
+    check_why({"pack_layout n8k4 there, n4k4 here"});
+    CHECK(engine()->explain(desc(), nullptr).why.find("generator") == std::string::npos);
+  }
+  SUBCASE("evicted") {
+    const auto e = engine();
+    REQUIRE(e->store()->prune(0, false));
+    check_why({"evicted on 20", "KILN_CACHE_MAX_MB is 512"});
+  }
+  SUBCASE("removed") {
+    REQUIRE(engine()->store()->remove(key()));
+    check_why({"it was stored, and removed on 20"});
+  }
+  SUBCASE("cleared") {
+    REQUIRE(engine()->store()->clear(false));
+    check_why({"it was stored, last used on 20", "cleared"});
+  }
+  SUBCASE("there, but not authentic") {
+    std::filesystem::remove(config.key_dir + "/cache.key");
+    source_of(*engine(), desc(1, 128));  // makes another key
+    for (int look = 0; look < 2; ++look) // and looking removes nothing
+      check_why({"the row of kernel", key().hex(), "was stored under another key file"});
+    CHECK(engine()->store()->list()->size() == 2);
+    CHECK(logged.empty());
+    CHECK(source_of(*engine(), desc()) == Source::compiled);
+    CHECK(engine()->explain(desc(), nullptr).tier == "disk");
+  }
+  SUBCASE("toggles leave the disk out") {
+    config.disk_disabled = true;
+    check_why({"KILN_DISABLE leaves the cache on disk out"});
+    config.disk_disabled = false;
+    config.cache = CacheMode::off;
+    config.cache_unwanted = true;
+    check_why({"KILN_CACHE"});
+  }
+  SUBCASE("a cache that cannot be read") {
+    std::filesystem::permissions(config.cache_dir, std::filesystem::perms(0777));
+    check_why({"is not trusted", "0777"});
+  }
+}
+
+TEST_CASE_FIXTURE(Fixture, "whoever only looks is no use of the cache") {
+  source_of(*engine(), desc());
+  const auto before = engine()->store()->totals();
+  REQUIRE(before);
+  {
+    const auto e = engine();
+    for (int i = 0; i < 3; ++i) {
+      e->explain(desc(), nullptr);
+      e->explain(desc(1, 128), nullptr);
+      REQUIRE(e->code(desc(), nullptr));
+    }
+    CHECK(e->stats().store.misses == 0);
+  }
+  const auto after = engine()->store()->totals();
+  REQUIRE(after);
+  CHECK(after->counts == before->counts);
+  CHECK(engine()->store()->list()->front().row.hits == 0);
+}
+
+TEST_CASE_FIXTURE(Fixture, "every outcome is counted, for the process and for all") {
+  {
+    const auto e = engine();
+    source_of(*e, desc(1, 64));
+    source_of(*e, desc(1, 128));
+    for (int i = 0; i < 5; ++i)
+      source_of(*e, desc(1, 64));
+    compile_fails = true;
+    CHECK(!e->get(desc(1, 192)));
+    compile_fails = false;
+    const StoreStats stats = e->stats().store;
+    CHECK(stats.memory_hits == 5);
+    CHECK(stats.misses == 3);
+    CHECK(stats.compiles == 2);
+    CHECK(stats.compile_us >= 2 * 5000);
+    CHECK(stats.compile_failures == 1);
+    CHECK(stats.puts == 2);
+  }
+  {
+    const auto e = engine();
+    source_of(*e, desc(1, 64));
+    source_of(*e, desc(1, 64));
+    CHECK(e->stats().store.disk_hits == 1);
+    StoreRow row = *e->store()->look(e->explain(desc(1, 128), nullptr).key);
+    row.code.resize(row.code.size() / 2);
+    REQUIRE(e->store()->put(row));
+    source_of(*e, desc(1, 128));
+    CHECK(e->stats().store.refused_code == 1);
+  }
+  config.miss = MissPolicy::fallback;
+  source_of(*engine(), desc(1, 256));
+  const auto totals = engine()->store()->totals();
+  REQUIRE(totals);
+  const UsageCounts& all = totals->counts;
+  CHECK(all.memory_hits == 6);
+  CHECK(all.disk_hits == 1);
+  CHECK(all.misses == 5);
+  CHECK(all.compiles >= 3); // the one in the background may be dropped
+  CHECK(all.compile_failures == 1);
+  CHECK(all.fallbacks == 1);
+  CHECK(all.refused == 1);
+  CHECK(all.refused_code == 1);
+  CHECK(all.errors == 0);
+}
+
 TEST_CASE_FIXTURE(Fixture, "bad descs are refused before anything else") {
   const auto e = engine();
   KernelDesc bad = desc();
@@ -588,6 +738,57 @@ TEST_CASE("a row from elsewhere is what it says, or is refused") {
   });
 }
 
+/// Where the kernels that one process asked for came from.
+struct Outcome {
+  int from_disk = 0, compiled = 0, other = 0;
+};
+
+TEST_CASE_FIXTURE(Fixture,
+                  "the next process on the same host has 100 % hits; after an upgrade of the generator none is stale") {
+  constexpr int kernels = 60;
+  // In a child, which begins with an engine of its own; the parent's process never compiles.
+  const auto run = [&](std::string_view generator) {
+    rows[0].generator_digest = generator;
+    Outcome outcome;
+    int results[2];
+    REQUIRE(::pipe(results) == 0);
+    CHECK(exit_status_in_child([&] {
+            const auto e = engine();
+            for (int i = 0; i < kernels; ++i) {
+              const Source source = source_of(*e, desc(1, 16 * (i + 1)));
+              ++(source == Source::disk       ? outcome.from_disk
+                 : source == Source::compiled ? outcome.compiled
+                                              : outcome.other);
+            }
+            const StoreStats stats = e->stats().store;
+            outcome.other += stats.disk_hits != outcome.from_disk || stats.compiles != outcome.compiled;
+            return ::write(results[1], &outcome, sizeof outcome) == sizeof outcome && logged.empty() ? 0 : 1;
+          }) == 0);
+    REQUIRE(::read(results[0], &outcome, sizeof outcome) == sizeof outcome);
+    ::close(results[0]);
+    ::close(results[1]);
+    return outcome;
+  };
+  struct Step {
+    const char* what;
+    std::string_view generator;
+    int hits;
+  };
+  constexpr Step steps[] = {{"cold", "generator-1", 0},
+                            {"the next process", "generator-1", kernels},
+                            {"the one after that", "generator-1", kernels},
+                            {"after an upgrade of the generator", "generator-2", 0},
+                            {"the next process", "generator-2", kernels},
+                            {"after going back", "generator-1", kernels}};
+  for (const Step& step : steps) {
+    const Outcome outcome = run(step.generator);
+    MESSAGE(std::string(step.what), ": ", outcome.from_disk, " of ", kernels, " from disk, ", outcome.compiled, " compiled");
+    CHECK(outcome.from_disk == step.hits);
+    CHECK(outcome.compiled == kernels - step.hits);
+    CHECK(outcome.other == 0);
+  }
+}
+
 TEST_CASE("the system cache serves what the user's does not, and counts apart") {
   Fixture f;
   std::filesystem::create_directories(f.directory / "system");
@@ -626,6 +827,7 @@ TEST_CASE("the system cache serves what the user's does not, and counts apart") 
   const EngineStats stats = e->stats();
   CHECK((stats.disk_hits == 1 && stats.system_hits == 1 && stats.system_refused == 0 && stats.memory_hits >= 1));
   CHECK(compiles == 0);
-  CHECK(stats.store.rows == 0); // nothing was copied
+  CHECK(stats.store.rows == 0);                                                                   // nothing was copied
+  CHECK((stats.store.disk_hits == 0 && stats.store.system_hits == 2 && stats.store.misses == 1)); // warmup is a use
   CHECK(f.logged.empty());
 }

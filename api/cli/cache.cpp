@@ -9,6 +9,7 @@
 #include "api/session.h"
 #include "cache/remote_row.h"
 #include "jit/code_object.h"
+#include "jit/kernel_key.h"
 
 namespace kiln::cli {
 namespace {
@@ -21,12 +22,13 @@ struct Options {
 /// Digits of a key that are enough for people.
 constexpr std::size_t kShortKey = 16;
 
-/// The row that made this one, or null: another version of Kiln did.
-const Implementation* implementation_of(const Engine& engine, const StoreRow& row, Arch arch) {
+/// The implementation that made this row, or null: another version of Kiln did.
+const Implementation* implementation_of(const Engine& engine, const StoreRow& row) {
   const OpSpec* op = find_op(row.op);
+  const std::string_view arch = std::string_view(row.target).substr(0, row.target.find(':'));
   for (const Implementation& candidate : engine.implementations())
     if (op != nullptr && candidate.op == op->id && name_of(candidate.isa) == row.isa && candidate.compile != nullptr &&
-        (candidate.any_arch || candidate.arch == arch) && candidate.generator_digest == row.generator)
+        (candidate.any_arch || name_of(candidate.arch) == arch) && candidate.generator_digest == row.generator)
       return &candidate;
   return nullptr;
 }
@@ -75,16 +77,57 @@ std::string remote_text(RemoteCache& remote) {
                      probe ? count_text(probe->names, "name") : probe.status().message());
 }
 
+/// Of all processes that used this cache; null when nothing is known.
+Json usage_json(const Result<UsageFile::Totals>& totals) {
+  if (!totals)
+    return {};
+  Json json = {{"since", totals->since}};
+  for (const UsageField& field : usage_fields)
+    json[field.name] = totals->counts.*field.value;
+  return json;
+}
+
+/// `12 (10 fail authentication, 2 for another machine)`
+std::string refused_text(const UsageCounts& counts) {
+  constexpr std::pair<std::int64_t UsageCounts::*, const char*> reasons[] = {
+      {&UsageCounts::refused_mac, "changed or of another key"},
+      {&UsageCounts::refused_key_file, "of another key file"},
+      {&UsageCounts::refused_code, "no code of this build"},
+      {&UsageCounts::refused_features, "for another machine"},
+      {&UsageCounts::refused_size, "too large"},
+      {&UsageCounts::refused_system, "of the system cache"},
+  };
+  std::string parts;
+  for (const auto& [count, text] : reasons)
+    if (counts.*count != 0)
+      parts += fmt::format("{}{} {}", parts.empty() ? "" : ", ", counts.*count, text);
+  return parts.empty() ? std::to_string(counts.refused) : fmt::format("{} ({})", counts.refused, parts);
+}
+
+void usage_rows(const UsageFile::Totals& totals, Columns& columns) {
+  const UsageCounts& counts = totals.counts;
+  const std::int64_t hits = counts.memory_hits + counts.disk_hits + counts.system_hits + counts.remote_hits;
+  columns.row({"", ""});
+  columns.row({"all processes", "since " + local_time_text(totals.since)});
+  columns.row({"hits", fmt::format("{}: {} in memory, {} on disk, {} in the system cache, {} in the remote tier", hits,
+                                   counts.memory_hits, counts.disk_hits, counts.system_hits, counts.remote_hits)});
+  columns.row({"misses", std::to_string(counts.misses)});
+  columns.row(
+      {"compiles", fmt::format("{} in {}; {} failed", counts.compiles,
+                               microseconds_text(static_cast<double>(counts.compile_us)), counts.compile_failures)});
+  columns.row({"fallbacks", std::to_string(counts.fallbacks)});
+  columns.row({"stored", fmt::format("{}, {}", count_text(counts.puts, "kernel"), bytes_text(counts.put_bytes))});
+  columns.row(
+      {"evicted", fmt::format("{}, {}", count_text(counts.evictions, "kernel"), bytes_text(counts.evicted_bytes))});
+  columns.row({"refused", refused_text(counts)});
+  columns.row({"gone without", fmt::format("{} times busy, {} errors", counts.busy, counts.errors)});
+}
+
 Result<Exit> stats(Engine& engine, const Options& options) {
   const Result<StoreStats> stats = engine.store()->stats();
   if (!stats)
     return stats.status();
-  const Result<std::vector<Store::Listed>> rows = engine.store()->list();
-  if (!rows)
-    return rows.status();
-  std::int64_t hits = 0;
-  for (const Store::Listed& listed : *rows)
-    hits += listed.row.hits;
+  const Result<UsageFile::Totals> totals = engine.store()->totals();
   const std::int64_t max_bytes = engine.config().cache_max_mb << 20;
   if (options.json) {
     print_json({{"path", engine.store()->path()},
@@ -92,7 +135,7 @@ Result<Exit> stats(Engine& engine, const Options& options) {
                 {"bytes", stats->bytes},
                 {"file_bytes", stats->file_bytes},
                 {"max_bytes", max_bytes},
-                {"hits", hits},
+                {"usage", usage_json(totals)},
                 {"system", system_json(engine)},
                 {"remote", remote_json(engine)}});
     return Exit::ok;
@@ -102,11 +145,12 @@ Result<Exit> stats(Engine& engine, const Options& options) {
   columns.row({"kernels", std::to_string(stats->rows)});
   columns.row({"size", fmt::format("{} of at most {}; the file has {}", bytes_text(stats->bytes), bytes_text(max_bytes),
                                    bytes_text(stats->file_bytes))});
-  columns.row({"hits", std::to_string(hits)});
   if (engine.system_cache() != nullptr)
     columns.row({"under it", system_text(*engine.system_cache())});
   if (engine.remote_cache() != nullptr)
     columns.row({"behind it", remote_text(*engine.remote_cache())});
+  if (totals)
+    usage_rows(*totals, columns);
   columns.print();
   return Exit::ok;
 }
@@ -170,14 +214,13 @@ Result<Exit> inspect(Engine& engine, const Options& options) {
   const Result<Digest> key = key_with_prefix(store, options.key);
   if (!key)
     return key.status();
-  const std::optional<StoreRow> row = store.get(*key);
+  const Result<StoreRow> row = store.look(*key);
   if (!row)
-    return Status::error(Code::integrity,
-                         fmt::format("the kernel {} fails authentication, or its row cannot be read", key->hex()));
+    return row.status();
   const Result<CodeObject> code = CodeObject::parse(row->code);
   if (!code)
     return code.status();
-  const Implementation* implementation = implementation_of(engine, *row, code->arch);
+  const Implementation* implementation = implementation_of(engine, *row);
   const std::optional<PublicKey> signer = signer_of(*row); // of a row that came from a remote tier
   const std::string signed_by = signer ? signer->id() : "";
 
@@ -225,42 +268,43 @@ Result<Exit> inspect(Engine& engine, const Options& options) {
 }
 
 struct Recompiled {
-  std::int64_t same = 0, skipped = 0; ///< skipped: made by another version, which nothing here can repeat
+  std::int64_t same = 0;
+  std::int64_t skipped = 0; ///< made by another version, which nothing here can repeat
   std::vector<std::string> different;
   std::vector<std::string> failed; ///< why each could not be compiled: without LLVM's shared object, say
 };
 
-/// What the stored code reads; empty for an op without packs.
-std::string pack_layout_of(const KernelDesc& desc, const CodeObject& code) {
-  const OpSpec& op = *find_op(desc.op);
-  const Result<std::shared_ptr<const void>> plan = op.bind_plan(code.plan);
-  return op.pack_layout != nullptr && plan ? op.pack_layout(plan->get()) : "";
-}
-
-/// Emission is deterministic, so a row of this version's generators must come out byte for byte.
+/// Emission is deterministic, so a row of this version's generators must come out byte for byte, whatever machine it is
+/// for.
 Result<Recompiled> recompile(Engine& engine) {
   const Result<std::vector<Store::Listed>> rows = engine.store()->list();
   if (!rows)
     return rows.status();
   Recompiled recompiled;
   for (const Store::Listed& listed : *rows) {
-    const std::optional<StoreRow> row = engine.store()->get(listed.row.key);
-    const Result<CodeObject> code =
-        row ? CodeObject::parse(row->code) : Status::error(Code::integrity, "not authentic");
-    const Implementation* implementation = code ? implementation_of(engine, *row, code->arch) : nullptr;
+    const Result<StoreRow> row = engine.store()->look(listed.row.key);
+    if (!row)
+      continue; // evicted meanwhile, or bad, which verify has counted
+    const std::string key = row->key.hex();
+    const Implementation* const implementation = implementation_of(engine, *row);
     if (implementation == nullptr) {
       ++recompiled.skipped;
       continue;
     }
     const Result<KernelDesc> desc = parse_desc(row->desc);
-    const Result<CodeObject> again = desc ? implementation->compile(*desc, code->needs(), pack_layout_of(*desc, *code))
-                                          : Result<CodeObject>(desc.status());
+    const Result<CodeObject> code = CodeObject::parse(row->code);
+    const Result<KeyFields> fields = key_fields_of(*row);
+    if (!desc || !code || !fields) { // this version does not write such rows
+      recompiled.different.push_back(key);
+      continue;
+    }
+    const Result<CodeObject> again = implementation->compile(*desc, code->needs(), fields->pack_layout);
     if (!again)
-      recompiled.failed.push_back(fmt::format("{}: {}", row->key.hex(), again.status().message()));
+      recompiled.failed.push_back(fmt::format("{}: {}", key, again.status().message()));
     else if (again->serialise() == row->code)
       ++recompiled.same;
     else
-      recompiled.different.push_back(row->key.hex());
+      recompiled.different.push_back(key);
   }
   return recompiled;
 }
@@ -335,7 +379,7 @@ struct Action {
 };
 constexpr Action kActions[] = {
     {"path", "The path of the database", path, false},
-    {"stats", "How many kernels, how large, how often hit", stats, false},
+    {"stats", "How many kernels, how large; hits, compiles and refusals of all processes", stats, false},
     {"list", "Every kernel, most recently used first", list, false},
     {"inspect", "All about one kernel", inspect, false},
     {"verify", "Authenticate every kernel, and remove the bad ones", verify, true},
