@@ -791,8 +791,8 @@ double SqliteStore::add_use(Session& session, StoreRow& row) {
 /// Null where the directory is not there, or not ours alone.
 UsageFile* SqliteStore::usage_of(Session& session) {
   if (!session.usage)
-    if (const Result<std::string> directory = private_directory(options_.directory, false))
-      session.usage.emplace(*directory, options_.max_bytes);
+    if (TrustedDirectory::open(options_.directory, TrustedDirectory::Owner::user, TrustedDirectory::Missing::leave))
+      session.usage.emplace(options_.directory, options_.max_bytes);
   return session.usage ? &*session.usage : nullptr;
 }
 
