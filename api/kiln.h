@@ -21,6 +21,10 @@
  *   writes no output tensor (but see kiln_run), and stores a message for kiln_last_error() on the calling thread.
  * - Every function may be called from any thread at any time, except that a handle must not be used during or after its last release.
  * - No call throws, aborts, installs signal handlers, or changes the floating-point state.
+ * - A child made by fork may use every handle it inherited, whatever the parent's threads were doing: it has the kernels, and connections,
+ *   files and threads of its own. The fork waits for threads inside the cache or a compiler, at most a second. Nothing is inherited
+ *   through exec. The library may be unloaded (dlclose) once every handle has been given up; several copies of it may live in one
+ *   process and share a cache.
  * - Structs that a caller fills begin with their size and, where they belong to an op, the op. They may grow at the end in later versions:
  *   a smaller struct is taken with its missing tail as zero, a larger one only when its unknown tail is zero
  *   (else KILN_INVALID_ARGUMENT). Initialise them with the _INIT macros.
@@ -86,7 +90,7 @@ typedef void (*kiln_log_sink)(void* context, kiln_log_level level, const char* m
 /* What a host may set itself. A NULL or 0 field leaves the value to the environment (see `kiln info`) and its default. */
 typedef struct kiln_engine_options {
   size_t size;
-  const char* cache_dir; /* absolute; over KILN_CACHE_DIR */
+  const char* cache_dir; /* absolute; over KILN_CACHE_DIR. Not used on a network file system: kiln_cache_path tells */
   const char* cache_mode; /* "rw", "ro" or "off"; over KILN_CACHE */
   int32_t threads; /* upper bound; the smaller of it and KILN_THREADS holds */
   int32_t reserved; /* 0 */

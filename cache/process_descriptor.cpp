@@ -74,6 +74,10 @@ ProcessDescriptor ProcessDescriptor::open_at(int directory, const char* path, in
   return make([&] { return ::openat(directory, path, flags | O_CLOEXEC, mode); });
 }
 
+void ProcessDescriptor::prepare_for_forks() {
+  OpenDescriptors::get();
+}
+
 bool ProcessDescriptor::is_ours() const {
   return descriptor_ >= 0 && process_ == current_process() && is_same(descriptor_, file_);
 }

@@ -31,6 +31,8 @@ public:
   static ProcessDescriptor make(const std::function<int()>& open);
   /// openat(2) with O_CLOEXEC added.
   static ProcessDescriptor open_at(int directory, const char* path, int flags, mode_t mode = 0);
+  /// Registers what open_at would at its first call: handlers of fork that are registered later run before its own.
+  static void prepare_for_forks();
 
   int get() const { return descriptor_; }
   explicit operator bool() const { return descriptor_ >= 0; }

@@ -14,6 +14,7 @@
 #include "cache/database.h"
 #include "cache/file_lock.h"
 #include "cache/file_size_limit.h"
+#include "cache/fork_gate.h"
 #include "cache/generations.h"
 #include "cache/key_file.h"
 #include "cache/process.h"
@@ -173,8 +174,6 @@ Result<Generations> generations_of(const StoreOptions& options, TrustedDirectory
 struct Session {
   const ProcessId process = current_process();
   std::mutex mutex;
-  /// While a thread is inside SQLite, whose global state a child made just then inherits half changed.
-  std::atomic<bool> in_use = false;
   // Below: guarded by the mutex.
   Status disabled; ///< why the store does nothing in this process; ok while it works
   std::unique_ptr<Database> database;
@@ -205,12 +204,11 @@ struct Session {
 
 class SessionLock {
 public:
-  explicit SessionLock(Session& session) : session_(session), lock_(session.mutex) { session_.in_use = true; }
-  ~SessionLock() { session_.in_use = false; }
+  explicit SessionLock(Session& session) : lock_(session.mutex), region_(ForkRegion::database) {}
 
 private:
-  Session& session_;
-  std::lock_guard<std::mutex> lock_;
+  const std::lock_guard<std::mutex> lock_;
+  const InForkRegion region_;
   FileSizeLimit file_size_limit_;
 };
 
@@ -234,6 +232,7 @@ public:
     if (session->process != current_process()) // the parent's: closing it would write, and drop locks
       return;
     flush();
+    const InForkRegion region(ForkRegion::database);
     delete session;
   }
 
@@ -300,7 +299,7 @@ Session& SqliteStore::current_session() {
   Session* session = session_.load();
   while (session->process != current_process()) {
     auto fresh = std::make_unique<Session>();
-    if (session->in_use)
+    if (was_forked_inside(ForkRegion::database))
       fresh->disabled = Status::error(
           Code::io, fmt::format("{}: this process was forked while another thread used the cache; it goes on "
                                 "without it",

@@ -6,6 +6,8 @@
 
 #include <fmt/format.h>
 
+#include "cache/fork_gate.h"
+
 #include <llvm_generator_id.h>
 
 namespace kiln::portable {
@@ -69,6 +71,11 @@ Writer begin_request(llvm_abi::RequestKind kind) {
 }
 
 Result<Bytes> ask_llvm(const Writer& request) {
+  if (was_forked_inside(ForkRegion::generator))
+    return Status::error(Code::unsupported, "this process was forked while another thread compiled with LLVM, whose "
+                                            "locks may be held for good here: it cannot compile with LLVM");
+  // LLVM, and the loader while it opens it.
+  const InForkRegion region(ForkRegion::generator);
   const Result<llvm_abi::EntryPoint> entry = open_generator();
   if (!entry)
     return entry.status();
