@@ -816,7 +816,7 @@ Result<std::vector<Store::Listed>> SqliteStore::list() {
   }
   if (Status status = report(session, query.status()); !status)
     return status;
-  std::stable_sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::sort(rows.begin(), rows.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
   for (auto& [used_at, listed] : rows)
     out.push_back(std::move(listed));
   return out;

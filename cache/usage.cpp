@@ -176,6 +176,8 @@ Status UsageFile::add(const UsageCounts& counts, double now) {
     totals.emplace().since = static_cast<std::int64_t>(now);
     if (!resize())
       return Status::error(Code::io, fmt::format("{}: cannot resize: {}", path_, std::strerror(errno)));
+  } else if (bytes() < file_bytes_of(buckets_)) { // cut short: its slots begin anew
+    (void)::ftruncate(file_, static_cast<off_t>(file_bytes_of(buckets_)));
   }
   totals->counts += counts;
   return write_header(*totals);
@@ -211,6 +213,10 @@ std::int64_t UsageFile::fitted_bytes() {
     if (totals && buckets_ / 4 > buckets_for(max_cache_bytes_) && resize())
       (void)write_header(*totals);
   }
+  return bytes();
+}
+
+std::int64_t UsageFile::bytes() const {
   struct stat info;
   return ::fstat(file_, &info) == 0 ? static_cast<std::int64_t>(info.st_size) : 0;
 }

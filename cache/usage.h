@@ -124,6 +124,7 @@ private:
   std::optional<Totals> read_header();
   Status write_header(const Totals& totals);
   bool resize();
+  std::int64_t bytes() const;
   std::optional<Place> find(const Digest& key, Slot& slot);
   void write(const Digest& key, Event event, std::int64_t hits, double now, std::uint64_t offset);
 

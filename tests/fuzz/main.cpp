@@ -1,4 +1,5 @@
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstdint>
@@ -74,7 +75,7 @@ Seed refused(std::string_view text) {
 }
 
 MemoryFile::MemoryFile() : descriptor_(::memfd_create("fuzz", MFD_CLOEXEC)) {
-  expect(descriptor_ >= 0, "there is memory for a file");
+  expect(descriptor_ >= 0 && ::fchmod(descriptor_, 0600) == 0, "there is memory for a file");
   path_ = fmt::format("/proc/self/fd/{}", descriptor_);
 }
 
