@@ -6,7 +6,9 @@
 #include <sys/socket.h>
 #include <sys/types.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -22,8 +24,12 @@ namespace {
 
 using Clock = RedisConnection::Clock;
 
-/// What surrounds a bulk string, and other replies: a server's message is a line.
-constexpr std::size_t most_bytes_beside_row = 4096;
+/// Of a reply that is no bulk string: a server's message is a line.
+constexpr std::size_t most_line_bytes = 4096;
+/// Of a bulk string's first line there are fewer: its length.
+constexpr std::size_t most_head_bytes = 32;
+/// Reads after the deadline, of at most 16 KiB each: together more than most rows have.
+constexpr int most_late_reads = 4;
 
 // ---------------------------------------------------------------- hiredis's parser
 
@@ -75,18 +81,19 @@ Status failed_to(const char* doing, int error) {
   return Status::error(Code::io, fmt::format("cannot {}: {}", doing, std::strerror(error)));
 }
 
-/// Waits until the socket is ready for `events`, or has failed. False when the time is over.
+/// Waits until the socket is ready for `events`, or has failed. False when the time is over; a last look is taken all
+/// the same: the time may have gone by while this thread was not scheduled.
 bool wait_until_ready(int socket, short events, RedisConnection::Deadline deadline) {
   for (;;) {
-    const auto left = std::chrono::duration_cast<std::chrono::nanoseconds>(deadline - Clock::now());
-    if (left.count() <= 0)
-      return false;
+    const auto left = std::max<std::chrono::nanoseconds>(deadline - Clock::now(), std::chrono::nanoseconds(0));
     const timespec timeout = {static_cast<time_t>(left.count() / 1'000'000'000),
                               static_cast<long>(left.count() % 1'000'000'000)};
     pollfd one = {socket, events, 0};
     const int ready = ::ppoll(&one, 1, &timeout, nullptr);
     if (ready > 0 || (ready < 0 && errno != EINTR))
       return true; // what is wrong, the next call on the socket says
+    if (ready == 0 || left.count() == 0)
+      return false;
   }
 }
 
@@ -119,11 +126,25 @@ RedisReplyParser::RedisReplyParser(std::size_t most_bytes)
 }
 
 Status RedisReplyParser::feed(std::string_view bytes) {
+  head_ += bytes.substr(0, most_head_bytes - std::min(head_.size(), most_head_bytes));
   pending_bytes_ += bytes.size();
-  if (pending_bytes_ > most_bytes_)
-    return no_reply(fmt::format("it has more than {} bytes", most_bytes_));
+  if (Status status = check_pending(); !status)
+    return status;
   if (::redisReaderFeed(reader_.get(), bytes.data(), bytes.size()) != REDIS_OK)
     return no_reply(reader_->errstr);
+  return {};
+}
+
+/// Before hiredis looks at it.
+Status RedisReplyParser::check_pending() const {
+  std::size_t promised = 0;
+  const std::size_t line_end = head_.find('\n');
+  const bool is_bulk = head_.starts_with('$') && line_end != std::string::npos;
+  if (is_bulk) // what is no number, hiredis says
+    (void)std::from_chars(head_.data() + 1, head_.data() + line_end, promised);
+  const std::size_t most = is_bulk ? most_bytes_ : std::min(most_bytes_, most_line_bytes);
+  if (promised > most_bytes_ || pending_bytes_ > most)
+    return no_reply(fmt::format("it has more than {} bytes", most));
   return {};
 }
 
@@ -135,6 +156,7 @@ Result<std::optional<RedisReply>> RedisReplyParser::next() {
     return std::optional<RedisReply>();
   const std::unique_ptr<RedisReply> owner(static_cast<RedisReply*>(reply));
   pending_bytes_ = reader_->len - reader_->pos;
+  head_.assign(reader_->buf + reader_->pos, std::min(pending_bytes_, most_head_bytes));
   return std::optional(std::move(*owner));
 }
 
@@ -143,7 +165,7 @@ bool RedisReplyParser::is_empty() const {
 }
 
 RedisConnection::RedisConnection(ProcessDescriptor socket, const RemoteUrl& url)
-    : socket_(std::move(socket)), parser_(RemoteRowLimits::bytes + most_bytes_beside_row) {
+    : socket_(std::move(socket)), parser_(RemoteRowLimits::bytes + most_line_bytes) {
   const auto add = [&](std::initializer_list<std::string_view> words) {
     append_command(preamble_, words);
     ++preamble_replies_;
@@ -196,14 +218,14 @@ Status RedisConnection::send(std::string_view bytes, Deadline deadline) const {
 
 Result<RedisReply> RedisConnection::receive(Deadline deadline) {
   char buffer[16 << 10];
-  for (;;) {
+  // What has come in time is read, also when the time is over; not what a server sends on and on.
+  for (int late_reads = 0;;) {
     Result<std::optional<RedisReply>> reply = parser_.next();
     if (!reply)
       return reply.status();
     if (*reply)
       return std::move(**reply);
-    // First of all, so that a server that sends and sends cannot keep us.
-    if (!wait_until_ready(socket_.get(), POLLIN, deadline))
+    if (late_reads > most_late_reads || !wait_until_ready(socket_.get(), POLLIN, deadline))
       return time_is_over("answer");
     const ssize_t size = ::recv(socket_.get(), buffer, sizeof buffer, MSG_DONTWAIT);
     if (size == 0)
@@ -213,6 +235,7 @@ Result<RedisReply> RedisConnection::receive(Deadline deadline) {
     if (size > 0)
       if (Status status = parser_.feed({buffer, static_cast<std::size_t>(size)}); !status)
         return status;
+    late_reads += Clock::now() >= deadline;
   }
 }
 

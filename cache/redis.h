@@ -28,8 +28,9 @@ struct RedisReply {
   std::string_view shown() const { return std::string_view(bytes).substr(0, 200); }
 };
 
-/// Takes a server's bytes in any pieces. By hiredis's parser, which never sees more than `most_bytes` of one reply, and
-/// allocates for what has come, not for what a length promises.
+/// Takes a server's bytes in any pieces. By hiredis's parser, which sees no more than `most_bytes` of a bulk string, a
+/// few KiB of anything else, and no string that promises more. What it has not understood it looks through again with
+/// each piece: nothing long may be of that kind.
 class RedisReplyParser {
 public:
   explicit RedisReplyParser(std::size_t most_bytes);
@@ -46,8 +47,11 @@ private:
     void operator()(redisReader* reader) const;
   };
   std::unique_ptr<redisReader, Free> reader_;
+  Status check_pending() const;
+
   std::size_t most_bytes_;
   std::size_t pending_bytes_ = 0; ///< fed since the last reply
+  std::string head_;              ///< the first of these
 };
 
 /// One connection to a Redis server. Every call ends at its deadline, however the server behaves: the deadline holds

@@ -126,12 +126,12 @@ public:
         if (patience == Patience::host || open_until >= give_up || now >= give_up)
           return left_alone();
         session.changed.wait_until(lock, open_until > now ? open_until : give_up);
-      } else if (session.calls >= most_calls) {
-        if (now >= give_up)
-          return Status::error(Code::busy, "other calls take all the time");
-        session.changed.wait_until(lock, give_up);
-      } else {
+      } else if (session.calls < most_calls) {
         return {};
+      } else if (now >= give_up) {
+        return Status::error(Code::busy, "other calls take all the time");
+      } else {
+        session.changed.wait_until(lock, give_up);
       }
     }
   }
@@ -160,11 +160,18 @@ private:
   bool is_told_ = false;
 };
 
-/// A command and its reply, one of the `wanted` kinds. What fails is counted, logged, and makes the server be left
-/// alone.
+/// A command and its reply, one of the `wanted` kinds. Whoever has time tries once more.
 Result<RedisReply> RemoteCache::call(Session& session, std::initializer_list<std::string_view> words,
                                      std::initializer_list<Kind> wanted, Patience patience,
                                      std::chrono::microseconds time) {
+  Result<RedisReply> reply = call_once(session, words, wanted, patience, time);
+  return reply || patience == Patience::host ? reply : call_once(session, words, wanted, patience, time);
+}
+
+/// What fails is counted, logged, and makes the server be left alone.
+Result<RedisReply> RemoteCache::call_once(Session& session, std::initializer_list<std::string_view> words,
+                                          std::initializer_list<Kind> wanted, Patience patience,
+                                          std::chrono::microseconds time) {
   const Clock::time_point begun = Clock::now();
   std::optional<RedisConnection> connection;
   std::optional<Turn> turn;
@@ -175,11 +182,14 @@ Result<RedisReply> RemoteCache::call(Session& session, std::initializer_list<std
     turn.emplace(session);
     connection = std::exchange(session.idle, std::nullopt);
   }
-  const Clock::time_point deadline = (patience == Patience::host ? begun : Clock::now()) + time;
+  const Clock::time_point turn_begun = Clock::now();
+  const Clock::time_point deadline = (patience == Patience::host ? begun : turn_begun) + time;
   bool is_verdict = true;
   Status status = connect(session, connection, deadline, time, is_verdict);
   Result<RedisReply> reply =
       status ? connection->call({words.begin(), words.size()}, deadline) : Result<RedisReply>(status);
+  if (!reply && reply.status().code() == Code::busy && deadline - turn_begun < time / 2)
+    is_verdict = false; // most of the time went by before its turn
   if (reply && std::find(wanted.begin(), wanted.end(), reply->kind) == wanted.end())
     reply = reply->kind == Kind::error ? Status::error(Code::io, fmt::format("it answers: {}", reply->shown()))
                                        : Status::error(Code::integrity, "its answer is of another type than asked for");
@@ -200,12 +210,15 @@ Result<RedisReply> RemoteCache::call(Session& session, std::initializer_list<std
     session.resolver.forget(); // it may have moved
     session.breaker.failed(Clock::now());
     turn->told();
-    const bool too_late = reply.status().code() == Code::busy;
-    session.log_once(log_, "failed",
-                     fmt::format("{}: {}{}; it is left alone for {} s, and longer while it keeps failing",
-                                 options_.url.text(), reply.status().message(),
-                                 too_late ? fmt::format(" ({} ms)", static_cast<double>(time.count()) / 1e3) : "",
-                                 CircuitBreaker::first_pause.count()));
+    const std::string message =
+        fmt::format("{}: {}{}", options_.url.text(), reply.status().message(),
+                    reply.status().code() == Code::busy ? fmt::format(" ({} ms)", time.count() / 1e3) : "");
+    if (session.breaker.is_closed())
+      log_.debug(message);
+    else
+      session.log_once(log_, "failed",
+                       fmt::format("{}; it is left alone for {} s, and longer while it keeps failing", message,
+                                   CircuitBreaker::first_pause.count()));
   } else {
     log_.debug(fmt::format("{}: {}", options_.url.text(), reply.status().message()));
   }
@@ -289,7 +302,7 @@ void RemoteCache::refuse(Session& session, const Status& why) {
   if (++session.refused_in_a_row < most_refused_in_a_row)
     return;
   session.refused_in_a_row = 0;
-  session.breaker.failed(Clock::now());
+  session.breaker.open(Clock::now());
 }
 
 Status RemoteCache::put(const StoreRow& row, Patience patience) {

@@ -89,6 +89,9 @@ private:
   Result<RedisReply> call(Session& session, std::initializer_list<std::string_view> words,
                           std::initializer_list<RedisReply::Kind> wanted, Patience patience,
                           std::chrono::microseconds time);
+  Result<RedisReply> call_once(Session& session, std::initializer_list<std::string_view> words,
+                               std::initializer_list<RedisReply::Kind> wanted, Patience patience,
+                               std::chrono::microseconds time);
   Status connect(Session& session, std::optional<RedisConnection>& connection, RedisConnection::Deadline deadline,
                  std::chrono::microseconds time, bool& is_verdict);
   void refuse(Session& session, const Status& why);
