@@ -576,10 +576,10 @@ TEST_CASE("a row that is authentic and not what it says is refused") {
 TEST_CASE("time is bounded for the whole of a call, whatever the server does") {
   Fixture fixture;
   const Listener full(0);
-  std::vector<std::unique_ptr<OwnDescriptor>> fill; // its backlog: what connects then gets no answer to its SYN
+  std::vector<std::unique_ptr<ProcessDescriptor>> fill; // its backlog: what connects then gets no answer to its SYN
   const RemoteUrl full_url = *RemoteUrl::parse(fmt::format("redis://127.0.0.1:{}", full.port()));
   for (int i = 0; i < 3; ++i)
-    fill.push_back(std::make_unique<OwnDescriptor>(OwnDescriptor::make([&] {
+    fill.push_back(std::make_unique<ProcessDescriptor>(ProcessDescriptor::make([&] {
       const int socket = ::socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
       const SocketAddress address = Resolver(full_url).addresses(Clock::now(), Clock::duration(0))->front();
       (void)::connect(socket, reinterpret_cast<const sockaddr*>(&address.storage), address.bytes);
