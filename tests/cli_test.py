@@ -263,7 +263,7 @@ class Warmup(CommandTest):
     def test_manifest_twice(self):
         self.write("m.json", self.MANIFEST)
         first, second = self.json("warmup", "m.json", "-j", 2), self.json("warmup", "m.json", "-j", 1)
-        self.assertEqual({"target", "descs", "kernels", "hit", "compiled", "failed", "ms", "results"}, set(first))
+        self.assertEqual({"target", "descs", "kernels", "hit", "compiled", "failed", "written_to_remote", "ms", "results"}, set(first))
         counts = lambda report: [report[name] for name in ("descs", "kernels", "hit", "compiled", "failed")]
         self.assertEqual([5, 4, 0, 4, 0], counts(first))
         self.assertEqual([5, 4, 4, 0, 0], counts(second))
