@@ -222,7 +222,7 @@ TEST_CASE("store: a change of any authenticated column is refused, the row remov
 TEST_CASE("store: the time of use is not authenticated") {
   Place place;
   fill(place, 1);
-  Connection(place.database()).run("UPDATE kernels SET last_hit_at = 5000000000");
+  Connection(place.database()).run("UPDATE kernels SET last_hit_at = 5");
   const std::unique_ptr<Store> store = place.open();
   const std::optional<StoreRow> row = store->get(key_of(0));
   REQUIRE(row);
