@@ -89,6 +89,10 @@ Result<std::string> sqlite_version() {
                                    sqlite3_threadsafe() != 0 ? "" : ", not thread-safe"));
 }
 
+bool sqlite_may_lose_wal() {
+  return sqlite3_libversion_number() < 3'051'003;
+}
+
 const char* name_of(Damage damage) {
   switch (damage) {
   case Damage::not_a_database:

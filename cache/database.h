@@ -16,6 +16,9 @@ namespace kiln {
 
 /// The version of the SQLite library in use (`3.40.1`), or Code::unsupported when the cache cannot work with it.
 Result<std::string> sqlite_version();
+/// Whether this version has the race that can damage a file with a write-ahead log (sqlite.org/wal.html#walresetbug),
+/// which Kiln's have not.
+bool sqlite_may_lose_wal();
 
 class Database;
 

@@ -23,6 +23,8 @@ constexpr Damage causes[] = {Damage::not_a_database, Damage::foreign, Damage::co
 constexpr std::chrono::hours keep_damaged{24}, keep_older_schema{30 * 24};
 /// The lock file's bytes from here on stand for generations; below, for keys.
 constexpr std::uint64_t first_use_byte = std::uint64_t{1} << 40;
+/// Beyond every generation's.
+constexpr std::uint64_t trial_byte = std::uint64_t{1} << 61;
 
 /// The generation of a file of this name, and what follows `.db` in it.
 std::optional<std::int64_t> number_in(std::string_view name, std::string_view& suffix) {
@@ -116,6 +118,21 @@ Result<FileLock> Generations::compile_turn(const Digest& key, std::chrono::milli
   for (int i = 0; i < 5; ++i)
     byte = byte << 8 | key.bytes[i];
   return lock(byte, FileLock::Kind::exclusive, patience, FileLock::Missing::create);
+}
+
+Status Generations::check_locks() const {
+  const auto take = [&] {
+    return lock(trial_byte, FileLock::Kind::exclusive, std::chrono::milliseconds(200), FileLock::Missing::leave);
+  };
+  const Result<FileLock> first = take();
+  if (!first) // another process may be trying just now, which proves it too
+    return first.status().code() == Code::busy ? Status() : first.status();
+  const Result<FileLock> second = take();
+  if (!second && second.status().code() == Code::busy)
+    return {};
+  return second ? Status::error(Code::io,
+                                fmt::format("{}: two holders have the same lock", directory_.path_of("kernels.lock")))
+                : second.status();
 }
 
 std::int64_t Generations::replaced_lately(Damage cause) const {

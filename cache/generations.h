@@ -58,6 +58,10 @@ public:
   enum class When : std::uint8_t { in_time, now };
   void remove_before(std::int64_t newest, const Listing& listing, When when) const;
 
+  /// Whether a lock that one holder has keeps another out, tried on the lock file. Code::not_found when there is none
+  /// yet, Code::io when the file system has no such locks or they do not hold.
+  Status check_locks() const;
+
   /// See Store::compile_turn.
   Result<FileLock> compile_turn(const Digest& key, std::chrono::milliseconds patience) const;
 

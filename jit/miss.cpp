@@ -4,7 +4,6 @@
 #include <ctime>
 #include <vector>
 
-#include <fmt/chrono.h>
 #include <fmt/format.h>
 
 namespace kiln {
@@ -47,11 +46,19 @@ std::string without_a_store(const Config& config) {
   return "there is no cache on disk; the log says why";
 }
 
+/// Not through fmt/chrono.h, which would tie libkiln to a shared libfmt and so to a C++ runtime.
+std::string utc_text(std::time_t time) {
+  std::tm parts{};
+  char text[64];
+  const bool known = ::gmtime_r(&time, &parts) != nullptr;
+  return known && std::strftime(text, sizeof text, "%Y-%m-%d %H:%M:%S UTC", &parts) != 0 ? text : "an unknown day";
+}
+
 /// What happened to a kernel that is not there; empty when that is not remembered.
 std::string what_became_of(const std::optional<UsageFile::Trace>& trace, const Config& config) {
   if (!trace)
     return {};
-  const std::string when = fmt::format("{:%Y-%m-%d %H:%M:%S} UTC", fmt::gmtime(static_cast<std::time_t>(trace->at)));
+  const std::string when = utc_text(static_cast<std::time_t>(trace->at));
   switch (trace->event) {
   case UsageFile::Event::evicted:
     return fmt::format("it was stored, and evicted on {} as the least recently used (KILN_CACHE_MAX_MB is {} here)",

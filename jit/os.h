@@ -62,6 +62,9 @@ struct CodeMapping {
 /// three times slower. It is for `perf`, which looks up names in its map for anonymous memory only, and where there can
 /// be no file.
 Result<CodeMapping> map_code(std::size_t size, bool anonymous);
+/// Whether memory-deny-write-execute is on for this process (PR_SET_MDWE, systemd's MemoryDenyWriteExecute): no mapping
+/// becomes executable that was not from the start.
+bool denies_write_execute();
 /// Replaces bytes of the mapping; instruction fetch is not synchronised by it.
 Status write_code(const CodeMapping& mapping, std::size_t offset, ByteSpan bytes);
 void unmap_code(const CodeMapping& mapping);

@@ -15,6 +15,7 @@
 #include <string_view>
 #include <sys/auxv.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -294,6 +295,12 @@ Result<CodeMapping> map_code(std::size_t size, bool anonymous) {
   if (mapping.file >= 0)
     mapping.file_id = file_id(mapping.file);
   return mapping;
+}
+
+bool denies_write_execute() {
+  constexpr int kPrGetMdwe = 66, kRefuseExecGain = 1; // include/uapi/linux/prctl.h of Linux 6.3
+  const int flags = prctl(kPrGetMdwe, 0, 0, 0, 0);
+  return flags >= 0 && (flags & kRefuseExecGain) != 0;
 }
 
 Status write_code(const CodeMapping& mapping, std::size_t offset, ByteSpan bytes) {

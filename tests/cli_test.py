@@ -1,5 +1,6 @@
 """The kiln command as its users see it: results, JSON, files, exit codes and messages. Usage: cli_test.py KILN MODELS_DIRECTORY"""
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -1030,8 +1031,11 @@ class Doctor(CommandTest):
         report = self.json("doctor")
         self.assertTrue(report["ok"])
         states = {check["name"]: check["state"] for check in report["checks"]}
-        for name in ("SQLite", "cache directory", "cache key", "run int8_mm", "LLVM", "cache", "stored kernels"):
+        for name in ("machine", "clock", "SQLite", "code memory", "cache directory", "cache key", "trusted keys", "run int8_mm", "LLVM",
+                     "cache", "stored kernels", "locks"):
             self.assertEqual("ok", states.get(name), report)
+        self.assertIn("NVIDIA driver", states)
+        self.assertIn("free space", states)
         self.assertRegex(self.kiln("doctor").stdout, r"(?m)^ok +SQLite +3\.")
 
     def test_open_key(self):
@@ -1046,6 +1050,95 @@ class Doctor(CommandTest):
     def test_forbidden_compiling_is_no_failure(self):
         report = self.json("doctor", env={"KILN_MISS": "error"})
         self.assertIn({"state": "warn", "name": "run int8_mm"}, [{name: check[name] for name in ("state", "name")} for check in report["checks"]])
+
+
+class DoctorFindings(CommandTest):
+    """Each thing that doctor looks at, made wrong: the line that says so, and what to do."""
+
+    def finds(self, state, name, *says, env=None, command=None, **options):
+        """`doctor` says this of `name`, in its text and as JSON; and its exit code goes with it."""
+        argv = command or [*KILN, "doctor"]
+        done = subprocess.run(argv, env={**self.env, **(env or {})}, cwd=self.dir, capture_output=True, text=True, timeout=120, **options)
+        self.assertEqual("", done.stderr)
+        lines = [line for line in done.stdout.splitlines() if re.match(rf"{state} +{name} ", line)]
+        self.assertTrue(any(all(text in line for text in says) for line in lines), done.stdout)
+        self.assertEqual(FAILED if re.search("(?m)^fail ", done.stdout) else OK, done.returncode)
+        if command is None:
+            done = subprocess.run([*argv, "--json"], env={**self.env, **(env or {})}, cwd=self.dir, capture_output=True, text=True, timeout=120, **options)
+            report = json.loads(done.stdout)
+            self.assertEqual(done.returncode == OK, report["ok"])
+            self.assertIn((state, name), [(check["state"], check["name"]) for check in report["checks"]])
+
+    def test_permissions_above(self):
+        (self.dir / "open/data").mkdir(parents=True)
+        (self.dir / "open").chmod(0o777)
+        for name, variable in (("cache directory", "KILN_CACHE_DIR"), ("cache key", "XDG_DATA_HOME")):
+            self.finds("fail", name, f"{self.dir}/open is not trusted", "0777", f"`chmod go-w {self.dir}/open` mends it", env={variable: str(self.dir / "open/data")})
+
+    def test_trusted_keys(self):
+        self.finds("ok", "trusted keys", "none: ", "trusted.keys does not exist")
+        keys = self.write("keys", self.kiln("cache", "keygen", "secret").stdout)
+        self.finds("ok", "trusted keys", "1 key in", env={"KILN_TRUSTED_KEYS": str(keys)})
+        keys.chmod(0o666)
+        self.finds("fail", "trusted keys", "keys is not trusted", "0666", env={"KILN_TRUSTED_KEYS": str(keys)})
+
+    def test_a_clock_that_was_ahead(self):
+        self.kiln("doctor")
+        db = sqlite3.connect(self.dir / "cache" / "kernels.db")
+        db.execute("UPDATE kernels SET last_hit_at = 4102531200")  # 2100
+        db.commit()
+        db.close()
+        self.finds("warn", "clock", "is before the last use of a stored kernel, 2100-01-0", "kiln cache clear")
+
+    @unittest.skipIf(os.environ.get("TEST_EMULATOR"), "the program is the emulator")
+    def test_a_clock_that_is_behind(self):
+        program = shutil.copy(KILN[-1], self.dir / "kiln")
+        os.utime(program, (4102531200, 4102531200))
+        self.finds("warn", "clock", "is before this command was built or installed, 2100-01-0", "set the clock", command=[program, "doctor"])
+
+    def test_locks(self):
+        (self.dir / "cache/kernels.lock").mkdir(parents=True)
+        (self.dir / "cache").chmod(0o700)
+        self.finds("fail", "locks", "kernels.lock: cannot open", "KILN_CACHE_DIR")
+        self.finds("ok", "locks", "only SQLite's", env={"KILN_CACHE": "ro"})
+
+    def test_bad_rows(self):
+        key = self.json("run", *SHAPE)["key"]
+        Cache.damage(self, key)
+        self.finds("fail", "stored kernels", "1 of 2 fail authentication: `kiln cache verify` removes them")
+
+    def test_a_full_place_and_a_read_only_one(self):
+        probe = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m none "$1" && umount "$1"', "-", str(self.dir)]
+        if os.environ.get("TEST_EMULATOR") or subprocess.run(probe, capture_output=True).returncode != 0:
+            self.skipTest("nothing can be mounted")
+        (self.dir / "cache").mkdir(mode=0o700)
+        mounted = 'mount -t tmpfs -o mode=700,{options} none "$1" && shift && exec "$@"'
+        def on(options):
+            return ["unshare", "-m", "sh", "-c", mounted.format(options=options), "-", str(self.dir / "cache"), *KILN, "doctor"]
+        self.finds("fail", "free space", "needed are 16.0 MiB", command=on("size=1m"))
+        self.finds("warn", "free space", "less than KILN_CACHE_MAX_MB=512", command=on("size=64m"))
+        self.finds("warn", "file system", "tmpfs", "gone after a restart", command=on("size=64m"))
+        self.finds("warn", "file system", "read-only; what is stored serves", command=on("size=64m,ro"))
+
+    @unittest.skipIf(os.environ.get("TEST_EMULATOR"), "the emulator is refused what its program is")
+    def test_code_memory(self):
+        self.finds("ok", "code memory", "a memfd", "memory-deny-write-execute is off")
+
+        def deny_write_execute():
+            PR_SET_MDWE, REFUSE_EXEC_GAIN = 65, 1
+            ctypes.CDLL(None).prctl(PR_SET_MDWE, REFUSE_EXEC_GAIN, 0, 0, 0)
+
+        if ctypes.CDLL(None).prctl(66, 0, 0, 0, 0) >= 0:  # PR_GET_MDWE is known
+            self.finds("ok", "code memory", "a memfd", "memory-deny-write-execute is on", preexec_fn=deny_write_execute)
+        limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        self.finds("warn", "code memory", "anonymous, as no memfd can be had", preexec_fn=limited)
+
+    @unittest.skipUnless(os.environ.get("KILN_TEST_FAKE_CUDA"), "needs a driver that is none")
+    @unittest.skipIf(os.environ.get("TEST_EMULATOR"), "the emulator is a program of another machine")
+    def test_driver(self):
+        self.finds("ok", "NVIDIA driver", "CUDA 13.2", env={"LD_LIBRARY_PATH": os.environ["KILN_TEST_FAKE_CUDA"]})
+        shutil.copy(os.environ["KILN_TEST_FAKE_NFS"], self.dir / "libcuda.so.1")  # some library
+        self.finds("warn", "NVIDIA driver", "does not tell its version", env={"LD_LIBRARY_PATH": str(self.dir)})
 
 
 class BadCalls(CommandTest):
