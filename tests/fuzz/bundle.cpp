@@ -33,9 +33,14 @@ std::vector<StoreRow> rows_of(ByteSpan input) {
   return rows;
 }
 
+const SecretKey& signer() {
+  static const Result<SecretKey> key = SecretKey::generate();
+  return *key;
+}
+
 bool accepts(ByteSpan input) {
   const bool as_it_is = !rows_of(input).empty();
-  const std::vector<StoreRow> rows = rows_of(resealed(input, nullptr));
+  const std::vector<StoreRow> rows = rows_of(resealed(bundle_in(input), signer()));
   if (rows.empty())
     return as_it_is;
   const Result<Bytes> made = make_bundle(rows, nullptr);
@@ -48,13 +53,12 @@ bool accepts(ByteSpan input) {
 std::vector<Seed> seeds() {
   const Bytes one = *make_bundle(std::vector{row_of(1, 64)}, nullptr);
   const Bytes two = *make_bundle(std::vector{row_of(1, 64), row_of(2, 0)}, nullptr);
-  const Result<SecretKey> key = SecretKey::generate();
-  const Bytes sealed = *make_bundle(std::vector{row_of(3, 300)}, &*key);
+  const Bytes sealed = *make_bundle(std::vector{row_of(3, 300)}, &signer());
   Bytes cut = two;
   cut.pop_back();
   Bytes version = one;
   ++version[8];
-  return {{one, true}, {two, true}, {sealed, true}, {cut, false}, {version, false}};
+  return {{one, true}, {two, true}, {sealed, true}, {plain(row_of(5, 20)), true}, {cut, false}, {version, false}};
 }
 
 } // namespace

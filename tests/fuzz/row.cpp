@@ -1,4 +1,4 @@
-#include <optional>
+#include <algorithm>
 
 #include "jit/code_object.h"
 #include "jit/kernel_key.h"
@@ -6,33 +6,35 @@
 #include "jit/ops/int8_mm.h"
 #include "tests/fuzz/fuzz.h"
 
-/// A row from elsewhere: the readable columns, the code, and the key that is the digest of what they say. Each input is
-/// tried with the key that it gives and with the one that belongs to it.
+/// A row from elsewhere: the readable columns, the code, and the key that is the digest of what they say.
 namespace kiln::fuzz {
 namespace {
 
 constexpr std::string StoreRow::*kTexts[] = {&StoreRow::op, &StoreRow::desc, &StoreRow::isa, &StoreRow::target,
                                              &StoreRow::generator};
 
+/// The texts, a line each, then the code: a fuzzer finds texts of other lengths sooner than behind prefixes that it
+/// would have to change too. The key is the digest of all that, unless it is put right.
 Bytes serialised(const StoreRow& row) {
-  Writer out;
-  out.raw(row.key.bytes);
-  for (std::string StoreRow::*text : kTexts)
-    out.string(row.*text);
-  out.blob(row.code);
-  return out.take();
+  Bytes out;
+  for (std::string StoreRow::*text : kTexts) {
+    out.insert(out.end(), (row.*text).begin(), (row.*text).end());
+    out.push_back('\n');
+  }
+  out.insert(out.end(), row.code.begin(), row.code.end());
+  return out;
 }
 
-std::optional<StoreRow> row_in(ByteSpan input) {
-  Reader in(input);
+StoreRow row_in(ByteSpan input) {
   StoreRow row;
-  const ByteSpan key = in.raw(row.key.bytes.size());
-  std::copy(key.begin(), key.end(), row.key.bytes.begin());
-  for (std::string StoreRow::*text : kTexts)
-    row.*text = in.string();
-  const ByteSpan code = in.blob();
-  row.code.assign(code.begin(), code.end());
-  return in.ok() ? std::optional(row) : std::nullopt;
+  row.key = digest_of(input);
+  for (std::string StoreRow::*text : kTexts) {
+    const std::size_t end = std::min(text_of(input).find('\n'), input.size());
+    row.*text = text_of(input.first(end));
+    input = input.subspan(std::min(end + 1, input.size()));
+  }
+  row.code.assign(input.begin(), input.end());
+  return row;
 }
 
 void expect_row_refusal(const Status& status) {
@@ -40,30 +42,25 @@ void expect_row_refusal(const Status& status) {
 }
 
 bool accepts(ByteSpan input) {
-  std::optional<StoreRow> row = row_in(input);
-  if (!row)
-    return false;
-  const Result<KeyFields> fields = key_fields_of(*row);
-  const Status as_it_is = check_row(*row);
+  StoreRow row = row_in(input);
+  const Result<KeyFields> fields = key_fields_of(row);
+  expect(!check_row(row), "a row whose key is not that of its fields is refused");
   if (!fields) {
     expect_row_refusal(fields.status());
-    expect(!as_it_is, "a row without key fields is refused");
     return false;
   }
   expect(fields->differences_from(*fields).empty(), "a row differs in nothing from itself");
-  const Digest key = key_of(fields->text());
-  expect(!as_it_is || key == row->key, "a row's key is the digest of what it says");
-  row->key = key;
-  const Status with_its_key = check_row(*row);
+  row.key = key_of(fields->text());
+  const Status with_its_key = check_row(row);
   if (!with_its_key) {
     expect_row_refusal(with_its_key);
     return false;
   }
-  const Result<KernelDesc> desc = parse_desc(row->desc);
-  expect(desc && desc->text() == row->desc && find_op(desc->op)->canonical(*desc) == *desc,
+  const Result<KernelDesc> desc = parse_desc(row.desc);
+  expect(desc && desc->text() == row.desc && find_op(desc->op)->canonical(*desc) == *desc,
          "a row that is taken has a canonical desc");
-  const Result<CodeObject> code = CodeObject::parse(row->code);
-  expect(code && code->needs().text() == row->target, "a row that is taken says what its code needs");
+  const Result<CodeObject> code = CodeObject::parse(row.code);
+  expect(code && code->needs().text() == row.target, "a row that is taken says what its code needs");
   return true;
 }
 

@@ -82,7 +82,7 @@ bool serves(Place& place, ByteSpan input, bool is_signed) {
 bool accepts(ByteSpan input) {
   static Place place;
   serves(place, input, false);
-  return serves(place, resealed(input, &*place.key), true);
+  return serves(place, resealed(bundle_in(input), *place.key), true);
 }
 
 std::vector<Seed> seeds() {
@@ -93,7 +93,7 @@ std::vector<Seed> seeds() {
   cut.pop_back();
   Bytes frame = one;
   frame[frame.size() - 20] ^= 1;
-  return {{one, true}, {three, true}, {cut, false}, {frame, false}};
+  return {{one, true}, {three, true}, {plain(row_of(5, 20)), true}, {cut, false}, {frame, false}};
 }
 
 } // namespace

@@ -23,6 +23,14 @@ Bytes with_digest(ByteSpan input) {
   return file;
 }
 
+/// Of a bucket of its own, and one of three kernels.
+Digest key_of(std::uint8_t number) {
+  Digest key;
+  key.bytes[0] = number;
+  key.bytes[5] = number % 3;
+  return key;
+}
+
 bool reads(ByteSpan input) {
   static const std::string directory = [] {
     std::filesystem::create_directory("usage");
@@ -37,8 +45,7 @@ bool reads(ByteSpan input) {
       input.size() >= kFewestBytes && Reader(input.subspan(8)).u32() == (kFewestBytes - kHeaderBytes) / 64;
   Digest key;
   for (std::uint8_t i = 0; i < 8; ++i) {
-    key.bytes[0] = i;
-    key.bytes[5] = i % 3;
+    key = key_of(i);
     if (const std::optional<UsageFile::Trace> trace = file.trace(key))
       expect(trace->hits >= 0 && trace->at > 0 && trace->event <= UsageFile::Event::removed, "a trace is one");
     file.note_hit(key, now);
@@ -72,9 +79,8 @@ std::vector<Seed> seeds() {
   UsageFile file("usage", 1);
   const Status made = file.add({.disk_hits = 5}, 1.7e9);
   expect(made.is_ok(), "a usage file can be made");
-  Digest key;
-  key.bytes.fill(3);
-  file.note_hit(key, 1.7e9);
+  for (std::uint8_t i = 0; i < 8; ++i)
+    file.note_hit(key_of(i), 1.7e9);
   const Bytes sound = *read_file("usage/kernels.usage");
   Bytes other = sound;
   other[0] ^= 1;
