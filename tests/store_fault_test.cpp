@@ -426,7 +426,7 @@ namespace {
 } // namespace
 
 TEST_CASE("faults: writers killed at random points leave no bad row and no damaged file") {
-  const int kills = times(200, 2000);
+  const int kills = times(static_cast<int>(200 / slower()), 2000);
   auto random = random_numbers();
   Place place;
   place.options.max_bytes = 400'000;
