@@ -152,7 +152,7 @@ struct Engine::State {
   std::unique_ptr<Store> store;
   std::unique_ptr<SystemCache> system; ///< under the store; null without KILN_CACHE_SYSTEM_DIR
   std::atomic<std::uint64_t> disk_hits{0}, system_hits{0}, compiled{0}, failed{0}, fallbacks{0}, compile_us{0};
-  std::atomic<bool> refuses_executable_memory{false}; ///< the system: said once, found out once
+  std::atomic<bool> said_refused{false};
   KernelTable table;
   std::unique_ptr<Background> background; ///< ends before anything it uses
 
@@ -171,6 +171,7 @@ struct Engine::State {
   Status keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us,
               Store::Call call);
   FileLock compile_turn(const Choice& choice) const;
+  bool has_no_executable_memory();
   Status prefetch(const KernelDesc& canonical);
   void settle_for_stand_in(const KernelDesc& canonical);
   enum class Stay : bool { for_this_caller, resident };
@@ -286,7 +287,7 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
     Result<Kernel> kernel = Kernel::builtin(runtime, *choice->implementation, canonical, choice->pack_layout);
     return kernel ? Result<KernelTable::Made>(resident(std::move(*kernel))) : kernel.status();
   }
-  if (refuses_executable_memory)
+  if (has_no_executable_memory())
     return stand_in(*choice, canonical, Stay::resident);
   Status not_stored;
   const auto look = [&](Store::Call call) -> std::optional<KernelTable::Made> {
@@ -297,6 +298,8 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   };
   if (std::optional<KernelTable::Made> stored = look(Store::Call::plain))
     return std::move(*stored);
+  if (has_no_executable_memory()) // found out by a kernel that is stored
+    return stand_in(*choice, canonical, Stay::resident);
   if (on_miss == MissPolicy::error)
     return may_not_compile(canonical, *choice->implementation);
   // Where the toggles leave nothing to fall back on (KILN_FORCE, KILN_DISABLE), the kernel is compiled now.
@@ -318,17 +321,22 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   if (const Status status = keep(*choice, canonical, *code, us, call); !status)
     log.debug(fmt::format("{} was not stored: {}", canonical.text(), status.message()));
   Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
-  if (!kernel && kernel.status().code() == Code::unsupported) {
-    if (!refuses_executable_memory.exchange(true))
-      log.warn(
-          fmt::format("{}; reference kernels serve instead, slowly, unless KILN_FORCE or KILN_DISABLE leaves them out",
-                      kernel.status().message()));
+  if (!kernel && has_no_executable_memory())
     return stand_in(*choice, canonical, Stay::resident);
-  }
   if (!kernel)
     return kernel.status();
   kernel->compile_us = us;
   return resident(std::move(*kernel));
+}
+
+/// Whether the system refuses to map code for execution, which the first kernel to be loaded finds out. Says so once.
+bool Engine::State::has_no_executable_memory() {
+  if (!runtime.memory.is_refused())
+    return false;
+  if (!said_refused.exchange(true))
+    log.warn("the system refuses executable memory; reference kernels serve instead, slowly, unless KILN_FORCE or "
+             "KILN_DISABLE leaves them out");
+  return true;
 }
 
 /// The user's cache, then the system's. Code::not_found when neither has it, else why what they have cannot be used.
