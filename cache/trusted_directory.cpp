@@ -130,12 +130,8 @@ struct Place {
   std::string path_of(const std::string& name) const { return names.empty() ? "/" + name : path() + "/" + name; }
 
   static Result<Place> root() {
-    // Through /proc: emulators that look for libraries under a prefix (qemu's -L) take the name "/" for the prefix.
-    constexpr int flags = O_PATH | O_DIRECTORY | O_CLOEXEC;
     Place place;
-    place.directory = FileDescriptor(::open("/proc/self/root", flags));
-    if (!place.directory)
-      place.directory = FileDescriptor(::open("/", flags));
+    place.directory = FileDescriptor(::open("/", O_PATH | O_DIRECTORY | O_CLOEXEC));
     if (!place.directory || ::fstat(place.directory.get(), &place.info) != 0)
       return system_error("open", "/", errno);
     return place;

@@ -167,7 +167,7 @@ struct Engine::State {
   std::unique_ptr<RemoteCache> remote; ///< behind both; null without KILN_REMOTE
   std::atomic<std::uint64_t> disk_hits{0}, system_hits{0}, remote_hits{0}, compiled{0}, failed{0}, fallbacks{0},
       compile_us{0};
-  std::atomic<bool> refuses_executable_memory{false}; ///< the system: said once, found out once
+  std::atomic<bool> said_refused{false};
   /// See tell_store. A flag, no mutex: a child made by fork meanwhile must not wait for it.
   std::atomic<bool> telling{false};
   UsageCounts told;                              ///< so far
@@ -197,6 +197,7 @@ struct Engine::State {
   Status keep_patiently(const StoreRow& row);
   void publish(const StoreRow& row, RemoteCache::Patience patience);
   FileLock compile_turn(const Choice& choice) const;
+  bool has_no_executable_memory();
   Status prefetch(const KernelDesc& canonical);
   void settle_for_stand_in(const KernelDesc& canonical);
   enum class Stay : bool { for_this_caller, resident };
@@ -337,7 +338,7 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
     Result<Kernel> kernel = Kernel::builtin(runtime, *choice->implementation, canonical, choice->pack_layout);
     return kernel ? Result<KernelTable::Made>(resident(std::move(*kernel))) : kernel.status();
   }
-  if (refuses_executable_memory)
+  if (has_no_executable_memory())
     return stand_in(*choice, canonical, Stay::resident);
   Status not_stored;
   const auto look = [&](Store::Call call) -> std::optional<KernelTable::Made> {
@@ -348,6 +349,8 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   };
   if (std::optional<KernelTable::Made> stored = look(Store::Call::plain))
     return std::move(*stored);
+  if (has_no_executable_memory()) // found out by a kernel that is stored
+    return stand_in(*choice, canonical, Stay::resident);
   const auto look_afar = [&](Store::Call call) -> std::optional<KernelTable::Made> {
     if (not_stored.code() != Code::not_found) // what is here and cannot be used is there too
       return std::nullopt;
@@ -386,17 +389,22 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   }
   tell_store(std::chrono::seconds(1));
   Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
-  if (!kernel && kernel.status().code() == Code::unsupported) {
-    if (!refuses_executable_memory.exchange(true))
-      log.warn(
-          fmt::format("{}; reference kernels serve instead, slowly, unless KILN_FORCE or KILN_DISABLE leaves them out",
-                      kernel.status().message()));
+  if (!kernel && has_no_executable_memory())
     return stand_in(*choice, canonical, Stay::resident);
-  }
   if (!kernel)
     return kernel.status();
   kernel->compile_us = us;
   return resident(std::move(*kernel));
+}
+
+/// Whether the system refuses to map code for execution, which the first kernel to be loaded finds out. Says so once.
+bool Engine::State::has_no_executable_memory() {
+  if (!runtime.memory.is_refused())
+    return false;
+  if (!said_refused.exchange(true))
+    log.warn("the system refuses executable memory; reference kernels serve instead, slowly, unless KILN_FORCE or "
+             "KILN_DISABLE leaves them out");
+  return true;
 }
 
 /// The user's cache, then the system's. Code::not_found when neither has it, else why what they have cannot be used.

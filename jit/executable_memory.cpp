@@ -1,6 +1,7 @@
 #include "jit/executable_memory.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <iterator>
 #include <map>
@@ -171,9 +172,10 @@ struct ExecutableMemory::Impl {
   };
   bool anonymous;
   PerProcess<Chunks> chunks;
+  std::atomic<bool> refused{false};
 };
 
-ExecutableMemory::ExecutableMemory(bool for_perf_map) : impl_(new Impl{for_perf_map, {}}) {}
+ExecutableMemory::ExecutableMemory(bool for_perf_map) : impl_(new Impl{for_perf_map, {}, {}}) {}
 ExecutableMemory::~ExecutableMemory() = default;
 
 Result<const std::uint8_t*> ExecutableMemory::load(ByteSpan image, std::size_t alignment) {
@@ -186,8 +188,10 @@ Result<const std::uint8_t*> ExecutableMemory::load(ByteSpan image, std::size_t a
   Impl::Chunks& chunks = impl_->chunks.get();
   const std::scoped_lock lock(chunks.mutex);
   Result<const std::uint8_t*> code = chunks.load(image, alignment, impl_->anonymous);
+  if (!code && code.status().code() == Code::unsupported)
+    impl_->refused = true;
   // The chunk that failed takes no more code, so the second try finds or makes another.
-  return code || code.status().code() == Code::unsupported ? code : chunks.load(image, alignment, impl_->anonymous);
+  return code || impl_->refused ? code : chunks.load(image, alignment, impl_->anonymous);
 }
 
 void ExecutableMemory::release(const std::uint8_t* code) {
@@ -207,6 +211,10 @@ void ExecutableMemory::release(const std::uint8_t* code) {
   chunk.give_back(offset);
   if (chunk.used.empty())
     chunks.drop_empty_chunks();
+}
+
+bool ExecutableMemory::is_refused() const {
+  return impl_->refused;
 }
 
 ExecutableMemory::Stats ExecutableMemory::stats() const {

@@ -33,6 +33,9 @@ public:
   /// `code` is what load() gave; nothing may run in it any more.
   void release(const std::uint8_t* code);
 
+  /// Whether the system refused executable mappings altogether when code was to be loaded: it will again.
+  bool is_refused() const;
+
   struct Stats {
     std::size_t chunks = 0, bytes_reserved = 0, bytes_used = 0;
   };

@@ -33,7 +33,7 @@ namespace fs = std::filesystem;
 
 namespace {
 
-fs::path libkiln;
+fs::path libkiln, program;
 
 /// A place for caches, and the environment that says so, before anything is forked; and one for copies of libraries.
 struct Place {
@@ -211,7 +211,7 @@ std::string inherited_descriptors() {
 int descriptors_after_exec() {
   const pid_t child = ::fork();
   if (child == 0) {
-    ::execl("/proc/self/exe", "host_process_test", "--descriptors", nullptr);
+    ::execl(program.c_str(), program.c_str(), "--descriptors", nullptr);
     ::_exit(9);
   }
   int status = 0;
@@ -231,6 +231,7 @@ int main(int argc, char** argv) {
   if (argc < 2 || argv[1][0] == '-')
     return std::fputs("usage: host_process_test LIBKILN\n", stderr), 2;
   libkiln = fs::canonical(argv[1]);
+  program = fs::absolute(argv[0]);
   for (int i = 3; i < 1024; ++i) // of whoever started this
     ::close(i);
   return context.run();
@@ -324,7 +325,8 @@ TEST_CASE("an engine ends while threads run its kernels, which stay right until 
         }) == 0);
 }
 
-TEST_CASE("exec: whatever the library has open, and whatever its threads are opening, stays behind") {
+TEST_CASE("exec: whatever the library has open, and whatever its threads are opening, stays behind" *
+          doctest::skip(is_emulated())) { // an emulator has files of its own open
   const Place place;
   for (const char* perf : {"off", "jitdump"}) {
     ::setenv("KILN_PERF", perf, 1);
@@ -348,7 +350,7 @@ TEST_CASE("exec: whatever the library has open, and whatever its threads are ope
                   wrong += other.use(1 + (n * 2 + t) % 40) < 0;
                 }
               });
-            const int times = is_emulated() ? 5 : 40;
+            constexpr int times = 40;
             int leaks = 0;
             for (int i = 0; i < times; ++i)
               leaks += descriptors_after_exec() != 0;
