@@ -1,15 +1,17 @@
 /// bench_latency: what Kiln costs a host beside the kernels themselves.
 ///
-///   bench_latency [--only GROUP,…] [--rows N] [--json FILE] [--smoke]
+///   bench_latency [--only GROUP,…] [--rows N] [--on DIRECTORY] [--json FILE] [--smoke]
 ///
-/// Groups: compile, memory, disk, process, threads. `disk` and `process` fill a cache with N rows (default 10000) of
-/// kernels in a temporary directory (in /dev/shm where there is one), through kiln_warmup. --smoke takes a second: few
-/// rows and shapes, figures printed but not judged. Exit code: 0 all figures reached, 1 one fell short or failed, 2
-/// usage.
+/// Groups: compile, memory, disk, scale, process, threads. `disk` and `process` fill a cache with N rows (default
+/// 10000) of kernels in a temporary directory (in /dev/shm where there is one), through kiln_warmup; `scale` fills two,
+/// of 1,000 and 100,000 rows, and reads them in turns. With --on the caches are copied to that directory's file system
+/// before they are read. --smoke takes a second: few rows and shapes, figures printed but not judged. Exit code: 0 all
+/// figures reached, 1 one fell short or failed, 2 usage.
 #include <sys/types.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -42,13 +44,13 @@ namespace {
 /// stored with an fsync or two each, while a hit reads the page cache on any file system.
 struct TemporaryDirectory {
   std::string path;
-  TemporaryDirectory() {
-    for (const std::string& parent : {std::string("/dev/shm"), std::filesystem::temp_directory_path().string()}) {
+  explicit TemporaryDirectory(const std::string& in = "/dev/shm") {
+    for (const std::string& parent : {in, std::filesystem::temp_directory_path().string()}) {
       path = parent + "/kiln-bench-XXXXXX";
       if (mkdtemp(path.data()) != nullptr)
         return;
     }
-    fmt::print(stderr, "bench_latency: no temporary directory can be made in /dev/shm or {}\n",
+    fmt::print(stderr, "bench_latency: no temporary directory can be made in {} or {}\n", in,
                std::filesystem::temp_directory_path().string());
     std::exit(1);
   }
@@ -241,9 +243,28 @@ void memory(Bench& bench) {
 /// A cache on disk with many rows, made once for all groups that want it.
 class FilledCache {
 public:
-  explicit FilledCache(std::size_t rows) : descs_(model_shapes(rows)) {
-    setenv("XDG_DATA_HOME", (directory_.path + "/data").c_str(), 1); // the authentication key's place
-    const EngineHandle engine = make_engine(path().c_str());
+  /// `on`: where it lies when it is read; empty: where it was filled.
+  FilledCache(std::size_t rows, const std::string& on) : descs_(model_shapes(rows)) {
+    fill();
+    if (on.empty())
+      return;
+    moved_.emplace(on);
+    std::filesystem::copy(directory_.path, moved_->path, std::filesystem::copy_options::recursive);
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(moved_->path))
+      std::filesystem::permissions(entry, std::filesystem::perms(entry.is_directory() ? 0700 : 0600));
+  }
+  /// For an engine that reads it: the authentication key's place is told by the environment.
+  std::string use() const {
+    setenv("XDG_DATA_HOME", (place() + "/data").c_str(), 1);
+    return place() + "/cache";
+  }
+  const std::vector<kiln_int8_mm_desc>& descs() const { return descs_; }
+  double fill_seconds() const { return seconds_; }
+
+private:
+  const std::string& place() const { return moved_ ? moved_->path : directory_.path; }
+  void fill() {
+    const EngineHandle engine = make_engine(use().c_str());
     std::vector<const kiln_desc*> list;
     for (const kiln_int8_mm_desc& desc : descs_)
       list.push_back(&desc.base);
@@ -254,18 +275,14 @@ public:
     if (result.compiled != descs_.size())
       fail(fmt::format("warmup compiled {} kernels of {}", result.compiled, descs_.size()));
   }
-  std::string path() const { return directory_.path + "/cache"; }
-  const std::vector<kiln_int8_mm_desc>& descs() const { return descs_; }
-  double fill_seconds() const { return seconds_; }
-
-private:
   TemporaryDirectory directory_;
+  std::optional<TemporaryDirectory> moved_;
   std::vector<kiln_int8_mm_desc> descs_;
   double seconds_ = 0;
 };
 
 void disk(Bench& bench, FilledCache& cache) {
-  const EngineHandle engine = make_engine(cache.path().c_str());
+  const EngineHandle engine = make_engine(cache.use().c_str());
   std::vector<kiln_int8_mm_desc> order = cache.descs();
   constexpr unsigned seed = 1;
   std::shuffle(order.begin(), order.end(), std::mt19937(seed));
@@ -290,6 +307,43 @@ void disk(Bench& bench, FilledCache& cache) {
                             cache.fill_seconds() * 1e3 / static_cast<double>(cache.descs().size())));
 }
 
+/// What a hit on disk costs among many rows against few: one from each in turn, so that both meet the same machine.
+void scale(Bench& bench, std::size_t few, std::size_t many, const std::string& on) {
+  const std::array<FilledCache, 2> caches = {FilledCache(few, on), FilledCache(many, on)};
+  std::array<std::vector<double>, 2> seconds;
+  std::uint64_t hits = 0;
+  constexpr unsigned rounds = 3;
+  for (unsigned round = 0; round < rounds; ++round) { // a kernel comes from disk once an engine
+    std::array<EngineHandle, 2> engines;
+    std::array<std::vector<kiln_int8_mm_desc>, 2> order;
+    for (std::size_t i = 0; i < 2; ++i) {
+      engines[i] = make_engine(caches[i].use().c_str());
+      order[i] = caches[i].descs();
+      std::shuffle(order[i].begin(), order[i].end(), std::mt19937(round));
+      order[i].resize(few);
+      get(engines[i].get(), order[i].back()); // the key file is read now
+    }
+    for (std::size_t k = 0; k + 1 < few; ++k)
+      for (std::size_t i = 0; i < 2; ++i) {
+        const double begin = now();
+        const KernelHandle kernel = get(engines[i].get(), order[i][k]);
+        seconds[i].push_back(now() - begin);
+      }
+    for (const EngineHandle& engine : engines) {
+      kiln_stats stats = KILN_STATS_INIT;
+      check(kiln_get_stats(engine.get(), &stats), "kiln_get_stats");
+      hits += stats.disk_hits;
+    }
+  }
+  if (hits != rounds * 2 * few)
+    fail(fmt::format("{} of {} kernels came from disk", hits, rounds * 2 * few));
+  const double p50[] = {Series::quantile(seconds[0], 0.5), Series::quantile(seconds[1], 0.5)};
+  bench.at_most("scale", fmt::format("hit on disk, {} rows, p50", few), p50[0] * 1e6, "µs", 60, spread(seconds[0]));
+  bench.at_most("scale", fmt::format("hit on disk, {} rows, p50", many), p50[1] * 1e6, "µs", 60, spread(seconds[1]));
+  bench.at_most("scale", fmt::format("{} rows against {}, p50", many, few), p50[1] / p50[0], "", 1.5,
+                fmt::format("filled at {:.2f} ms a row", caches[1].fill_seconds() * 1e3 / static_cast<double>(many)));
+}
+
 /// In a fresh process: prints the nanoseconds from main's first line to the first kernel, where that came from, and
 /// whether LLVM is mapped.
 int child(double begin, const char* cache_dir) {
@@ -308,7 +362,7 @@ int child(double begin, const char* cache_dir) {
 
 void process(Bench& bench, FilledCache& cache) {
   const std::string self = std::filesystem::read_symlink("/proc/self/exe").string();
-  const std::string command = fmt::format("'{}' --child '{}'", self, cache.path());
+  const std::string command = fmt::format("'{}' --child '{}'", self, cache.use());
   std::vector<double> seconds;
   int from_disk = 0, with_llvm = 0;
   for (int i = 0; i < 25; ++i) {
@@ -355,7 +409,7 @@ void threads(Bench& bench) {
 
 struct Options {
   std::vector<std::string> only;
-  std::string json;
+  std::string json, on;
   std::size_t rows = 10000;
   bool smoke = false;
 
@@ -366,7 +420,7 @@ struct Options {
 
 /// Nothing when the arguments are not understood.
 std::optional<Options> parse(int argc, char** argv) {
-  constexpr std::string_view groups[] = {"compile", "memory", "disk", "process", "threads"};
+  constexpr std::string_view groups[] = {"compile", "memory", "disk", "scale", "process", "threads"};
   Options options;
   for (int i = 1; i < argc; ++i) {
     const std::string_view name = argv[i];
@@ -375,6 +429,8 @@ std::optional<Options> parse(int argc, char** argv) {
       options.smoke = true;
     else if (name == "--json" && has_value)
       options.json = argv[++i];
+    else if (name == "--on" && has_value)
+      options.on = argv[++i];
     else if (name == "--rows" && has_value) {
       options.rows = std::strtoull(argv[++i], nullptr, 10);
       if (options.rows == 0)
@@ -397,6 +453,7 @@ std::optional<Options> parse(int argc, char** argv) {
 }
 
 int run(const Options& options) {
+  setenv("KILN_CACHE_MAX_MB", "4096", 1); // no row is to be evicted
   constexpr std::uint64_t links = 1000000;
   const Contender clock[] = {timed("clock", [] { run_clock_chain(links); })};
   Report report(kCyclesPerLink * static_cast<double>(links) / race(clock, {.rounds = 5})[0].median());
@@ -406,12 +463,14 @@ int run(const Options& options) {
   if (options.wants("memory"))
     memory(bench);
   if (options.wants("disk") || options.wants("process")) {
-    FilledCache cache(bench.rows);
+    FilledCache cache(bench.rows, options.on);
     if (options.wants("disk"))
       disk(bench, cache);
     if (options.wants("process"))
       process(bench, cache);
   }
+  if (options.wants("scale"))
+    scale(bench, options.smoke ? 20 : 1000, options.smoke ? 60 : 100'000, options.on);
   if (options.wants("threads"))
     threads(bench);
   const bool written = options.json.empty() || report.write_json(options.json);
@@ -427,8 +486,8 @@ int main(int argc, char** argv) {
     return kiln::bench::child(begin, argv[2]);
   const auto options = kiln::bench::parse(argc, argv);
   if (!options) {
-    fmt::print(stderr, "usage: bench_latency [--only GROUP,…] [--rows N] [--json FILE] [--smoke]\n"
-                       "groups: compile, memory, disk, process, threads\n");
+    fmt::print(stderr, "usage: bench_latency [--only GROUP,…] [--rows N] [--on DIRECTORY] [--json FILE] [--smoke]\n"
+                       "groups: compile, memory, disk, scale, process, threads\n");
     return 2;
   }
   return kiln::bench::run(*options);
