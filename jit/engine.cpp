@@ -678,8 +678,10 @@ Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) 
   if (row.compile == nullptr)
     return Status::error(Code::unsupported,
                          fmt::format("the path {} is part of the library: it has no generated code", name_of(row.isa)));
-  const std::optional<StoreRow> stored = state_->seen(choice->key);
-  Result<CodeObject> code = stored ? CodeObject::parse(stored->code) : Status::error(Code::not_found, "not on disk");
+  std::optional<StoreRow> stored = state_->seen(choice->key);
+  if (!stored && state_->remote)
+    stored = state_->remote->get(choice->key, RemoteCache::Patience::batch);
+  Result<CodeObject> code = stored ? CodeObject::parse(stored->code) : Status::error(Code::not_found, "not stored");
   if (!code) {
     if (state_->config().miss == MissPolicy::error)
       return may_not_compile(canonical, row);

@@ -88,7 +88,7 @@ public:
   /// with a signing key the remote tier too, whose failures are logged only. Loads nothing.
   Result<Warmed> warmup(const KernelDesc& desc, const Target* target);
 
-  /// What a get on `target` (null: this machine) would run, from the cache on disk or compiled now, for whoever wants
+  /// What a get on `target` (null: this machine) would run, from where it is stored or compiled now, for whoever wants
   /// to read it: loads and stores nothing. Code::unsupported for a path that is part of the library.
   struct Made {
     const Implementation* implementation = nullptr;

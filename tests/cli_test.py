@@ -21,6 +21,7 @@ import unittest
 
 KILN = []  # the command, behind what runs it where the machine cannot
 MODELS = pathlib.Path()
+REDIS = shutil.which("redis-server") or shutil.which("redis-check-rdb")
 OK, FAILED, USAGE, INTEGRITY = 0, 1, 2, 3
 SHAPE = ["int8_mm", "m=5", "n=33", "k=70"]
 SEED = int(os.environ.get("KILN_TEST_SEED", "1"))
@@ -963,6 +964,83 @@ class SystemCache(CommandTest):
         self.assertRegex(self.kiln("doctor", expect=FAILED).stdout, r"(?m)^fail +system cache +1 of 1 kernel")
         self.bundle.unlink()
         self.assertRegex(self.kiln("doctor").stdout, r"(?m)^warn +system cache .*No such file")
+
+
+@unittest.skipUnless(REDIS, "redis-tools is not installed")
+class RemoteCache(CommandTest):
+    """Redis behind the caches on disk: the CI fills it, the fleet reads it."""
+
+    def setUp(self):
+        super().setUp()
+        socket = self.dir / "redis.sock"
+        # Debian's redis-tools has the server's program under another name: it is what its own name says.
+        redis = subprocess.Popen(["redis-server", "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(self.dir), "--logfile", "redis.log"],
+                                 executable=REDIS, stdin=subprocess.DEVNULL)
+        self.addCleanup(redis.wait)
+        self.addCleanup(redis.kill)
+        self.redis = redis
+        for _ in range(1000):
+            if socket.exists():
+                break
+            time.sleep(0.02)
+        self.public = self.kiln("cache", "keygen", "secret").stdout
+        self.id = self.public.split()[1]
+        self.url = f"unix://{socket}?timeout_ms=1000"
+        self.env.update(KILN_REMOTE=self.url, KILN_TRUSTED_KEYS=str(self.write("trusted", self.public)))
+        self.ci = {"KILN_REMOTE_SIGNING_KEY": str(self.dir / "secret"), "KILN_CACHE_DIR": str(self.dir / "ci-cache")}
+
+    def test_filled_by_warmup_and_read_by_all(self):
+        made = self.json("warmup", *SHAPE, env=self.ci)
+        self.assertEqual((1, 1), (made["compiled"], made["written_to_remote"]))
+        self.assertIn(f"; 1 written to {self.url}", self.kiln("warmup", *SHAPE, env=self.ci).stdout)
+        self.assertEqual("remote", self.json("explain", *SHAPE)["tier"])
+        self.assertIn("hit: remote", self.kiln("explain", *SHAPE).stdout)
+        self.assertIn("ret", self.json("disasm", *SHAPE, env={"KILN_MISS": "error"})["listing"])
+        report = self.json("run", *SHAPE, "--check", env={"KILN_MISS": "error"})
+        self.assertEqual(("remote", True), (report["source"], report["check"]["ok"]))
+        self.assertEqual(self.id, self.json("cache", "inspect", report["key"])["signed_by"])
+        self.assertRegex(self.kiln("cache", "inspect", report["key"]).stdout, rf"(?m)^signed by +{self.id}$")
+        self.redis.kill()
+        self.assertEqual("disk", self.json("run", *SHAPE)["source"])
+        self.assertEqual(1, self.json("cache", "verify")["ok"])
+
+    def test_is_shown(self):
+        self.json("warmup", *SHAPE, env=self.ci)
+        remote = self.json("cache", "stats")["remote"]
+        self.assertEqual((self.url, 1, ""), (remote["url"], remote["names"], remote["error"]))
+        self.assertIn(f"{self.url}: 1 name", self.kiln("cache", "stats").stdout)
+        self.assertEqual(self.url, self.json("info")["cache"]["remote"])
+        self.assertIn(f"behind it  {self.url}", self.kiln("info").stdout)
+        secret = self.kiln("info", env={"KILN_REMOTE": "redis://ci:hunter2@127.0.0.1:1/3"}).stdout
+        self.assertIn("redis://ci:***@127.0.0.1:1/3", secret)
+        self.assertNotIn("hunter2", secret)
+        healthy = self.kiln("doctor", env=self.ci).stdout
+        for line in (r"ok +trusted keys +1 in ", rf"ok +signing key +{self.id}", r"ok +remote cache .*answers in", r"ok +remote kernels +0 of 1 looked at would be refused"):
+            self.assertRegex(healthy, "(?m)^" + line)
+
+    def test_what_a_doctor_finds(self):
+        self.json("warmup", *SHAPE, env=self.ci)
+        other = self.kiln("cache", "keygen", "other").stdout
+        nobody = {"KILN_TRUSTED_KEYS": str(self.write("others", other))}
+        self.assertRegex(self.kiln("doctor", env=nobody).stdout, rf"(?m)^warn +remote kernels +1 of 1 .*names key {self.id}, which is not in the list")
+        done = self.kiln("run", *SHAPE, "--json", env=nobody)
+        self.assertEqual("compiled", json.loads(done.stdout)["source"])
+        self.assertEqual(1, done.stderr.count("\n"), done.stderr)
+        self.assertIn("a row is refused", done.stderr)
+        self.assertRegex(self.kiln("doctor", env={"KILN_TRUSTED_KEYS": "/no/such"}, expect=FAILED).stdout, r"(?m)^fail +trusted keys .*/no/such")
+        (self.dir / "other").chmod(0o644)
+        self.assertRegex(self.kiln("doctor", env={"KILN_REMOTE_SIGNING_KEY": str(self.dir / "other")}, expect=FAILED).stdout, r"(?m)^fail +signing key")
+        self.redis.kill()
+        self.redis.wait()
+        self.assertRegex(self.kiln("doctor", expect=FAILED).stdout, r"(?m)^fail +remote cache .*Connection refused")
+        self.assertIn("Connection refused", self.json("cache", "stats")["remote"]["error"])
+
+    def test_bad_urls(self):
+        for url, says in (("rediss://:hunter2@h", "TLS"), ("redis://hunter2@h", ":PASSWORD@"), ("http://h", "redis://")):
+            done = self.kiln("info", env={"KILN_REMOTE": url}, expect=USAGE)
+            self.assertIn("KILN_REMOTE: ", done.stderr)
+            self.assertIn(says, done.stderr)
+            self.assertNotIn("hunter2", done.stderr)
 
 
 class Explain(CommandTest):
