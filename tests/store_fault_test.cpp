@@ -29,7 +29,8 @@
 
 /// Faults of every kind under a store: killed writers, rot, and an SQLite whose every call fails once. What must hold:
 /// no crash, no wrong row, and afterwards a cache that works. With KILN_TEST_TORTURE=1 (scripts/cache-torture) as often
-/// as the figures in api/doc/threat-model.md say; KILN_TEST_SEED chooses other random numbers.
+/// as the figures in api/doc/threat-model.md say; KILN_TEST_SEED chooses other random numbers, KILN_TEST_DIRECTORY
+/// another file system.
 
 using namespace kiln;
 using namespace kiln::test;
@@ -482,6 +483,10 @@ TEST_CASE("faults: writers killed at random points leave no bad row and no damag
   const Result<Store::Verified> verified = store->verify(false);
   REQUIRE(verified);
   const bool replaced = fs::exists(place.options.directory + "/kernels-1.db");
+  const Result<UsageFile::Totals> totals = store->totals(); // no kill damaged the usage file
+  REQUIRE(totals);
+  CHECK(totals->counts.puts > counts.puts - 2 * kills);
+  CHECK(totals->counts.refused == 0);
   MESSAGE(kills, " kills, ", counts.puts.load(), " puts, ", hot_journals, " hot journals seen, ", hits,
           " rows looked at: ", wrong + counts.wrong, " wrong, ", bad + verified->bad, " refused, ", int{replaced},
           " files replaced");

@@ -44,4 +44,19 @@ private:
   std::string path_;
 };
 
+/// A directory in memory where there is one, closed to others, removed with its contents when the run ends well. On a
+/// disk each truncation of a file may wait for a write.
+class TemporaryDirectory {
+public:
+  TemporaryDirectory();
+  ~TemporaryDirectory();
+  const std::string& path() const { return path_; }
+
+private:
+  std::string path_;
+};
+
+/// Replaces the content of an open file.
+void overwrite(int descriptor, ByteSpan content);
+
 } // namespace kiln::fuzz

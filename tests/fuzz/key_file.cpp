@@ -1,12 +1,9 @@
 #include "cache/key_file.h"
 
 #include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 
-#include "cache/file.h"
 #include "tests/fuzz/fuzz.h"
 
 /// The file with the secret that authenticates the cache.
@@ -14,13 +11,11 @@ namespace kiln::fuzz {
 namespace {
 
 bool accepts(ByteSpan input) {
-  static const int file = [] {
-    ::mkdir("keys", 0700);
-    return ::open("keys/cache.key", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  }();
-  expect(file >= 0 && ::ftruncate(file, 0) == 0 && ::lseek(file, 0, SEEK_SET) == 0 && write_all(file, input),
-         "the key file can be written");
-  const Result<Digest> key = read_key_file("keys", false);
+  static const TemporaryDirectory directory;
+  static const int file = ::open((directory.path() + "/cache.key").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  expect(file >= 0, "a key file can be made");
+  overwrite(file, input);
+  const Result<Digest> key = read_key_file(directory.path(), false);
   expect(key.is_ok() == (input.size() == sizeof(Digest::bytes)), "a key has 32 bytes");
   if (!key) {
     expect_refusal(key.status(), Code::integrity);

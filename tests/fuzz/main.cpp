@@ -80,10 +80,27 @@ MemoryFile::MemoryFile() : descriptor_(::memfd_create("fuzz", MFD_CLOEXEC)) {
 }
 
 const std::string& MemoryFile::with(ByteSpan content) {
-  const bool written =
-      ::ftruncate(descriptor_, 0) == 0 && ::lseek(descriptor_, 0, SEEK_SET) == 0 && write_all(descriptor_, content);
-  expect(written, "there is memory for a file");
+  overwrite(descriptor_, content);
   return path_;
+}
+
+TemporaryDirectory::TemporaryDirectory() {
+  for (const char* pattern : {"/dev/shm/kiln-fuzz-XXXXXX", "/tmp/kiln-fuzz-XXXXXX"}) {
+    path_ = pattern;
+    if (::mkdtemp(path_.data()) != nullptr)
+      return;
+  }
+  expect(false, "a temporary directory can be made");
+}
+
+TemporaryDirectory::~TemporaryDirectory() {
+  std::error_code ignored;
+  std::filesystem::remove_all(path_, ignored);
+}
+
+void overwrite(int descriptor, ByteSpan content) {
+  expect(::ftruncate(descriptor, 0) == 0 && ::lseek(descriptor, 0, SEEK_SET) == 0 && write_all(descriptor, content),
+         "a file can be written");
 }
 
 } // namespace kiln::fuzz

@@ -1,9 +1,7 @@
 #include "cache/system_cache.h"
 
-#include <sys/stat.h>
-#include <unistd.h>
+#include <fcntl.h>
 
-#include <cstdlib>
 #include <optional>
 #include <set>
 
@@ -16,40 +14,33 @@
 namespace kiln::fuzz {
 namespace {
 
-/// In a directory that nobody else may write, below ones that the superuser guards. Left behind when the run ends, for
-/// who looks at a finding.
 struct Place {
   Place()
       : log(
             LogLevel::warn, [](void* self, LogLevel, const char*) { ++static_cast<Place*>(self)->warnings; }, this) {
-    for (const char* pattern : {"/dev/shm/kiln-fuzz-XXXXXX", "/tmp/kiln-fuzz-XXXXXX"}) {
-      directory = pattern;
-      if (::mkdtemp(directory.data()) != nullptr)
-        break;
-    }
     Result<SecretKey> made = SecretKey::generate();
     expect(made.is_ok(), "there are random bytes");
     key.emplace(std::move(*made));
     const std::string line = key->public_key().line();
-    write("trusted.keys", {reinterpret_cast<const std::uint8_t*>(line.data()), line.size()});
+    overwrite(open("trusted.keys"), {reinterpret_cast<const std::uint8_t*>(line.data()), line.size()});
+    bundle = open("kernels.bundle");
   }
-  void write(const char* name, ByteSpan content) const {
-    // In place: the identity of a file is looked at anew by each cache.
-    FILE* const file = std::fopen((directory + "/" + name).c_str(), "wb");
-    const bool written = file != nullptr && std::fwrite(content.data(), 1, content.size(), file) == content.size();
-    expect(file != nullptr && std::fclose(file) == 0 && written, "a file can be written");
-    expect(::chmod((directory + "/" + name).c_str(), 0600) == 0, "its mode can be set");
+  int open(const char* name) const {
+    const int file = ::open((directory.path() + "/" + name).c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    expect(file >= 0, "a file can be made");
+    return file;
   }
-  std::string directory;
+  TemporaryDirectory directory; ///< below ones that the superuser guards
   std::optional<SecretKey> key;
+  int bundle = -1;
   int warnings = 0;
   Log log;
 };
 
 bool serves(Place& place, ByteSpan input, bool is_signed) {
-  place.write("kernels.bundle", input);
+  overwrite(place.bundle, input); // each cache opens it anew
   place.warnings = 0;
-  SystemCache cache(place.directory, place.directory + "/trusted.keys", place.log);
+  SystemCache cache(place.directory.path(), place.directory.path() + "/trusted.keys", place.log);
   // The keys of the first entries, wherever they may be.
   std::set<Digest> keys = {Digest()};
   for (std::size_t at = kHeaderBytes; at + kIndexEntryBytes <= input.size() && keys.size() < 4;

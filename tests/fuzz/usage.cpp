@@ -1,7 +1,8 @@
 #include "cache/usage.h"
 
+#include <fcntl.h>
+
 #include <algorithm>
-#include <filesystem>
 
 #include "cache/file.h"
 #include "tests/fuzz/fuzz.h"
@@ -23,6 +24,11 @@ Bytes with_digest(ByteSpan input) {
   return file;
 }
 
+const std::string& directory() {
+  static const TemporaryDirectory directory;
+  return directory.path();
+}
+
 /// Of a bucket of its own, and one of three kernels.
 Digest key_of(std::uint8_t number) {
   Digest key;
@@ -32,14 +38,11 @@ Digest key_of(std::uint8_t number) {
 }
 
 bool reads(ByteSpan input) {
-  static const std::string directory = [] {
-    std::filesystem::create_directory("usage");
-    return std::string("usage");
-  }();
-  const bool is_written = write_file_atomically(directory + "/kernels.usage", {input}).is_ok();
-  expect(is_written, "a usage file can be written");
+  static const int content = ::open((directory() + "/kernels.usage").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  expect(content >= 0, "a usage file can be made");
+  overwrite(content, input);
   constexpr double now = 1.8e9;
-  UsageFile file(directory, 1 << 20);
+  UsageFile file(directory(), 1 << 20);
   const Result<UsageFile::Totals> before = file.totals();
   const bool has_all_slots =
       input.size() >= kFewestBytes && Reader(input.subspan(8)).u32() == (kFewestBytes - kHeaderBytes) / 64;
@@ -74,14 +77,13 @@ bool accepts(ByteSpan input) {
 }
 
 std::vector<Seed> seeds() {
-  std::filesystem::create_directory("usage");
-  std::filesystem::remove("usage/kernels.usage");
-  UsageFile file("usage", 1);
+  const TemporaryDirectory fresh;
+  UsageFile file(fresh.path(), 1);
   const Status made = file.add({.disk_hits = 5}, 1.7e9);
   expect(made.is_ok(), "a usage file can be made");
   for (std::uint8_t i = 0; i < 8; ++i)
     file.note_hit(key_of(i), 1.7e9);
-  const Bytes sound = *read_file("usage/kernels.usage");
+  const Bytes sound = *read_file(fresh.path() + "/kernels.usage");
   Bytes other = sound;
   other[0] ^= 1;
   return {{sound, true},
