@@ -1027,7 +1027,7 @@ class RemoteCache(CommandTest):
         self.assertEqual("compiled", json.loads(done.stdout)["source"])
         self.assertEqual(1, done.stderr.count("\n"), done.stderr)
         self.assertIn("a row is refused", done.stderr)
-        self.assertRegex(self.kiln("doctor", env={"KILN_TRUSTED_KEYS": "/no/such"}, expect=FAILED).stdout, r"(?m)^fail +trusted keys .*/no/such")
+        self.assertRegex(self.kiln("doctor", env={"KILN_TRUSTED_KEYS": "/no/such"}, expect=FAILED).stdout, r"(?m)^fail +remote keys .*/no/such")
         (self.dir / "other").chmod(0o644)
         self.assertRegex(self.kiln("doctor", env={"KILN_REMOTE_SIGNING_KEY": str(self.dir / "other")}, expect=FAILED).stdout, r"(?m)^fail +signing key")
         self.redis.kill()

@@ -221,7 +221,8 @@ TEST_CASE("a row: there and back, bound to its key and its signer") {
   refused(bytes, row.key, {}, "not in the list");
   refused(bytes, row.key, {{other.public_key()}}, other.public_key() == key.public_key() ? "" : "not in the list");
   Bytes forged = bytes; // says that the other key signed it
-  std::copy(other.public_key().bytes.begin(), other.public_key().bytes.end(), forged.begin() + 12);
+  const PublicKey other_key = other.public_key();
+  std::copy(other_key.bytes.begin(), other_key.bytes.end(), forged.begin() + 12);
   refused(forged, row.key, both, "not that of key");
   Bytes newer = bytes;
   newer[8] = 2;

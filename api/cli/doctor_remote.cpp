@@ -15,9 +15,9 @@ void check_remote_cache(Report& report, Engine& engine) {
   const std::string where = remote.url().text();
   const Result<TrustedKeys> trusted = TrustedKeys::read(config.trusted_keys, Ownership::path);
   if (!trusted || trusted->keys.empty())
-    report.add(remote.writes() ? Report::State::warn : Report::State::fail, "trusted keys",
-               fmt::format("{}: nothing is taken from {}",
-                           trusted ? config.trusted_keys + " lists no key" : trusted.status().message(), where));
+    report.add(remote.writes() ? Report::State::warn : Report::State::fail, "remote keys",
+               fmt::format("{}: {}: nothing is taken from {}", config.trusted_keys,
+                           trusted ? "lists no key" : trusted.status().message(), where));
   if (remote.writes()) {
     const bool trusts_itself = !trusted || trusted->contains(*remote.signer());
     report.add(trusts_itself ? Report::State::ok : Report::State::warn, "signing key",
