@@ -1015,7 +1015,7 @@ class RemoteCache(CommandTest):
         self.assertIn("redis://ci:***@127.0.0.1:1/3", secret)
         self.assertNotIn("hunter2", secret)
         healthy = self.kiln("doctor", env=self.ci).stdout
-        for line in (r"ok +trusted keys +1 in ", rf"ok +signing key +{self.id}", r"ok +remote cache .*answers in", r"ok +remote kernels +0 of 1 looked at would be refused"):
+        for line in (r"ok +trusted keys +1 key in ", rf"ok +signing key +{self.id}", r"ok +remote cache .*answers in", r"ok +remote kernels +0 of 1 looked at would be refused"):
             self.assertRegex(healthy, "(?m)^" + line)
 
     def test_what_a_doctor_finds(self):
