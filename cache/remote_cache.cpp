@@ -262,7 +262,7 @@ Result<StoreRow> RemoteCache::authenticated(std::string_view bytes, const Digest
   return row;
 }
 
-std::optional<StoreRow> RemoteCache::get(const Digest& key, Patience patience) {
+std::optional<VerifiedRow> RemoteCache::get(const Digest& key, Patience patience) {
   Session& session = current_session();
   const std::shared_ptr<const TrustedKeys> trusted = trusted_keys(session);
   if (!trusted)
@@ -288,7 +288,7 @@ std::optional<StoreRow> RemoteCache::get(const Digest& key, Patience patience) {
   }
   ++session.counts.hits;
   session.refused_in_a_row = 0;
-  return std::move(**row);
+  return VerifiedRow(std::move(**row));
 }
 
 /// With the mutex held.

@@ -52,7 +52,7 @@ public:
   enum class Patience : std::uint8_t { host, batch };
 
   /// The row with this key, authenticated, or nothing: it is not there, is refused, or the server does not answer.
-  std::optional<StoreRow> get(const Digest& key, Patience patience);
+  std::optional<VerifiedRow> get(const Digest& key, Patience patience);
 
   bool writes() const { return options_.signing_key.has_value(); }
   /// Signs the row and stores it, in the place of what is there. A failure is counted, logged and returned.

@@ -237,7 +237,7 @@ public:
   }
 
   FileLock compile_turn(const Digest& key, std::chrono::milliseconds patience) override;
-  std::optional<StoreRow> get(const Digest& key, Call call) override;
+  std::optional<VerifiedRow> get(const Digest& key, Call call) override;
   void refuse(const Digest& key, std::int64_t UsageCounts::*why) override;
   Result<StoreRow> look(const Digest& key) override;
   Status put(const StoreRow& row, Call call) override { return put_rows({&row, 1}, call); }
@@ -462,7 +462,7 @@ FileLock SqliteStore::compile_turn(const Digest& key, std::chrono::milliseconds 
   return {};
 }
 
-std::optional<StoreRow> SqliteStore::get(const Digest& key, Call call) {
+std::optional<VerifiedRow> SqliteStore::get(const Digest& key, Call call) {
   if (options_.mode == CacheMode::off)
     return std::nullopt;
   Session& session = current_session();
@@ -493,7 +493,7 @@ std::optional<StoreRow> SqliteStore::get(const Digest& key, Call call) {
     if (UsageFile* const usage = usage_of(session))
       usage->note_hit(key, unix_seconds_now());
   flush_after_call(session);
-  return hit ? std::optional(std::move(stored.row)) : std::nullopt;
+  return hit ? std::optional(verified(std::move(stored.row))) : std::nullopt;
 }
 
 Status SqliteStore::read_row(Session& session, const Digest& key, StoredRow& stored) {

@@ -6,6 +6,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "cache/bytes.h"
@@ -31,6 +32,23 @@ struct StoreRow {
   std::int64_t created_at = 0;  ///< Unix seconds
   std::int64_t last_hit_at = 0; ///< Unix seconds; not authenticated. Of get(): as of the last eviction that looked
   std::int64_t hits = 0;        ///< as far as the usage file remembers (UsageFile); 0 from get()
+};
+
+/// A row that was authenticated, by this user's MAC (Store) or a trusted signature (SystemCache, RemoteCache), and is as
+/// it was then: the only form in which stored code gets to LoadableCode, and so to executable memory. Nothing else
+/// makes one.
+class VerifiedRow {
+public:
+  const StoreRow& operator*() const { return row_; }
+  const StoreRow* operator->() const { return &row_; }
+  operator const StoreRow&() const { return row_; }
+
+private:
+  friend class Store;
+  friend class SystemCache;
+  friend class RemoteCache;
+  explicit VerifiedRow(StoreRow row) : row_(std::move(row)) {}
+  StoreRow row_;
 };
 
 enum class CacheMode : std::uint8_t { read_write, read_only, off };
@@ -77,11 +95,11 @@ public:
 
   /// The row with this key, authenticated, or nothing. A row that fails authentication is deleted, counted and treated
   /// as a miss.
-  virtual std::optional<StoreRow> get(const Digest& key, Call call = Call::plain) = 0;
+  virtual std::optional<VerifiedRow> get(const Digest& key, Call call = Call::plain) = 0;
   /// The caller cannot use the row that get() gave it: no hit, but refused. `why` is UsageCounts::refused_code or
   /// refused_features.
   virtual void refuse(const Digest& key, std::int64_t UsageCounts::*why) = 0;
-  /// The same row for whoever only wants to see it: nothing is counted, noted or deleted. Code::not_found, or why a
+  /// The same for whoever only wants to see it: nothing is counted, noted or deleted. Code::not_found, or why a
   /// get would not have it: Code::integrity when it fails authentication.
   virtual Result<StoreRow> look(const Digest& key) = 0;
   /// Stores or replaces (hits from 0, last hit now, `created_at` now when it is 0); evicts least recently used rows
@@ -135,6 +153,9 @@ public:
   virtual Result<Pruned> clear(bool dry_run) = 0;
 
   virtual std::string path() = 0; ///< of the database file in use, or of the one that would be
+
+protected:
+  static VerifiedRow verified(StoreRow row) { return VerifiedRow(std::move(row)); }
 };
 
 } // namespace kiln

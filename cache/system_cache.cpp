@@ -75,7 +75,7 @@ SystemCache::Session& SystemCache::current_session() {
   return *session;
 }
 
-std::optional<StoreRow> SystemCache::get(const Digest& key) {
+std::optional<VerifiedRow> SystemCache::get(const Digest& key) {
   Session& session = current_session();
   std::shared_ptr<const Bundle> bundle;
   {
@@ -106,7 +106,7 @@ std::optional<StoreRow> SystemCache::get(const Digest& key) {
   const std::lock_guard lock(session.mutex);
   if (row && *row) {
     ++session.counts.hits;
-    return std::move(**row);
+    return VerifiedRow(std::move(**row));
   }
   ++session.counts.misses;
   if (row) {

@@ -31,7 +31,7 @@ public:
   SystemCache& operator=(const SystemCache&) = delete;
 
   /// The row with this key, authenticated, or nothing. A row that fails is counted and treated as a miss.
-  std::optional<StoreRow> get(const Digest& key);
+  std::optional<VerifiedRow> get(const Digest& key);
 
   struct Stats { ///< of this process
     std::int64_t hits = 0, misses = 0, refused = 0;

@@ -185,14 +185,14 @@ struct Engine::State {
   std::optional<Kernel> from_remote(const Choice& choice, const KernelDesc& canonical, Store::Call call);
   /// Why a row could not be loaded, as the store counts it; null where the row is not at fault.
   using Refusal = std::int64_t UsageCounts::*;
-  Result<Kernel> load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row, Source source,
+  Result<Kernel> load_row(const Choice& choice, const KernelDesc& canonical, const VerifiedRow& row, Source source,
                           std::chrono::steady_clock::time_point start, Refusal& why);
   void count(const UsageCounts& counts) const;
   void tell_store(std::chrono::steady_clock::duration at_most_every);
   std::optional<StoreRow> stored(const Digest& key);
   std::optional<StoreRow> seen(const Digest& key) const;
-  Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
-                             std::int64_t& us);
+  Result<LoadableCode> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
+                               std::int64_t& us);
   Status keep(const StoreRow& row, Store::Call call);
   Status keep_patiently(const StoreRow& row);
   void publish(const StoreRow& row, RemoteCache::Patience patience);
@@ -377,11 +377,11 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   if (std::optional<KernelTable::Made> fetched = look_afar(call))
     return std::move(*fetched);
   std::int64_t us = 0;
-  Result<CodeObject> code = compile(*choice, canonical, target(), us);
+  Result<LoadableCode> code = compile(*choice, canonical, target(), us);
   if (!code)
     return code.status();
   if (store || (remote && remote->writes())) {
-    const StoreRow row = row_of(*choice, *code, us);
+    const StoreRow row = row_of(*choice, **code, us);
     if (const Status status = keep(row, call); !status)
       log.debug(fmt::format("{} was not stored: {}", canonical.text(), status.message()));
     turn.release();
@@ -413,7 +413,7 @@ Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& 
   Status reason = Status::error(Code::not_found, "not on disk");
   Refusal why = nullptr;
   if (store)
-    if (const std::optional<StoreRow> row = store->get(choice.key, call)) {
+    if (const std::optional<VerifiedRow> row = store->get(choice.key, call)) {
       Result<Kernel> kernel = load_row(choice, canonical, *row, Source::disk, start, why);
       if (kernel)
         return kernel;
@@ -422,7 +422,7 @@ Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& 
       reason = kernel.status();
     }
   if (system)
-    if (const std::optional<StoreRow> row = system->get(choice.key)) {
+    if (const std::optional<VerifiedRow> row = system->get(choice.key)) {
       Result<Kernel> kernel = load_row(choice, canonical, *row, Source::disk, start, why);
       if (kernel) {
         ++system_hits;
@@ -442,7 +442,7 @@ Result<Kernel> Engine::State::from_disk(const Choice& choice, const KernelDesc& 
 /// What comes from there is authenticated anew for the cache on disk, and stored.
 std::optional<Kernel> Engine::State::from_remote(const Choice& choice, const KernelDesc& canonical, Store::Call call) {
   const auto start = std::chrono::steady_clock::now();
-  const std::optional<StoreRow> row = remote ? remote->get(choice.key, RemoteCache::Patience::host) : std::nullopt;
+  const std::optional<VerifiedRow> row = remote ? remote->get(choice.key, RemoteCache::Patience::host) : std::nullopt;
   if (!row)
     return std::nullopt;
   Refusal why = nullptr;
@@ -499,11 +499,10 @@ void Engine::State::tell_store(std::chrono::steady_clock::duration at_most_every
     store->count(news);
 }
 
-Result<Kernel> Engine::State::load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row,
-                                       Source source, std::chrono::steady_clock::time_point start,
-                                       Refusal& why) {
-  Result<CodeObject> code = CodeObject::parse(row.code);
-  const Status runs = code ? Kernel::check_machine(target(), *choice.implementation, canonical, *code) : code.status();
+Result<Kernel> Engine::State::load_row(const Choice& choice, const KernelDesc& canonical, const VerifiedRow& row,
+                                       Source source, std::chrono::steady_clock::time_point start, Refusal& why) {
+  Result<LoadableCode> code = LoadableCode::parse(row);
+  const Status runs = code ? Kernel::check_machine(target(), *choice.implementation, canonical, **code) : code.status();
   Result<Kernel> kernel = runs ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code))
                                : Result<Kernel>(runs);
   if (!kernel) {
@@ -521,16 +520,16 @@ Result<Kernel> Engine::State::load_row(const Choice& choice, const KernelDesc& c
     return kernel;
   }
   kernel->source = source;
-  kernel->compile_us = row.compile_us;
+  kernel->compile_us = row->compile_us;
   kernel->load_us = microseconds_since(start);
   return kernel;
 }
 
-Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
-                                          std::int64_t& us) {
+Result<LoadableCode> Engine::State::compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
+                                            std::int64_t& us) {
   const Implementation& row = *choice.implementation;
   const auto start = std::chrono::steady_clock::now();
-  Result<CodeObject> code = row.compile(canonical, for_target, choice.pack_layout);
+  Result<LoadableCode> code = LoadableCode::compile(row, canonical, for_target, choice.pack_layout);
   us = microseconds_since(start);
   if (!code) {
     count({.compile_failures = 1});
@@ -540,10 +539,10 @@ Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc
   compile_us += static_cast<std::uint64_t>(us);
   count({.compiles = 1, .compile_us = us});
   if (log.enabled(LogLevel::debug))
-    log.debug(
-        fmt::format("compiled {} ({}) in {} us, {} bytes", canonical.text(), name_of(row.isa), us, code->image.size()));
+    log.debug(fmt::format("compiled {} ({}) in {} us, {} bytes", canonical.text(), name_of(row.isa), us,
+                          (*code)->image.size()));
   if (!config().dump_dir.empty())
-    dump_code(config().dump_dir, choice.key, row.isa, canonical, *code, options.disassemble, log);
+    dump_code(config().dump_dir, choice.key, row.isa, canonical, **code, options.disassemble, log);
   return code;
 }
 
@@ -653,12 +652,12 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
       return there_already(*row);
     }
   std::int64_t us = 0;
-  const Result<CodeObject> code = state_->compile(*choice, canonical, for_target, us);
+  const Result<LoadableCode> code = state_->compile(*choice, canonical, for_target, us);
   if (!code) {
     ++state_->failed;
     return code.status();
   }
-  const StoreRow row = row_of(*choice, *code, us);
+  const StoreRow row = row_of(*choice, **code, us);
   if (const Status kept = state_->keep_patiently(row); !kept)
     return not_kept(kept, "compiled");
   turn.release();
@@ -686,7 +685,8 @@ Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) 
     if (state_->config().miss == MissPolicy::error)
       return may_not_compile(canonical, row);
     std::int64_t us = 0;
-    code = state_->compile(*choice, canonical, for_target, us);
+    Result<LoadableCode> compiled = state_->compile(*choice, canonical, for_target, us);
+    code = compiled ? Result<CodeObject>(std::move(*compiled).take()) : Result<CodeObject>(compiled.status());
   }
   if (!code)
     return code.status();

@@ -44,7 +44,7 @@ struct EngineStats {
   std::uint64_t remote_errors = 0;  ///< calls there that failed
   std::uint64_t kernels = 0, evictions = 0, code_bytes = 0;
   std::uint64_t compile_us = 0; ///< sum
-  StoreStats store; ///< its sizes are 0 where there is no database that can be read
+  StoreStats store;             ///< its sizes are 0 where there is no database that can be read
 };
 
 /// Why each implementation of the op was taken or refused, and where its kernel would come from.

@@ -49,8 +49,9 @@ Status Kernel::check_machine(const Target& target, const Implementation& impleme
 }
 
 Result<Kernel> Kernel::load(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,
-                            const Digest& key, CodeObject code) {
+                            const Digest& key, LoadableCode loadable) {
   const auto start = std::chrono::steady_clock::now();
+  CodeObject code = std::move(loadable).take();
   if (Status status = check_machine(runtime.machine.target, implementation, canonical, code); !status)
     return status;
   if (code.entries.empty() || code.image.empty())

@@ -12,6 +12,7 @@
 #include "jit/desc.h"
 #include "jit/executable_memory.h"
 #include "jit/implementation.h"
+#include "jit/loadable_code.h"
 #include "jit/op.h"
 #include "jit/parallel.h"
 #include "jit/target.h"
@@ -38,10 +39,10 @@ public:
   /// Code::unsupported when the machine lacks what the code needs.
   static Status check_machine(const Target& target, const Implementation& implementation, const KernelDesc& canonical,
                               const CodeObject& code);
-  /// Loads `code` into executable memory. Fails with Code::unsupported when the machine lacks a feature that the code
+  /// Loads code into executable memory. Fails with Code::unsupported when the machine lacks a feature that the code
   /// needs or refuses executable mappings, Code::integrity when its plan is not the op's.
   static Result<Kernel> load(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,
-                             const Digest& key, CodeObject code);
+                             const Digest& key, LoadableCode loadable);
   /// `reference`: a function of this library, for packs of `pack_layout`.
   static Result<Kernel> builtin(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,
                                 std::string_view pack_layout);

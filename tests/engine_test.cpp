@@ -4,6 +4,7 @@
 #include <atomic>
 #include <filesystem>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "cache/bundle.h"
@@ -437,6 +438,15 @@ TEST_CASE_FIXTURE(Fixture, "weights are packed once, as the first row for every 
   CHECK(layout_of(one) == "n12k4");
   CHECK(one->key().hex() != shared_key); // the layout is part of the key
 }
+
+// What reaches executable memory was authenticated or compiled here: the types leave no other way.
+static_assert(!std::is_constructible_v<VerifiedRow, StoreRow> && !std::is_default_constructible_v<VerifiedRow>);
+static_assert(!std::is_assignable_v<decltype(*std::declval<VerifiedRow&>()), StoreRow>);
+static_assert(!std::is_constructible_v<LoadableCode, CodeObject> && !std::is_default_constructible_v<LoadableCode>);
+static_assert(!std::is_invocable_v<decltype(LoadableCode::parse), StoreRow>);
+static_assert(std::is_invocable_v<decltype(LoadableCode::parse), VerifiedRow>);
+static_assert(!std::is_invocable_v<decltype(Kernel::load), Runtime&, const Implementation&, const KernelDesc&,
+                                   const Digest&, CodeObject>);
 
 TEST_CASE_FIXTURE(Fixture, "a stored kernel that is not a code object is passed over") {
   const auto e = engine();
