@@ -34,8 +34,8 @@ struct StoreRow {
   std::int64_t hits = 0;        ///< as far as the usage file remembers (UsageFile); 0 from get()
 };
 
-/// A row that was authenticated, by this user's MAC (Store) or a trusted signature (SystemCache, RemoteCache), and is as
-/// it was then: the only form in which stored code gets to LoadableCode, and so to executable memory. Nothing else
+/// A row that was authenticated, by this user's MAC (Store) or a trusted signature (SystemCache, RemoteCache), and is
+/// as it was then: the only form in which stored code gets to LoadableCode, and so to executable memory. Nothing else
 /// makes one.
 class VerifiedRow {
 public:

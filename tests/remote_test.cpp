@@ -352,7 +352,7 @@ TEST_CASE("Redis: kernels that one machine writes, another one finds" * needs_re
     // As large as they may be.
     const StoreRow large = row_of(9, RemoteRowLimits::bytes - RemoteRowLimits::header_bytes - 400);
     REQUIRE(writer->put(large, RemoteCache::Patience::batch));
-    CHECK(reader->get(large.key, RemoteCache::Patience::batch)->code == large.code);
+    CHECK((*reader->get(large.key, RemoteCache::Patience::batch))->code == large.code);
   }
 }
 

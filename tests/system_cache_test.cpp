@@ -133,11 +133,11 @@ TEST_CASE("system cache: replaced by rename, withdrawn by unlink") {
   Place place;
   place.publish({row_of(1, 7)});
   const auto cache = place.open();
-  CHECK(cache->get(row_of(1).key)->code[0] == 7);
+  CHECK((*cache->get(row_of(1).key))->code[0] == 7);
   place.publish({row_of(1, 8), row_of(2)});
-  CHECK(cache->get(row_of(1).key)->code[0] == 7); // the old file, whole
+  CHECK((*cache->get(row_of(1).key))->code[0] == 7); // the old file, whole
   wait_until_it_looks_again();
-  CHECK(cache->get(row_of(1).key)->code[0] == 8);
+  CHECK((*cache->get(row_of(1).key))->code[0] == 8);
   CHECK(cache->get(row_of(2).key));
   fs::remove(place.file());
   CHECK(cache->get(row_of(2).key));
