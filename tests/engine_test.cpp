@@ -647,8 +647,9 @@ TEST_CASE_FIXTURE(Fixture, "every outcome is counted, for the process and for al
   const UsageCounts& all = totals->counts;
   CHECK(all.memory_hits == 6);
   CHECK(all.disk_hits == 1);
-  CHECK(all.misses == 5);
-  CHECK(all.compiles >= 3); // the one in the background may be dropped
+  // The one in the background looks once more, unless it is dropped before.
+  CHECK((all.misses == 5 || all.misses == 6));
+  CHECK(all.compiles >= 3);
   CHECK(all.compile_failures == 1);
   CHECK(all.fallbacks == 1);
   CHECK(all.refused == 1);
