@@ -252,7 +252,7 @@ kiln_status kiln_kernel_get_info(const kiln_kernel* kernel, kiln_kernel_info* in
     out.source = static_cast<std::int32_t>(k.source);
     out.vector_registers = k.code().vector_registers;
     out.general_registers = k.code().general_registers;
-    out.code_bytes = k.text().size();
+    out.code_bytes = k.code_bytes();
     out.m_min = k.m_range().min;
     out.m_max = k.m_range().max;
     out.compile_us = k.compile_us;

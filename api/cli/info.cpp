@@ -33,7 +33,7 @@ Availability availability(const Implementation& row, const Engine& engine) {
       return {false, status.message()};
   if (engine.config().disables(row))
     return {false, "left out by KILN_DISABLE"};
-  if (const auto forced = engine.config().forced_path(row.op, engine.implementations()); forced && *forced != row.isa)
+  if (const auto forced = engine.config().forced_path(row.op, row.device, engine.implementations()); forced && *forced != row.isa)
     return {false, fmt::format("KILN_FORCE takes {} only", name_of(*forced))};
   return {true, ""};
 }
