@@ -14,6 +14,7 @@ std::span<const Implementation> implementation_table() {
       x86::int8_mm_amx(),  x86::int8_mm_avx512vnni(), x86::int8_mm_avxvnni(), x86::int8_mm_avx2(),
       arm::int8_mm_sme(),  arm::int8_mm_sve_i8mm(),   arm::int8_mm_i8mm(),    arm::int8_mm_sve_sdot(),
       arm::int8_mm_sdot(), arm::int8_mm_neon(),       portable::int8_mm(),    reference::int8_mm(),
+      reference::int4_mm(),
   };
   return table;
 }
