@@ -1,4 +1,5 @@
 #pragma once
+#include <array>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -24,7 +25,7 @@ struct SkinnyConfig {
   int row_tiles = 4;   ///< of 16 rows, per block; at most ⌈n/16⌉
   int warps = 16;      ///< a power of two
   int cluster = 1;     ///< blocks that share the rows and split K: 1, 2, 4 or 8; above 1 from sm_90 on
-  int depth = 1;       ///< K blocks of weights in flight per warp beyond the one in use: 1 or 2
+  int depth = 1;       ///< K blocks of weights in flight per warp beyond the one in use: 1, 2 or 4
 
   std::string text() const; ///< `t1r4w16c1d1`
   std::int64_t tokens() const { return 8 * token_tiles; }
@@ -33,6 +34,24 @@ struct SkinnyConfig {
   int threads() const { return 32 * warps; }
 };
 Result<std::string> emit_skinny(ptx::Sm sm, const Shape& shape, const SkinnyConfig& config);
+
+/// More tokens: a block computes a tile of rows × tokens. Tokens, weights and scales of a K block of 64 go through a ring
+/// in shared memory by cp.async; each warp multiplies `row_tiles` × `token_tiles` fragments and dequantises its weights to
+/// bf16 once for all its tokens. `warps_k` groups of warps, and the blocks of a cluster, take turns along K and add up at
+/// the end in a fixed order.
+struct TileConfig {
+  int row_tiles = 4, token_tiles = 8;            ///< of 16 and 8, per warp
+  int warps_n = 2, warps_m = 4, warps_k = 1;     ///< of the block: along rows, tokens, K
+  int cluster = 1;                               ///< blocks that share a tile and split K; above 1 from sm_90 on
+  int stages = 4;
+
+  std::string text() const; ///< `r4t8n2m4k1c1s4`
+  std::int64_t rows() const { return 16 * row_tiles * warps_n; }
+  std::int64_t tokens() const { return 8 * token_tiles * warps_m; }
+  std::int64_t shared_bytes(const Shape& shape) const;
+  int threads() const { return 32 * warps_n * warps_m * warps_k; }
+};
+Result<std::string> emit_tile(ptx::Sm sm, const Shape& shape, const TileConfig& config);
 
 /// Four bf16x2 of q − 8, exact, from a word of the pack: the A operand of one mma.
 std::array<ptx::B32, 4> unpack(ptx::Writer& w, ptx::B32 word);

@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <vector>
@@ -22,7 +23,7 @@ public:
   Skinny(Sm sm, const Shape& shape, const SkinnyConfig& config)
       : shape_(shape), c_(config), layout_{shape.n, shape.k, shape.group},
         w_(sm, "main", config.threads(), config.cluster),
-        ranks_(config.cluster * config.warps), unroll_(2) {}
+        ranks_(config.cluster * config.warps), unroll_(std::max(2, config.depth)) {}
 
   Result<std::string> emit() {
     prologue();
@@ -72,14 +73,14 @@ private:
                    std::countr_zero(static_cast<unsigned>(ranks_)));
 
     policy_ = w_.evict_first_policy();
-    const B32 block_index = w_.mad(tile_, layout_.k_blocks(), rank_k_);
-    weights_ = w_.mad_wide(lane_, 16, w_.mad_wide(block_index, 512, weights));
+    weights_ = w_.mad_wide(rank_k_, layout_.block_stride(), w_.mad_wide(tile_, layout_.tile_stride(), weights));
+    weights_ = w_.mad_wide(lane_, 16, weights_);
     const int blocks_per_step = static_cast<int>(std::max<std::int64_t>(1, shape_.group / 64));
     const B32 step = w_.shr(rank_k_, std::countr_zero(static_cast<unsigned>(blocks_per_step)));
     const B32 quad = w_.shr(lane_, 2);
-    scales_ = w_.add64(scales, w_.mul_wide(w_.mad(tile_, layout_.steps(), step), 64 * parts()));
+    scales_ = w_.mad_wide(step, layout_.scale_step_stride(), w_.mad_wide(tile_, layout_.scale_tile_stride(), scales));
     scales_ = w_.mad_wide(quad, 8 * parts(), scales_);
-    scale_advance_ = std::int64_t{ranks_} * 64 * parts() / blocks_per_step;
+    scale_advance_ = ranks_ * layout_.scale_step_stride() / blocks_per_step;
 
     const B32 last = w_.sub(m_, 1);
     const B64 first_k = w_.mad_wide(rank_k_, 128, w_.mad_wide(w_.and_(lane_, 3), 16, x));
@@ -114,9 +115,9 @@ private:
   void load_row_tile(int stage, int r, int ahead, Guard more) {
     Weights& s = weight_stages_[static_cast<std::size_t>(stage % c_.depth)];
     const auto i = static_cast<std::size_t>(r);
-    w_.load_stream(s.q[i], {weights_, (r * layout_.k_blocks() + std::int64_t{ahead} * ranks_) * 512}, policy_, more);
+    w_.load_stream(s.q[i], {weights_, r * layout_.tile_stride() + ahead * ranks_ * layout_.block_stride()}, policy_, more);
     w_.load_constant(std::span<const B32>(s.sz[i]).first(static_cast<std::size_t>(2 * parts())),
-                     {scales_, r * layout_.scale_tile_bytes() + ahead * scale_advance_}, more);
+                     {scales_, r * layout_.scale_tile_stride() + ahead * scale_advance_}, more);
   }
   void load_weights(int stage, int ahead) {
     const Pred more = w_.compare_s32(Compare::gt, left_, ahead);
@@ -146,13 +147,13 @@ private:
     const Label end = w_.label();
     rank_k_now_ = w_.mov(rank_k_);
     w_.branch(end, w_.compare_s32(Compare::le, left_, 0));
-    w_.loop("two K blocks of 64", [&] {
+    w_.loop("K blocks of 64, one stage each", [&] {
       for (int s = 0; s < unroll_; ++s) {
         multiply_block(s);
         if (s + 1 < unroll_)
           w_.branch(end, w_.compare_s32(Compare::le, left_, s + 1));
       }
-      w_.add64_to(weights_, weights_, std::int64_t{unroll_} * ranks_ * 512);
+      w_.add64_to(weights_, weights_, unroll_ * ranks_ * layout_.block_stride());
       w_.add64_to(scales_, scales_, unroll_ * scale_advance_);
       for (const B64 t : tokens_)
         w_.add64_to(t, t, std::int64_t{unroll_} * ranks_ * 128);
@@ -351,7 +352,7 @@ Result<std::string> emit_skinny(Sm sm, const Shape& shape, const SkinnyConfig& c
   const std::int64_t tiles = (shape.n + 15) / 16;
   if (config.row_tiles < 1 || config.row_tiles > tiles || !std::has_single_bit(static_cast<unsigned>(config.warps)) ||
       !std::has_single_bit(static_cast<unsigned>(config.cluster)) || config.cluster * config.warps * 64 < shape.group ||
-      config.token_tiles < 1 || config.depth < 1 || config.depth > 2)
+      config.token_tiles < 1 || (config.depth != 1 && config.depth != 2 && config.depth != 4))
     return Status::error(Code::compile_failed, fmt::format("int4_mm: configuration {} does not suit n={} k={} group={}",
                                                            config.text(), shape.n, shape.k, shape.group));
   return Skinny(sm, shape, config).emit();

@@ -362,9 +362,10 @@ B32 Writer::as_b32(F32 a) {
 }
 F32 Writer::add(Float a, Float b) {
   const F32 d = f32();
-  emit("add.rn.f32", {d, a, b});
+  add_to(d, a, b);
   return d;
 }
+void Writer::add_to(F32 d, Float a, Float b) { emit("add.rn.f32", {d, a, b}); }
 F32 Writer::mul(Float a, Float b) {
   const F32 d = f32();
   emit("mul.rn.f32", {d, a, b});
@@ -501,6 +502,13 @@ void Writer::cp_async(SharedAddress to, GlobalAddress from, I32 bytes, Guard gua
   else
     emit("cp.async.cg.shared.global", {to, from, I32(16), bytes}, guard);
 }
+void Writer::cp_async_stream(SharedAddress to, GlobalAddress from, B64 policy, Guard guard) {
+  check_offset(from.offset);
+  if (to.offset % 16 != 0 || from.offset % 16 != 0)
+    fail(fmt::format("cp.async: offsets {} and {} must be multiples of 16", to.offset, from.offset));
+  require(80, 74, "cp.async.L2::cache_hint");
+  emit("cp.async.cg.shared.global.L2::cache_hint", {to, from, I32(16), policy}, guard);
+}
 void Writer::cp_async_commit() { emit("cp.async.commit_group", {}); }
 void Writer::cp_async_wait(int groups_left) { emit("cp.async.wait_group", {I32(groups_left)}); }
 
@@ -521,6 +529,7 @@ void Writer::barrier(int id, int threads) {
     fail(fmt::format("barrier {} of {} threads: allowed are 0 to 15 and multiples of 32 to {}", id, threads, threads_));
   emit("bar.sync", {I32(id), I32(threads)});
 }
+void Writer::barrier_warp() { emit("bar.warp.sync", {I32(-1)}); }
 void Writer::barrier_cluster_arrive() {
   require(90, 80, "barrier.cluster");
   emit("barrier.cluster.arrive.release.aligned", {});
@@ -586,6 +595,12 @@ void Writer::ldmatrix(std::span<const B32> d, SharedAddress from, bool transpose
   }
   emit(fmt::format("ldmatrix.sync.aligned.m8n8.x{}{}.shared.b16", d.size(), transposed ? ".trans" : ""),
        {Operand(d), from});
+}
+B32 Writer::transpose(B32 a) {
+  require(80, 78, "movmatrix");
+  const B32 d = b32();
+  emit("movmatrix.sync.aligned.m8n8.trans.b16", {d, a});
+  return d;
 }
 void Writer::wgmma_fence() {
   require_specific("wgmma.fence");

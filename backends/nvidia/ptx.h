@@ -162,6 +162,7 @@ public:
   F32 as_f32(B32 bits);
   B32 as_b32(F32 a);
   F32 add(Float a, Float b);
+  void add_to(F32 d, Float a, Float b);
   F32 mul(Float a, Float b);
   void fma_to(F32 d, Float a, Float b, Float c); ///< round to nearest even
   F32 from_s32(B32 a);                           ///< round to nearest even
@@ -193,6 +194,8 @@ public:
   void store_global_b8(GlobalAddress to, B32 a, Guard guard = {});  ///< the low byte
   /// 16 aligned bytes, of which the first `bytes` (a register or 16) are read and the rest zero. Past L1.
   void cp_async(SharedAddress to, GlobalAddress from, I32 bytes = 16, Guard guard = {});
+  /// 16 bytes that are read once: by `policy` first to leave L2.
+  void cp_async_stream(SharedAddress to, GlobalAddress from, B64 policy, Guard guard = {});
   void cp_async_commit();
   void cp_async_wait(int groups_left);
 
@@ -202,6 +205,7 @@ public:
   // ---- "Parallel Synchronization and Communication Instructions"
   void barrier();                         ///< all threads of the block
   void barrier(int id, int threads);      ///< those that name it; `threads` a multiple of 32
+  void barrier_warp();                    ///< all lanes; orders their memory accesses
   void barrier_cluster_arrive();          ///< release
   void barrier_cluster_wait();            ///< acquire
   void fence_device();                    ///< fence.acq_rel.gpu
@@ -223,6 +227,8 @@ public:
               std::span<const B32, 4> c);
   /// One, two or four 8×8 matrices of 16-bit elements ("ldmatrix").
   void ldmatrix(std::span<const B32> d, SharedAddress from, bool transposed = false);
+  /// A fragment of an 8×8 matrix of 16-bit elements, transposed ("movmatrix").
+  B32 transpose(B32 a);
 
   // ---- "Asynchronous Warpgroup Level Matrix Instructions": sm_90a
   void wgmma_fence();

@@ -37,10 +37,10 @@ void pack_fragments(const std::uint8_t* w, const std::uint16_t* sz, std::int64_t
       std::memset(rows, kTwoEights, sizeof rows);
       for (std::int64_t r = 0; r < std::min<std::int64_t>(kRows, n - tile * kRows); ++r)
         std::memcpy(rows[r], w + (tile * kRows + r) * row_bytes + block * kBlockBytes, static_cast<std::size_t>(bytes));
-      pack_block(rows, w_out + (tile * layout.k_blocks() + block) * 512);
+      pack_block(rows, w_out + block * layout.block_stride() + tile * layout.tile_stride());
     }
-    std::uint8_t* out = sz_out + tile * layout.scale_tile_bytes();
-    for (std::int64_t step = 0; step < layout.steps(); ++step)
+    for (std::int64_t step = 0; step < layout.steps(); ++step) {
+      std::uint8_t* out = sz_out + step * layout.scale_step_stride() + tile * layout.scale_tile_stride();
       for (std::int64_t r = 0; r < 8; ++r)
         for (std::int64_t g = step * layout.parts(); g < (step + 1) * layout.parts(); ++g)
           for (std::int64_t row = tile * kRows + r; row < (tile + 1) * kRows; row += 8, out += 4) {
@@ -49,6 +49,7 @@ void pack_fragments(const std::uint8_t* w, const std::uint16_t* sz, std::int64_t
               word = sz[(g * n + row) * 2] | static_cast<std::uint32_t>(sz[(g * n + row) * 2 + 1]) << 16;
             std::memcpy(out, &word, 4);
           }
+    }
   }
 }
 

@@ -6,13 +6,13 @@
 /// What every GPU kernel of the op reads, straight into registers, 512 contiguous bytes a warp.
 namespace kiln::int4_mm {
 
-/// Weights: [⌈n/16⌉][⌈k/64⌉][32 lanes][16 bytes]. Lane l holds rows l/4 and l/4 + 8 of the 16, of each the k of
+/// Weights: [⌈k/64⌉][⌈n/16⌉][32 lanes][16 bytes]: what all blocks read at one time lies together. Lane l holds rows l/4 and l/4 + 8 of the 16, of each the k of
 /// `8·(l mod 4) … + 7` and `32 + 8·(l mod 4) … + 7`; its word j is the operand of step j: eight q, register i of four
 /// in bits 4i…4i+3 (the even k) and 16+4i…16+4i+3 (the odd one), where register i is row l/4 + 8·(i mod 2), k offset
 /// `32·(j/2) + 8·(l mod 4) + 4·(j mod 2) + 2·(i/2)`. So a shift and one LOP3 give two bf16 of 128 + q.
 /// Beyond n and k, q is 8: the weight 0.
 ///
-/// Scales: [⌈n/16⌉][steps][8 rows r][parts][rows r, r + 8] words, the scale's bf16 bits low, the zero's high; a step is
+/// Scales: [steps][⌈n/16⌉][8 rows r][parts][rows r, r + 8] words, the scale's bf16 bits low, the zero's high; a step is
 /// max(64, group) wide, and has 64/group parts for groups of 32, else one. Beyond n and k, both are 0.
 struct FragmentLayout {
   static constexpr std::string_view kId = "mma16k64";
@@ -23,8 +23,13 @@ struct FragmentLayout {
   std::int64_t weight_bytes() const { return row_tiles() * k_blocks() * 512; }
   std::int64_t parts() const { return group < 64 ? 64 / group : 1; }
   std::int64_t steps() const { return group < 64 ? k_blocks() : k / group; }
-  std::int64_t scale_tile_bytes() const { return steps() * parts() * 64; } ///< of one row tile
-  std::int64_t scale_bytes() const { return row_tiles() * scale_tile_bytes(); }
+  std::int64_t scale_block() const { return parts() * 64; } ///< bytes of one step of one row tile
+  // From one row tile, K block or scale step to the next, in bytes.
+  std::int64_t tile_stride() const { return 512; }
+  std::int64_t block_stride() const { return row_tiles() * 512; }
+  std::int64_t scale_tile_stride() const { return scale_block(); }
+  std::int64_t scale_step_stride() const { return row_tiles() * scale_block(); }
+  std::int64_t scale_bytes() const { return row_tiles() * steps() * scale_block(); }
 };
 
 /// PackLayout::pack of this layout.
