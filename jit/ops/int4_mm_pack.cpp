@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "jit/ops/int4_mm.h"
+#include "jit/ops/int4_mm_fragments.h"
 
 /// The two forms in which weights come, and the layouts in which they are packed.
 namespace kiln::int4_mm {
@@ -46,6 +47,15 @@ constexpr PackLayout kLayouts[] = {
      .sz_bytes = [](std::int64_t n, std::int64_t k, std::int64_t group) { return k / group * n * 4; },
      .pack = pack_plain,
      .n_step = 1},
+    {.id = FragmentLayout::kId,
+     .number = 1,
+     .w_bytes = [](std::int64_t n, std::int64_t k) { return FragmentLayout{n, k, 64}.weight_bytes(); },
+     .sz_bytes =
+         [](std::int64_t n, std::int64_t k, std::int64_t group) {
+           return FragmentLayout{n, k, group}.scale_bytes();
+         },
+     .pack = pack_fragments,
+     .n_step = 16},
 };
 
 } // namespace
