@@ -41,6 +41,8 @@ int4::SkinnyConfig choose_skinny(const int4::Shape& shape, std::int64_t m, bool 
   const std::int64_t tiles = (shape.n + 15) / 16, k_blocks = (shape.k + 63) / 64;
   int4::SkinnyConfig config;
   config.token_tiles = m <= 8 ? 1 : 2;
+  if (config.token_tiles == 2)
+    config.warps = 8; // 16 warps leave 128 registers a thread: too few for the second token tile
   config.row_tiles = static_cast<int>(std::min<std::int64_t>(floor_power_of_two(tiles / kManyBlocks), 4));
   while (config.warps > 4 && config.warps > k_blocks)
     config.warps /= 2;
