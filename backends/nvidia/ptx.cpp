@@ -448,6 +448,10 @@ void Writer::store_shared(SharedAddress to, std::span<const B32> a, Guard guard)
 void Writer::store_shared(SharedAddress to, std::span<const F32> a, Guard guard) {
   transfer("st.shared", false, a, to, nullptr, guard);
 }
+void Writer::load_cluster(std::span<const B32> d, SharedAddress from, Guard guard) {
+  require(90, 78, "ld.shared::cluster");
+  transfer("ld.shared::cluster", true, d, from, nullptr, guard);
+}
 void Writer::load_cluster(std::span<const F32> d, SharedAddress from, Guard guard) {
   require(90, 78, "ld.shared::cluster");
   transfer("ld.shared::cluster", true, d, from, nullptr, guard);

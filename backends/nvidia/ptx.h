@@ -179,6 +179,7 @@ public:
   void store_shared(SharedAddress to, std::span<const B32> a, Guard guard = {});
   void store_shared(SharedAddress to, std::span<const F32> a, Guard guard = {});
   /// Of another block of the cluster: an address that `in_block` gave.
+  void load_cluster(std::span<const B32> d, SharedAddress from, Guard guard = {});
   void load_cluster(std::span<const F32> d, SharedAddress from, Guard guard = {});
   SharedAddress in_block(B32 shared_address, I32 rank);
   void load_global(std::span<const B32> d, GlobalAddress from, Guard guard = {});
