@@ -5,5 +5,6 @@
 namespace kiln::nvidia {
 
 Implementation int4_mm_mma_sync();
+Implementation int8_mm_mma_sync();
 
 } // namespace kiln::nvidia
