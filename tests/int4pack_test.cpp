@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <kiln_int4pack_adapter.hpp>
@@ -65,7 +66,9 @@ void* gpu_memory(std::size_t bytes) {
   reinterpret_cast<int (*)(kiln::cuda::CUcontext*, int)>(entry("cuDevicePrimaryCtxRetain"))(&context, 0);
   reinterpret_cast<int (*)(kiln::cuda::CUcontext)>(entry("cuCtxPushCurrent"))(context);
   kiln::cuda::CUdeviceptr address = 0;
+  const int mode = std::exchange(fake().capture_mode, kiln::cuda::CU_STREAM_CAPTURE_MODE_RELAXED); // as a runtime does
   reinterpret_cast<int (*)(kiln::cuda::CUdeviceptr*, std::size_t)>(entry("cuMemAlloc"))(&address, bytes);
+  fake().capture_mode = mode;
   reinterpret_cast<int (*)(kiln::cuda::CUcontext*)>(entry("cuCtxPopCurrent"))(&context);
   if (stream == nullptr)
     stream = reinterpret_cast<kiln::test::fake_cuda::StreamFunction>(find("fake_cuda_stream"))(context);
