@@ -39,13 +39,16 @@ Result<std::string> emit_skinny(ptx::Sm sm, const Shape& shape, const SkinnyConf
 /// in shared memory by cp.async; each warp multiplies `row_tiles` × `token_tiles` fragments and dequantises its weights to
 /// bf16 once for all its tokens. `warps_k` groups of warps, and the blocks of a cluster, take turns along K and add up at
 /// the end in a fixed order.
+/// With `wgmma` (sm_90a), warpgroups of four warps along the rows multiply all tokens of the tile, the weights as register
+/// operand: row_tiles, warps_m and warps_k are 1, warps_n a multiple of 4.
 struct TileConfig {
   int row_tiles = 4, token_tiles = 8;            ///< of 16 and 8, per warp
   int warps_n = 2, warps_m = 4, warps_k = 1;     ///< of the block: along rows, tokens, K
   int cluster = 1;                               ///< blocks that share a tile and split K; above 1 from sm_90 on
-  int stages = 4;
+  int stages = 4;                                ///< at least 2, with wgmma 3
+  bool wgmma = false;
 
-  std::string text() const; ///< `r4t8n2m4k1c1s4`
+  std::string text() const; ///< `r4t8n2m4k1c1s4`, with a `g` behind for wgmma
   std::int64_t rows() const { return 16 * row_tiles * warps_n; }
   std::int64_t tokens() const { return 8 * token_tiles * warps_m; }
   std::int64_t shared_bytes(const Shape& shape) const;

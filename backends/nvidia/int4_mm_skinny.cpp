@@ -83,7 +83,7 @@ private:
     scale_advance_ = ranks_ * layout_.scale_step_stride() / blocks_per_step;
 
     const B32 last = w_.sub(m_, 1);
-    const B64 first_k = w_.mad_wide(rank_k_, 128, w_.mad_wide(w_.and_(lane_, 3), 16, x));
+    const B64 first_k = w_.mad_wide(rank_k_, 128, w_.mad_wide(w_.and_(lane_, 3), 4, x));
     for (int t = 0; t < c_.token_tiles; ++t) {
       w_.comment("tokens beyond the last repeat it; their columns of D are never stored");
       const B32 token = w_.min_u32(w_.add(quad, 8 * t), last);
@@ -135,11 +135,12 @@ private:
     for (int t = 0; t < c_.token_tiles; ++t) {
       const std::span<const B32> x = token_stages_[static_cast<std::size_t>(stage % unroll_)].x[static_cast<std::size_t>(t)];
       const std::int64_t offset = std::int64_t{ahead} * ranks_ * 128;
-      w_.load_constant(x.first(4), {tokens_[static_cast<std::size_t>(t)], offset}, more);
       if (ragged)
         for (const B32 r : x.subspan(4))
           w_.mov_to(r, 0);
-      w_.load_constant(x.subspan(4), {tokens_[static_cast<std::size_t>(t)], offset + 64}, whole);
+      for (std::size_t i = 0; i < 8; ++i) // eight k of a row of the operand each
+        w_.load_constant(x.subspan(i, 1), {tokens_[static_cast<std::size_t>(t)], offset + static_cast<std::int64_t>(i) * 16},
+                         i < 4 ? more : whole);
     }
   }
 

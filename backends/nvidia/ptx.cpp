@@ -299,6 +299,12 @@ B64 Writer::widen(B32 a) {
   emit("cvt.u64.u32", {d, a});
   return d;
 }
+B64 Writer::combine(B32 low, I32 high) {
+  const B64 d = b64();
+  const std::array<B32, 2> halves = {low, high.is_immediate ? mov(high) : high.reg};
+  emit("mov.b64", {d, Operand(std::span<const B32>(halves))});
+  return d;
+}
 B64 Writer::mul_wide(I32 a, I32 b) {
   const B64 d = b64();
   emit("mul.wide.u32", {d, a, b});

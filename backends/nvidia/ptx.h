@@ -145,6 +145,7 @@ public:
   B64 add64(B64 a, I64 b);
   void add64_to(B64 d, B64 a, I64 b, Guard guard = {});
   B64 widen(B32 a);               ///< unsigned
+  B64 combine(B32 low, I32 high);
   B64 mul_wide(I32 a, I32 b);     ///< u32 × u32 → u64
   B64 mad_wide(I32 a, I32 b, B64 c);
   /// Any function of three bits: `table` is the function of (0xF0, 0xCC, 0xAA) ("lop3").
