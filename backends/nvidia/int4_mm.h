@@ -21,7 +21,7 @@ struct Shape {
 /// its cluster, take turns along K (blocks of 64), each with all tokens and all rows in its own registers, and add up at
 /// the end in a fixed order. Nothing but that last sum goes through shared memory.
 struct SkinnyConfig {
-  int token_tiles = 1; ///< of 8 tokens: 1 or 2
+  int token_tiles = 1; ///< of 8 tokens: 1, 2 or 4
   int row_tiles = 4;   ///< of 16 rows, per block; at most ⌈n/16⌉
   int warps = 16;      ///< a power of two
   int cluster = 1;     ///< blocks that share the rows and split K: 1, 2, 4 or 8; above 1 from sm_90 on
@@ -30,7 +30,9 @@ struct SkinnyConfig {
   std::string text() const; ///< `t1r4w16c1d1`
   std::int64_t tokens() const { return 8 * token_tiles; }
   std::int64_t blocks(const Shape& shape) const;
-  std::int64_t shared_bytes() const { return std::int64_t{warps} * row_tiles * token_tiles * 512; }
+  std::int64_t shared_bytes() const {
+    return std::int64_t{warps} * token_tiles * (row_tiles < 4 ? 2048 : row_tiles * 512); // x of two K blocks; sums
+  }
   int threads() const { return 32 * warps; }
 };
 Result<std::string> emit_skinny(ptx::Sm sm, const Shape& shape, const SkinnyConfig& config);

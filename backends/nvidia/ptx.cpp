@@ -348,6 +348,12 @@ Pred Writer::both(Pred a, Pred b) {
   return d;
 }
 
+Pred Writer::either(Pred a, Pred b) {
+  const Pred d = pred();
+  emit("or.pred", {d, a, b});
+  return d;
+}
+
 // ---- floating point
 
 F32 Writer::mov_f32(Float a) {
@@ -635,6 +641,18 @@ void Writer::wgmma_bf16(std::span<const F32> d, std::span<const B32, 4> a, B64 b
   }
   emit(fmt::format("wgmma.mma_async.sync.aligned.m64n{}k16.f32.bf16.bf16", n),
        {Operand(d), Operand(std::span<const B32>(a)), b_descriptor, accumulate, I32(1), I32(1), I32(0)});
+}
+void Writer::wgmma_s8(std::span<const B32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate) {
+  require_specific("wgmma.mma_async");
+  const bool allowed = n >= 8 && n <= 256 && (n <= 32 ? n % 8 == 0 : n >= 48 && n % 16 == 0);
+  if (!allowed || d.size() != static_cast<std::size_t>(n / 2)) {
+    fail(fmt::format("wgmma m64n{}k32 with {} accumulators: n is 8, 16, 24, 32 or a multiple of 16 from 48 to 256, with "
+                     "n/2 accumulators",
+                     n, d.size()));
+    return;
+  }
+  emit(fmt::format("wgmma.mma_async.sync.aligned.m64n{}k32.s32.s8.s8", n),
+       {Operand(d), a_descriptor, b_descriptor, accumulate});
 }
 void Writer::setmaxnreg(bool increase, int registers) {
   require_specific("setmaxnreg");

@@ -156,6 +156,7 @@ public:
   Pred compare_u32(Compare how, I32 a, I32 b);
   Pred compare_s32(Compare how, I32 a, I32 b);
   Pred both(Pred a, Pred b);
+  Pred either(Pred a, Pred b);
 
   // ---- "Floating-Point Instructions", "Half Precision Floating-Point Instructions", cvt
   F32 mov_f32(Float a);
@@ -239,6 +240,9 @@ public:
   /// D[64×n] (+)= A[64×16] · B[16×n], bf16, A from registers, B K-major by descriptor. d has n/2 registers; n a
   /// multiple of 8 to 256. `accumulate` false: D is overwritten.
   void wgmma_bf16(std::span<const F32> d, std::span<const B32, 4> a, B64 b_descriptor, int n, Pred accumulate);
+  /// D[64×n] (+)= A[64×32] · B[32×n], s8, both K-major by descriptor, s32 sums that wrap. n: 8, 16, 24, 32, or a multiple
+  /// of 16 from 48 to 256.
+  void wgmma_s8(std::span<const B32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate);
   void setmaxnreg(bool increase, int registers);
 
   // ---- "cp.async.bulk.tensor": the copy engine, sm_90
