@@ -47,10 +47,11 @@ struct TileConfig {
   int row_tiles = 4, token_tiles = 8;            ///< of 16 and 8, per warp
   int warps_n = 2, warps_m = 4, warps_k = 1;     ///< of the block: along rows, tokens, K
   int cluster = 1;                               ///< blocks that share a tile and split K; above 1 from sm_90 on
-  int stages = 4;                                ///< at least 2, with wgmma 3
+  int stages = 4;                                ///< K blocks; at least 2, with wgmma 3 · step_blocks
   bool wgmma = false;
+  int step_blocks = 1; ///< with wgmma: K blocks between two barriers
 
-  std::string text() const; ///< `r4t8n2m4k1c1s4`, with a `g` behind for wgmma
+  std::string text() const; ///< `r4t8n2m4k1c1s4`, with `g` and step_blocks behind for wgmma
   std::int64_t rows() const { return 16 * row_tiles * warps_n; }
   std::int64_t tokens() const { return 8 * token_tiles * warps_m; }
   std::int64_t shared_bytes(const Shape& shape) const;

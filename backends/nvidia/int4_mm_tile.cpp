@@ -55,7 +55,7 @@ private:
   int ranks() const { return c_.warps_k * c_.cluster; } ///< that take turns along K
   int step_bytes() const { return c_.warps_k * stage_.bytes; }
   /// Stages on their way: the slots but those in use, by wgmma also the step before.
-  int stages_ahead() const { return c_.stages - (c_.wgmma ? 2 : 1); }
+  int stages_ahead() const { return c_.stages - (c_.wgmma ? 2 * c_.step_blocks : 1); }
   std::int64_t steps() const { return (layout_.k_blocks() + ranks() - 1) / ranks(); }
   Fragment& acc(int r, int t) { return acc_[static_cast<std::size_t>(r * c_.token_tiles + t)]; }
 
@@ -203,31 +203,44 @@ private:
   void wgmma_loop() {
     const Label end = w_.label();
     const Pred yes = w_.compare_s32(Compare::gt, k_steps_, 0);
-    std::array<std::array<std::array<B32, 4>, 4>, 2> operands;
     std::vector<F32> d;
     for (const Fragment& f : acc_)
       d.insert(d.end(), f.begin(), f.end());
+    const auto in_ring = [&](B32 slot, int blocks_on) {
+      if (blocks_on == 0)
+        return slot;
+      const B32 at = w_.add(slot, blocks_on * step_bytes());
+      w_.add_to(at, at, -c_.stages * step_bytes(), w_.compare_u32(Compare::ge, at, ring_end_));
+      return at;
+    };
     w_.loop("K blocks of 64", [&] {
-      for (std::size_t set = 0; set < 2; ++set) {
-        w_.cp_async_wait(stages_ahead() - 1);
+      for (int set = 0; set < 2; ++set) {
+        w_.cp_async_wait(stages_ahead() - c_.step_blocks);
         w_.fence_proxy_async();
         w_.barrier();
-        copy_stage();
-        const std::array<Scale, 4> scale = load_scale(w_.add(multiplied_, scale_read_));
-        const std::array<B32, 4> q = w_.make<B32, 4>();
-        w_.load_shared(std::span<const B32>(q), SharedAddress{w_.add(multiplied_, weight_read_)});
-        for (std::size_t j = 0; j < 4; ++j)
-          operands[set][j] = dequantise(q[j], scale, parts() == 1 ? 0 : j / 2);
-        // Descriptor ("wgmma, matrix descriptor"): address, 8 rows apart 1024 bytes, 128-byte swizzle; all over 16.
-        const B32 first = w_.or_(w_.shr(multiplied_, 4), 1 << 16);
+        for (int i = 0; i < c_.step_blocks; ++i)
+          copy_stage();
+        std::vector<std::array<B32, 4>> operands;
+        std::vector<B32> slots;
+        for (int i = 0; i < c_.step_blocks; ++i) {
+          slots.push_back(in_ring(multiplied_, i));
+          const std::array<Scale, 4> scale = load_scale(w_.add(slots.back(), scale_read_));
+          const std::array<B32, 4> q = w_.make<B32, 4>();
+          w_.load_shared(std::span<const B32>(q), SharedAddress{w_.add(slots.back(), weight_read_)});
+          for (std::size_t j = 0; j < 4; ++j)
+            operands.push_back(dequantise(q[j], scale, parts() == 1 ? 0 : j / 2));
+        }
         w_.wgmma_fence();
-        for (int j = 0; j < 4; ++j)
-          w_.wgmma_bf16(d, operands[set][static_cast<std::size_t>(j)],
-                        w_.combine(w_.add(first, 2 * j), 1024 / 16 | 1 << 30), 8 * c_.token_tiles, yes);
+        for (int i = 0; i < 4 * c_.step_blocks; ++i) {
+          // Descriptor ("wgmma, matrix descriptor"): address, 8 rows apart 1024 bytes, 128-byte swizzle; all over 16.
+          const B32 first = w_.or_(w_.shr(slots[static_cast<std::size_t>(i / 4)], 4), 1 << 16);
+          w_.wgmma_bf16(d, operands[static_cast<std::size_t>(i)],
+                        w_.combine(w_.add(first, 2 * (i % 4)), 1024 / 16 | 1 << 30), 8 * c_.token_tiles, yes);
+        }
         w_.wgmma_commit();
         w_.wgmma_wait(1);
-        advance(multiplied_);
-        w_.add_to(k_steps_, k_steps_, -1);
+        w_.mov_to(multiplied_, in_ring(multiplied_, c_.step_blocks));
+        w_.add_to(k_steps_, k_steps_, -c_.step_blocks);
         if (set == 0)
           w_.branch(end, w_.compare_s32(Compare::le, k_steps_, 0));
       }
@@ -370,7 +383,7 @@ private:
       B32 f_row = row, f_token = token;
       if (c_.cluster > 1) {
         const B32 f = w_.add(rank_, i * c_.cluster);
-        const B32 r = w_.shr(f, log2(c_.token_tiles)), t = w_.and_(f, c_.token_tiles - 1);
+        const B32 r = w_.div_u32(f, c_.token_tiles), t = w_.sub(f, w_.mul(r, c_.token_tiles));
         f_row = w_.mad(r, 16, row);
         f_token = w_.mad(t, 8, token);
       } else {
@@ -414,7 +427,7 @@ private:
 
 std::string TileConfig::text() const {
   return fmt::format("r{}t{}n{}m{}k{}c{}s{}{}", row_tiles, token_tiles, warps_n, warps_m, warps_k, cluster, stages,
-                     wgmma ? "g" : "");
+                     wgmma ? fmt::format("g{}", step_blocks) : "");
 }
 std::int64_t TileConfig::shared_bytes(const Shape& shape) const {
   const std::int64_t ring = std::int64_t{stages} * warps_k * Stage(shape, *this).bytes;
@@ -424,8 +437,8 @@ std::int64_t TileConfig::shared_bytes(const Shape& shape) const {
 
 Result<std::string> emit_tile(Sm sm, const Shape& shape, const TileConfig& c) {
   const auto power_of_two = [](int v) { return v > 0 && std::has_single_bit(static_cast<unsigned>(v)); };
-  const bool suits = c.row_tiles > 0 && power_of_two(c.token_tiles) && c.warps_n > 0 && c.warps_m > 0 && c.warps_k > 0 &&
-                     power_of_two(c.cluster) && c.row_tiles * c.token_tiles % c.cluster == 0 && c.stages >= (c.wgmma ? 3 : 2) &&
+  const bool suits = c.row_tiles > 0 && c.token_tiles > 0 && c.warps_n > 0 && c.warps_m > 0 && c.warps_k > 0 &&
+                     power_of_two(c.cluster) && c.row_tiles * c.token_tiles % c.cluster == 0 && c.stages >= (c.wgmma ? 3 * c.step_blocks : 2) &&
                      (!c.wgmma || (c.row_tiles == 1 && c.warps_m == 1 && c.warps_k == 1 && c.warps_n % 4 == 0));
   if (!suits)
     return Status::error(Code::compile_failed, fmt::format("int4_mm: configuration {} does not suit n={} k={} group={}",
