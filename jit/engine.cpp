@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "jit/background.h"
+#include "jit/cuda/assemble.h"
 #include "jit/dump.h"
 #include "jit/kernel_key.h"
 #include "jit/os.h"
@@ -50,6 +51,8 @@ std::string refusal(const Implementation& row, const KernelDesc& desc, const Tar
     return "for another device";
   if (row.device == DeviceKind::cpu && target.arch == Arch::nvptx)
     return "for CPUs";
+  if (row.device == DeviceKind::cuda && target.arch != Arch::nvptx)
+    return "for NVIDIA GPUs";
   if (!row.any_arch && row.arch != target.arch)
     return fmt::format("made for {}", name_of(row.arch));
   if (forced && row.isa != *forced)
@@ -122,6 +125,7 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
   fields.arch = target.arch;
   fields.features = row.features_for(canonical, target);
   fields.vector_bits = row.vector_bits ? row.vector_bits(target) : 0;
+  fields.sm = target.sm;
   fields.pack_layout = choice.pack_layout;
   choice.key_text = fields.text();
   choice.key = key_of(choice.key_text);
@@ -142,7 +146,7 @@ struct Engine::State {
       : options(std::move(o)), log(options.config.log, options.log_sink, options.log_context),
         runtime(options.machine, options.config.perf == PerfMode::map,
                 options.config.threads > 0 ? options.config.threads : options.machine.cores, options.parallel_for,
-                options.parallel_context),
+                options.parallel_context, options.cuda_library),
         perf(options.config.perf, log), table(options.max_code_bytes, [this] { delete this; }) {}
 
   EngineOptions options;
@@ -157,7 +161,9 @@ struct Engine::State {
   std::unique_ptr<Background> background; ///< ends before anything it uses
 
   const Config& config() const { return options.config; }
-  const Target& target() const { return runtime.machine.target; }
+  const Target& machine_target() const { return runtime.machine.target; }
+  Result<Target> target_of(const KernelDesc& canonical) const;
+  Status may_load(const KernelDesc& canonical, cuda::CUstream stream) const;
 
   Result<Choice> choose(const KernelDesc& canonical, const Target& for_target) const;
   Result<KernelRef> lookup(const KernelDesc& canonical, MissPolicy on_miss);
@@ -168,6 +174,11 @@ struct Engine::State {
   std::optional<StoreRow> stored(const Digest& key);
   Result<CodeObject> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
                              std::int64_t& us);
+  enum class Assembler : std::uint8_t { driver, ptxas };
+  Result<CodeObject> assemble(const Choice& choice, const KernelDesc& canonical, const CodeObject& ptx,
+                              Assembler assembler, const std::string& ptxas, std::int64_t& us);
+  Result<CodeObject> compile_ahead(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
+                                   bool for_this_machine, std::int64_t& us);
   Status keep(const Choice& choice, const KernelDesc& canonical, const CodeObject& code, std::int64_t us,
               Store::Call call);
   FileLock compile_turn(const Choice& choice) const;
@@ -222,6 +233,52 @@ Result<KernelRef> Engine::get(const KernelDesc& desc) {
   return state_->lookup(canonical, state_->config().miss);
 }
 
+Result<KernelRef> Engine::get_for_stream(const KernelDesc& desc, void* stream) {
+  if (Status status = check_desc(desc); !status)
+    return status;
+  if (desc.device.kind != DeviceKind::cuda)
+    return Status::error(Code::invalid_argument,
+                         fmt::format("{}: only a desc of device cuda has to do with a stream", desc.text()));
+  const KernelDesc canonical = find_op(desc.op)->canonical(desc);
+  if (KernelNode* hit = state_->table.find(canonical))
+    return KernelRef(hit);
+  if (Status status = state_->may_load(canonical, static_cast<cuda::CUstream>(stream)); !status)
+    return status;
+  return state_->lookup(canonical, state_->config().miss);
+}
+
+/// Code::busy while the stream is being captured: loading would end the capture.
+Status Engine::State::may_load(const KernelDesc& canonical, cuda::CUstream stream) const {
+  const Result<cuda::Driver*> driver = runtime.cuda();
+  if (!driver)
+    return driver.status();
+  const Result<cuda::ContextScope> scope = cuda::ContextScope::enter(**driver, canonical.device.index, stream);
+  if (!scope)
+    return scope.status();
+  const Result<bool> capturing = cuda::is_capturing(**driver, stream);
+  if (!capturing)
+    return capturing.status();
+  if (*capturing)
+    return Status::error(Code::busy, fmt::format("{} is not loaded, and a stream is being captured into a graph: get "
+                                                 "the kernel before the capture begins",
+                                                 canonical.text()));
+  return {};
+}
+
+Result<Target> Engine::target_of(const KernelDesc& desc) const {
+  return state_->target_of(desc);
+}
+
+Result<Target> Engine::State::target_of(const KernelDesc& canonical) const {
+  if (canonical.device.kind == DeviceKind::cpu)
+    return machine_target();
+  const Result<cuda::Driver*> driver = runtime.cuda();
+  if (!driver)
+    return driver.status();
+  const Result<const cuda::DeviceInfo*> device = (*driver)->device(canonical.device.index);
+  return device ? Result<Target>((*device)->target()) : device.status();
+}
+
 /// L1 again, under its lock; then one thread makes the kernel and the others wait for it.
 Result<KernelRef> Engine::State::lookup(const KernelDesc& canonical, MissPolicy on_miss) {
   Status failure;
@@ -263,7 +320,7 @@ Status Engine::State::prefetch(const KernelDesc& canonical) {
 /// A generator that failed once fails again: without an entry, each get would have it tried anew in the background.
 void Engine::State::settle_for_stand_in(const KernelDesc& canonical) {
   const auto stay = [&]() -> std::optional<KernelTable::Made> {
-    const Result<Choice> choice = choose(canonical, target());
+    const Result<Choice> choice = choose(canonical, machine_target());
     Result<KernelTable::Made> made =
         choice ? stand_in(*choice, canonical, Stay::resident) : Result<KernelTable::Made>(choice.status());
     return made ? std::optional(std::move(*made)) : std::nullopt;
@@ -274,20 +331,29 @@ void Engine::State::settle_for_stand_in(const KernelDesc& canonical) {
 
 /// Disk, then the compiler. What is compiled is stored; a store that fails has said so in the log.
 Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissPolicy on_miss) {
-  const Result<Choice> choice = choose(canonical, target());
+  const bool on_gpu = canonical.device.kind == DeviceKind::cuda;
+  const Result<Target> target = target_of(canonical);
+  if (!target)
+    return target.status();
+  // What can be seen without a stream: a capture by a stream that waits for the default one.
+  if (on_gpu)
+    if (Status status = may_load(canonical, nullptr); !status)
+      return status;
+  const Result<Choice> choice = choose(canonical, *target);
   if (!choice)
     return choice.status();
   const auto resident = [&](Kernel kernel) {
-    perf.loaded(kernel.text().data(), kernel.text().size(),
-                fmt::format("kiln {} {}", canonical.text(), name_of(kernel.implementation().isa)));
-    const std::size_t weight = kernel.text().size() + sizeof(Kernel);
+    if (!on_gpu)
+      perf.loaded(kernel.text().data(), kernel.text().size(),
+                  fmt::format("kiln {} {}", canonical.text(), name_of(kernel.implementation().isa)));
+    const std::size_t weight = kernel.code_bytes() + sizeof(Kernel);
     return KernelTable::Made{std::move(kernel), weight};
   };
   if (choice->implementation->builtin != nullptr) {
     Result<Kernel> kernel = Kernel::builtin(runtime, *choice->implementation, canonical, choice->pack_layout);
     return kernel ? Result<KernelTable::Made>(resident(std::move(*kernel))) : kernel.status();
   }
-  if (refuses_executable_memory)
+  if (refuses_executable_memory && !on_gpu)
     return stand_in(*choice, canonical, Stay::resident);
   Status not_stored;
   const auto look = [&](Store::Call call) -> std::optional<KernelTable::Made> {
@@ -312,14 +378,16 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
     if (std::optional<KernelTable::Made> stored = look(Store::Call::in_turn))
       return std::move(*stored);
   std::int64_t us = 0;
-  Result<CodeObject> code = compile(*choice, canonical, target(), us);
+  Result<CodeObject> code = compile(*choice, canonical, *target, us);
+  if (code && on_gpu)
+    code = assemble(*choice, canonical, *code, Assembler::driver, {}, us);
   if (!code)
     return code.status();
   const Store::Call call = turn.held() ? Store::Call::in_turn : Store::Call::plain;
   if (const Status status = keep(*choice, canonical, *code, us, call); !status)
     log.debug(fmt::format("{} was not stored: {}", canonical.text(), status.message()));
   Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
-  if (!kernel && kernel.status().code() == Code::unsupported) {
+  if (!kernel && kernel.status().code() == Code::unsupported && !on_gpu) {
     if (!refuses_executable_memory.exchange(true))
       log.warn(
           fmt::format("{}; reference kernels serve instead, slowly, unless KILN_FORCE or KILN_DISABLE leaves them out",
@@ -368,6 +436,8 @@ std::optional<StoreRow> Engine::State::stored(const Digest& key) {
 Result<Kernel> Engine::State::load_row(const Choice& choice, const KernelDesc& canonical, const StoreRow& row,
                                        std::chrono::steady_clock::time_point start) {
   Result<CodeObject> code = CodeObject::parse(row.code);
+  if (code && code->format == CodeFormat::ptx) // stored without a driver; making the PTX anew costs less than a look
+    code = Status::error(Code::unsupported, "it is PTX that has not been assembled yet");
   Result<Kernel> kernel = code ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code))
                                : Result<Kernel>(code.status());
   if (!kernel) {
@@ -401,6 +471,54 @@ Result<CodeObject> Engine::State::compile(const Choice& choice, const KernelDesc
         fmt::format("compiled {} ({}) in {} us, {} bytes", canonical.text(), name_of(row.isa), us, code->image.size()));
   if (!config().dump_dir.empty())
     dump_code(config().dump_dir, choice.key, row.isa, canonical, *code, options.disassemble, log);
+  return code;
+}
+
+/// The cubin of what compile() made; adds its time to `us`. Under KILN_DUMP_DIR the PTX is there also when it is
+/// rejected.
+Result<CodeObject> Engine::State::assemble(const Choice& choice, const KernelDesc& canonical, const CodeObject& ptx,
+                                           Assembler assembler, const std::string& ptxas, std::int64_t& us) {
+  const auto start = std::chrono::steady_clock::now();
+  const auto made = [&]() -> Result<cuda::Assembled> {
+    if (assembler == Assembler::ptxas)
+      return cuda::assemble_with_ptxas(ptxas, ptx);
+    const Result<cuda::Driver*> driver = runtime.cuda();
+    return driver ? cuda::assemble_with_driver(**driver, canonical.device.index, ptx) : driver.status();
+  }();
+  const std::int64_t taken = microseconds_since(start);
+  if (!made)
+    return Status::error(
+        made.status().code(),
+        fmt::format("{} ({}): {}", canonical.text(), name_of(choice.implementation->isa), made.status().message()));
+  us += taken;
+  compile_us += static_cast<std::uint64_t>(taken);
+  log.debug(fmt::format("assembled {} by {} in {} us, {} bytes", canonical.text(), made->cubin.compiler, taken,
+                        made->cubin.image.size()));
+  if (const std::string warnings = cuda::performance_warnings(made->log); !warnings.empty())
+    log.warn(fmt::format("{} may be slow: {} says: {}", canonical.text(), made->cubin.compiler, warnings));
+  if (!config().dump_dir.empty())
+    dump_code(
+        config().dump_dir, choice.key, choice.implementation->isa, canonical, made->cubin,
+        [&](const CodeObject&) { return Result<std::string>(made->log); }, log);
+  return std::move(made->cubin);
+}
+
+/// For the cache, not to be loaded now: a GPU kernel as cubin where something here can assemble it, else as PTX.
+Result<CodeObject> Engine::State::compile_ahead(const Choice& choice, const KernelDesc& canonical,
+                                                const Target& for_target, bool for_this_machine, std::int64_t& us) {
+  Result<CodeObject> code = compile(choice, canonical, for_target, us);
+  if (!code || code->format != CodeFormat::ptx)
+    return code;
+  if (for_this_machine)
+    return assemble(choice, canonical, *code, Assembler::driver, {}, us);
+  const std::string ptxas = cuda::find_ptxas(config().program_path);
+  if (ptxas.empty())
+    return code;
+  Result<CodeObject> cubin = assemble(choice, canonical, *code, Assembler::ptxas, ptxas, us);
+  if (cubin)
+    return cubin;
+  // A ptxas may be too old for the PTX or the SM: the driver has the last word.
+  log.warn(fmt::format("{} is stored as PTX: {}", canonical.text(), cubin.status().message()));
   return code;
 }
 
@@ -442,22 +560,25 @@ Result<KernelTable::Made> Engine::State::stand_in(const Choice& choice, const Ke
 
 /// What may stand in for generated code under the present toggles; null when there is nothing.
 const Implementation* Engine::State::builtin_for(const KernelDesc& canonical) const {
-  const std::optional<IsaPath> forced = config().forced_path(canonical.op, options.implementations);
+  const std::optional<IsaPath> forced =
+      config().forced_path(canonical.op, canonical.device.kind, options.implementations);
   for (const Implementation& row : options.implementations)
-    if (row.op == canonical.op && row.builtin != nullptr && refusal(row, canonical, target(), config(), forced).empty())
+    if (row.op == canonical.op && row.builtin != nullptr &&
+        refusal(row, canonical, machine_target(), config(), forced).empty())
       return &row;
   return nullptr;
 }
 
 Result<Choice> Engine::State::choose(const KernelDesc& canonical, const Target& for_target) const {
-  const std::optional<IsaPath> forced = config().forced_path(canonical.op, options.implementations);
+  const std::optional<IsaPath> forced =
+      config().forced_path(canonical.op, canonical.device.kind, options.implementations);
   std::string layout = pack_layout_for(options.implementations, canonical, for_target, config(), forced);
   if (const Implementation* const row =
           serving(options.implementations, canonical, for_target, config(), forced, &layout))
     return choice_of(*row, canonical, for_target, std::move(layout));
   std::string reasons;
   for (const Implementation& row : options.implementations)
-    if (row.op == canonical.op && (!forced || row.isa == *forced))
+    if (row.op == canonical.op && (!forced || row.isa == *forced) && row.device == canonical.device.kind)
       reasons +=
           fmt::format("; {}: {}", name_of(row.isa), refusal(row, canonical, for_target, config(), forced, layout));
   if (forced)
@@ -476,19 +597,29 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
         Code::unsupported,
         "warmup needs a cache on disk that may be written: see KILN_CACHE, KILN_CACHE_DIR and KILN_DISABLE");
   const KernelDesc canonical = find_op(desc.op)->canonical(desc);
-  const Target& for_target = target != nullptr ? *target : state_->target();
-  const Result<Choice> choice = state_->choose(canonical, for_target);
+  const Result<Target> for_target = target != nullptr ? *target : state_->target_of(canonical);
+  if (!for_target)
+    return for_target.status();
+  const Result<Choice> choice = state_->choose(canonical, *for_target);
   if (!choice)
     return choice.status();
   if (choice->implementation->compile == nullptr)
     return Warmed::hit; // part of the library
-  if (state_->stored(choice->key))
+  // PTX alone will do where nothing can assemble it.
+  const auto serves = [&](const std::optional<StoreRow>& row) {
+    if (!row)
+      return false;
+    const Result<CodeObject> code = CodeObject::parse(row->code);
+    return code && (code->format != CodeFormat::ptx ||
+                    (target != nullptr && cuda::find_ptxas(state_->config().program_path).empty()));
+  };
+  if (serves(state_->stored(choice->key)))
     return Warmed::hit;
   const FileLock turn = state_->compile_turn(*choice);
-  if (turn.held() && state_->store->get(choice->key, Store::Call::in_turn))
+  if (turn.held() && serves(state_->store->get(choice->key, Store::Call::in_turn)))
     return Warmed::hit;
   std::int64_t us = 0;
-  const Result<CodeObject> code = state_->compile(*choice, canonical, for_target, us);
+  const Result<CodeObject> code = state_->compile_ahead(*choice, canonical, *for_target, target == nullptr, us);
   if (!code) {
     ++state_->failed;
     return code.status();
@@ -508,21 +639,24 @@ Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) 
   if (Status status = check_desc(desc); !status)
     return status;
   const KernelDesc canonical = find_op(desc.op)->canonical(desc);
-  const Target& for_target = target != nullptr ? *target : state_->target();
-  const Result<Choice> choice = state_->choose(canonical, for_target);
+  const Result<Target> for_target = target != nullptr ? *target : state_->target_of(canonical);
+  if (!for_target)
+    return for_target.status();
+  const Result<Choice> choice = state_->choose(canonical, *for_target);
   if (!choice)
     return choice.status();
   const Implementation& row = *choice->implementation;
   if (row.compile == nullptr)
     return Status::error(Code::unsupported,
                          fmt::format("the path {} is part of the library: it has no generated code", name_of(row.isa)));
-  const std::optional<StoreRow> stored = state_->stored(choice->key);
+  const std::optional<StoreRow> stored =
+      row.device == DeviceKind::cpu ? state_->stored(choice->key) : std::nullopt; // a cubin is nothing to read
   Result<CodeObject> code = stored ? CodeObject::parse(stored->code) : Status::error(Code::not_found, "not on disk");
   if (!code) {
-    if (state_->config().miss == MissPolicy::error)
+    if (state_->config().miss == MissPolicy::error && row.device == DeviceKind::cpu)
       return may_not_compile(canonical, row);
     std::int64_t us = 0;
-    code = state_->compile(*choice, canonical, for_target, us);
+    code = state_->compile(*choice, canonical, *for_target, us);
   }
   if (!code)
     return code.status();
@@ -546,7 +680,10 @@ bool Engine::wait_prefetched(std::chrono::milliseconds timeout) {
 Result<std::string> Engine::pack_layout(const KernelDesc& desc) {
   if (Status status = check_desc(desc); !status)
     return status;
-  const Result<Choice> choice = state_->choose(find_op(desc.op)->canonical(desc), state_->target());
+  const Result<Target> target = state_->target_of(desc);
+  if (!target)
+    return target.status();
+  const Result<Choice> choice = state_->choose(find_op(desc.op)->canonical(desc), *target);
   if (!choice)
     return choice.status();
   if (choice->pack_layout.empty())
@@ -597,8 +734,19 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
   const OpSpec& op = *find_op(desc.op);
   e.canonical = op.canonical(desc);
   e.m_range = op.m_range(e.canonical);
-  const Target& for_target = target != nullptr ? *target : state_->target();
-  const std::optional<IsaPath> forced = config().forced_path(e.canonical.op, implementations());
+  e.tier = "none";
+  const Result<Target> found = target != nullptr ? *target : state_->target_of(e.canonical);
+  if (!found) {
+    for (const Implementation& row : state_->options.implementations)
+      if (row.op == e.canonical.op)
+        e.candidates.push_back(
+            {&row, false,
+             row.device == e.canonical.device.kind ? found.status().message() : std::string("for another device")});
+    return e;
+  }
+  const Target& for_target = *found;
+  const std::optional<IsaPath> forced =
+      config().forced_path(e.canonical.op, e.canonical.device.kind, implementations());
   e.pack_layout = pack_layout_for(implementations(), e.canonical, for_target, config(), forced);
   e.taken = serving(implementations(), e.canonical, for_target, config(), forced, &e.pack_layout);
   for (const Implementation& row : state_->options.implementations) {
@@ -614,7 +762,6 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
     }
     e.candidates.push_back(std::move(candidate));
   }
-  e.tier = "none";
   if (e.taken == nullptr)
     return e;
   if (e.taken->assumes != nullptr)

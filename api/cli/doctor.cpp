@@ -16,6 +16,7 @@
 #include "cache/database.h"
 #include "cache/key_file.h"
 #include "cache/private_path.h"
+#include "jit/cuda/driver.h"
 #include "jit/os.h"
 
 namespace kiln::cli {
@@ -184,7 +185,7 @@ void check_execution(Report& report, Engine& engine, const KernelDesc& desc) {
   if (!tensors)
     return report.add(State::fail, name, tensors.status().message());
   const Result<Invocation> invocation = runner_of(desc.op).prepare(**kernel, desc, *tensors);
-  const Status ran = invocation ? (*invocation)() : invocation.status();
+  const Status ran = invocation ? invocation->call() : invocation.status();
   const Result<Check> check = ran ? check_outputs(desc, *tensors) : Result<Check>(ran);
   const std::string_view isa = name_of((*kernel)->implementation().isa);
   if (!check || !check->ok)
@@ -192,6 +193,11 @@ void check_execution(Report& report, Engine& engine, const KernelDesc& desc) {
                       check ? fmt::format("{0} gives a wrong result (KILN_DISABLE={0} leaves it out)", isa)
                             : check.status().message());
   const bool generated = !(*kernel)->text().empty();
+  const auto& rows = engine.implementations();
+  if (!generated && std::none_of(rows.begin(), rows.end(), [&](const Implementation& row) {
+        return row.op == desc.op && row.device == DeviceKind::cpu && row.compile != nullptr;
+      }))
+    return report.add(State::ok, name, fmt::format("{}: right; CPUs have nothing faster for it", isa));
   report.add(generated ? State::ok : State::warn, name,
              fmt::format("{}: {}", isa,
                          generated ? "generated code was loaded without a writable mapping, ran, and is right"
@@ -201,6 +207,21 @@ void check_execution(Report& report, Engine& engine, const KernelDesc& desc) {
   const Result<std::string> listing = disassemble((*kernel)->code().arch, (*kernel)->text(), (*kernel)->code().entries);
   report.add(listing ? State::ok : State::warn, "LLVM",
              listing ? "its shared object is found and loads" : listing.status().message());
+}
+
+/// A machine without a GPU is fine, and so is one whose driver serves.
+void check_gpus(Report& report, const Runtime& runtime) {
+  const Result<cuda::Driver*> driver = runtime.cuda();
+  if (!driver)
+    return report.add(State::ok, "NVIDIA driver", fmt::format("none that serves: {}", driver.status().message()));
+  for (int i = 0; i < static_cast<int>((*driver)->devices().size()); ++i) {
+    const Result<cuda::ContextScope> context = cuda::ContextScope::enter(**driver, i, nullptr);
+    report.add(context ? State::ok : State::fail, fmt::format("cuda:{}", i),
+               context ? fmt::format("{}, {}, CUDA {}", (*driver)->devices()[static_cast<std::size_t>(i)].name,
+                                     (*driver)->devices()[static_cast<std::size_t>(i)].target().text(),
+                                     (*driver)->version_text())
+                       : context.status().message());
+  }
 }
 
 Result<Exit> doctor(bool json) {
@@ -218,6 +239,7 @@ Result<Exit> doctor(bool json) {
     check_directories(report, engine.config());
     check_file_system(report, engine.config());
   }
+  check_gpus(report, engine.runtime());
   if (engine.system_cache() != nullptr)
     check_system_cache(report, *engine.system_cache());
   for (const OpSpec& op : op_table()) {

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstring>
 
 #include <fmt/format.h>
+
+#include "jit/bf16.h"
 
 namespace kiln::int8_mm {
 namespace {
@@ -186,6 +189,7 @@ KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, BLayout b_l
   d.value[kN] = n;
   d.value[kK] = k;
   d.value[kBLayout] = static_cast<std::int64_t>(b_layout);
+  d.value[kRescalePer] = static_cast<std::int64_t>(RescalePer::channel);
   return d;
 }
 
@@ -229,6 +233,30 @@ void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t
       for (std::int64_t p = 0; p < k; ++p)
         sum += static_cast<std::uint32_t>(std::int32_t{a[i * lda + p]} * std::int32_t{b[j * b_n + p * b_k]});
       c[i * ldc + j] = static_cast<std::int32_t>(sum);
+    }
+}
+
+void rescale_reference(const KernelDesc& desc, const std::int32_t* sums, std::int64_t m, const float* scale, void* c) {
+  const std::int64_t n = n_of(desc);
+  const bool per_channel = scales_of(desc) == n && desc.value[kRescalePer] != 0;
+  for (std::int64_t i = 0; i < m; ++i)
+    for (std::int64_t j = 0; j < n; ++j) {
+      const float y = static_cast<float>(sums[i * n + j]) * scale[per_channel ? j : 0]; // each rounded to nearest even
+      // The integers round once, half to even, and saturate.
+      const auto integer = [&](double lo, double hi) {
+        return std::clamp(std::nearbyint(static_cast<double>(y)), lo, hi);
+      };
+      switch (static_cast<CDtype>(desc.value[kCDtype])) {
+      case CDtype::s32:
+        static_cast<std::int32_t*>(c)[i * n + j] = static_cast<std::int32_t>(integer(-0x1p31, 0x1p31 - 1));
+        break;
+      case CDtype::s8:
+        static_cast<std::int8_t*>(c)[i * n + j] = static_cast<std::int8_t>(integer(-128, 127));
+        break;
+      case CDtype::bf16:
+        static_cast<std::uint16_t*>(c)[i * n + j] = bf16_of_float(y);
+        break;
+      }
     }
 }
 

@@ -116,5 +116,7 @@ struct GpuParameters {
 /// What the reference op gives (plain C++, s32 wrap-around), for any strides.
 void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a, std::int64_t lda,
                const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int32_t* c, std::int64_t ldc);
+/// The desc's `scale` stage by its definition: sums [m][n] to c [m][n] of the desc's c_dtype, both dense.
+void rescale_reference(const KernelDesc& desc, const std::int32_t* sums, std::int64_t m, const float* scale, void* c);
 
 } // namespace kiln::int8_mm
