@@ -49,9 +49,13 @@ struct TileConfig {
   int cluster = 1;                               ///< blocks that share a tile and split K; above 1 from sm_90 on
   int stages = 4;                                ///< K blocks; at least 2, with wgmma 3 · step_blocks
   bool wgmma = false;
-  int step_blocks = 1; ///< with wgmma: K blocks between two barriers
+  int step_blocks = 1;   ///< with wgmma: K blocks between two barriers
+  int blocks_per_sm = 1; ///< for which registers are to suffice
+  /// Weights are not rounded to bf16: (q − 8)·scale goes in as two bf16 whose sum it is, and the zero as a third operand.
+  /// For few tokens or rows, where roundings do not average out (OPS.md, accuracy), and products cost little.
+  bool exact = false;
 
-  std::string text() const; ///< `r4t8n2m4k1c1s4`, with `g` and step_blocks behind for wgmma
+  std::string text() const; ///< `r4t8n2m4k1c1s4b1`, `g` and step_blocks behind for wgmma, `e` for exact
   std::int64_t rows() const { return 16 * row_tiles * warps_n; }
   std::int64_t tokens() const { return 8 * token_tiles * warps_m; }
   std::int64_t shared_bytes(const Shape& shape) const;

@@ -17,6 +17,7 @@ using Fragment = std::array<F32, 4>; ///< of D: rows l/4 (0, 1) and l/4 + 8 (2, 
 constexpr int kAccumulator = 512; // bytes of a fragment of f32 over a warp
 constexpr int kTokenRow = 128;    // bytes of a token's K block
 constexpr int kRowTile = 512;     // bytes of a row tile's K block
+constexpr std::uint32_t kMinusZeros = 0x80008000; // bf16 −0, twice: added, it changes nothing; xor, it negates
 
 int log2(std::int64_t power_of_two) { return std::countr_zero(static_cast<std::uint64_t>(power_of_two)); }
 
@@ -34,7 +35,7 @@ class Tile {
 public:
   Tile(Sm sm, const Shape& shape, const TileConfig& config)
       : shape_(shape), c_(config), layout_{shape.n, shape.k, shape.group}, stage_(shape, config),
-        w_(sm, "main", config.threads(), config.cluster) {}
+        w_(sm, "main", config.threads(), config.cluster, config.blocks_per_sm) {}
 
   Result<std::string> emit() {
     prologue();
@@ -220,7 +221,7 @@ private:
         w_.barrier();
         for (int i = 0; i < c_.step_blocks; ++i)
           copy_stage();
-        std::vector<std::array<B32, 4>> operands;
+        std::vector<std::vector<Operand>> operands;
         std::vector<B32> slots;
         for (int i = 0; i < c_.step_blocks; ++i) {
           slots.push_back(in_ring(multiplied_, i));
@@ -234,8 +235,9 @@ private:
         for (int i = 0; i < 4 * c_.step_blocks; ++i) {
           // Descriptor ("wgmma, matrix descriptor"): address, 8 rows apart 1024 bytes, 128-byte swizzle; all over 16.
           const B32 first = w_.or_(w_.shr(slots[static_cast<std::size_t>(i / 4)], 4), 1 << 16);
-          w_.wgmma_bf16(d, operands[static_cast<std::size_t>(i)],
-                        w_.combine(w_.add(first, 2 * (i % 4)), 1024 / 16 | 1 << 30), 8 * c_.token_tiles, yes);
+          const B64 descriptor = w_.combine(w_.add(first, 2 * (i % 4)), 1024 / 16 | 1 << 30);
+          for (const Operand& a : operands[static_cast<std::size_t>(i)])
+            w_.wgmma_bf16(d, a, descriptor, 8 * c_.token_tiles, yes);
         }
         w_.wgmma_commit();
         w_.wgmma_wait(1);
@@ -265,11 +267,21 @@ private:
       scale[i] = {w_.prmt(pair[i], 0, 0x1010), w_.prmt(pair[i], 0, 0x3232)};
     return scale;
   }
-  std::array<B32, 4> dequantise(B32 word, const std::array<Scale, 4>& scale, std::size_t part) {
-    std::array<B32, 4> a = unpack(w_, word);
+  using Operand = std::array<B32, 4>;
+  /// The A operands whose products add up to the weights' of a word: one, or exactly three.
+  std::vector<Operand> dequantise(B32 word, const std::array<Scale, 4>& scale, std::size_t part) {
+    const Operand q = unpack(w_, word);
+    const Scale* const s = &scale[2 * part]; // by row half
+    Operand rounded;
     for (std::size_t i = 0; i < 4; ++i)
-      a[i] = w_.fma_bf16x2(a[i], scale[2 * part + i % 2].scale, scale[2 * part + i % 2].zero);
-    return a;
+      rounded[i] = w_.fma_bf16x2(q[i], s[i % 2].scale, c_.exact ? I32(kMinusZeros) : I32(s[i % 2].zero));
+    if (!c_.exact)
+      return {rounded};
+    // q − 8 has 4 significant bits and the scale 8: what their product lost in rounding is a bf16.
+    Operand rest;
+    for (std::size_t i = 0; i < 4; ++i)
+      rest[i] = w_.fma_bf16x2(q[i], s[i % 2].scale, w_.xor_(rounded[i], kMinusZeros));
+    return {rounded, rest, {s[0].zero, s[1].zero, s[0].zero, s[1].zero}};
   }
 
   void multiply_block() {
@@ -292,11 +304,11 @@ private:
       const std::size_t part = parts() == 1 ? 0 : static_cast<std::size_t>(half);
       for (std::size_t i = 0; i < 2; ++i)
         for (int r = 0; r < c_.row_tiles; ++r) {
-          const std::array<B32, 4> a =
-              dequantise(q[static_cast<std::size_t>(r)][i], scale[static_cast<std::size_t>(r)], part);
-          for (int t = 0; t < c_.token_tiles; ++t)
-            w_.mma_bf16(acc(r, t), a, std::span<const B32, 2>(x[static_cast<std::size_t>(t)].data() + 2 * i, 2),
-                        acc(r, t));
+          for (const Operand& a :
+               dequantise(q[static_cast<std::size_t>(r)][i], scale[static_cast<std::size_t>(r)], part))
+            for (int t = 0; t < c_.token_tiles; ++t)
+              w_.mma_bf16(acc(r, t), a, std::span<const B32, 2>(x[static_cast<std::size_t>(t)].data() + 2 * i, 2),
+                          acc(r, t));
         }
     }
   }
@@ -426,8 +438,8 @@ private:
 } // namespace
 
 std::string TileConfig::text() const {
-  return fmt::format("r{}t{}n{}m{}k{}c{}s{}{}", row_tiles, token_tiles, warps_n, warps_m, warps_k, cluster, stages,
-                     wgmma ? fmt::format("g{}", step_blocks) : "");
+  return fmt::format("r{}t{}n{}m{}k{}c{}s{}b{}{}{}", row_tiles, token_tiles, warps_n, warps_m, warps_k, cluster, stages,
+                     blocks_per_sm, wgmma ? fmt::format("g{}", step_blocks) : "", exact ? "e" : "");
 }
 std::int64_t TileConfig::shared_bytes(const Shape& shape) const {
   const std::int64_t ring = std::int64_t{stages} * warps_k * Stage(shape, *this).bytes;

@@ -65,8 +65,9 @@ struct Writer::Operand {
   std::string_view text;
 };
 
-Writer::Writer(Sm sm, std::string_view name, int threads, int blocks_per_cluster)
-    : sm_(sm), name_(name), threads_(threads), blocks_per_cluster_(blocks_per_cluster), version_(first_version(sm)) {
+Writer::Writer(Sm sm, std::string_view name, int threads, int blocks_per_cluster, int blocks_per_sm)
+    : sm_(sm), name_(name), threads_(threads), blocks_per_cluster_(blocks_per_cluster), blocks_per_sm_(blocks_per_sm),
+      version_(first_version(sm)) {
   body_.reserve(std::size_t{1} << 17);
   if (sm.number < 80)
     fail(fmt::format("{}: the least is sm_80", sm.text()));
@@ -710,8 +711,7 @@ Result<std::string> Writer::finish() {
     out += ".extern .shared .align 1024 .b8 shared[];\n";
   fmt::format_to(std::back_inserter(out), "\n.visible .entry {}(\n{}\n)\n.reqntid {}, 1, 1\n", name_, parameters_,
                  threads_);
-  if (sm_.number >= 90)
-    out += ".minnctapersm 1\n";
+  fmt::format_to(std::back_inserter(out), ".minnctapersm {}\n", blocks_per_sm_);
   if (blocks_per_cluster_ > 1)
     fmt::format_to(std::back_inserter(out), ".explicitcluster\n.reqnctapercluster {}, 1, 1\n", blocks_per_cluster_);
   out += "{\n";

@@ -89,9 +89,10 @@ struct Sm {
 /// One kernel entry. One thread. Remembers its first error, so that writing needs no checks in between.
 class Writer {
 public:
-  /// `name` is the entry's. `threads` per block becomes `.reqntid`; `blocks_per_cluster` > 1 `.reqnctapercluster`.
+  /// `name` is the entry's. `threads` per block becomes `.reqntid`; `blocks_per_cluster` > 1 `.reqnctapercluster`;
+  /// `blocks_per_sm` > 1 `.minnctapersm`: registers are limited so that so many blocks fit.
   /// Directives: "Performance-Tuning Directives", "Cluster Dimension Directives".
-  Writer(Sm sm, std::string_view name, int threads, int blocks_per_cluster = 1);
+  Writer(Sm sm, std::string_view name, int threads, int blocks_per_cluster = 1, int blocks_per_sm = 1);
 
   /// Parameters in order, before anything else ("Kernel Function Parameters"). The register holds the value loaded.
   B64 parameter_b64(std::string_view name);
@@ -294,7 +295,7 @@ private:
 
   Sm sm_;
   std::string name_;
-  int threads_, blocks_per_cluster_;
+  int threads_, blocks_per_cluster_, blocks_per_sm_;
   int version_; ///< ten times the PTX version that the text needs
   bool uses_shared_ = false;
   std::string parameters_, body_, error_;
