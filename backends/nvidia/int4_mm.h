@@ -21,7 +21,7 @@ struct Shape {
 /// its cluster, take turns along K (blocks of 64), each with all tokens and all rows in its own registers, and add up at
 /// the end in a fixed order. Nothing but that last sum goes through shared memory.
 struct SkinnyConfig {
-  int token_tiles = 1; ///< of 8 tokens: 1 or 2
+  int token_tiles = 1; ///< of 8 tokens: 1, 2 or 4
   int row_tiles = 4;   ///< of 16 rows, per block; at most ⌈n/16⌉
   int warps = 16;      ///< a power of two
   int cluster = 1;     ///< blocks that share the rows and split K: 1, 2, 4 or 8; above 1 from sm_90 on
@@ -30,7 +30,9 @@ struct SkinnyConfig {
   std::string text() const; ///< `t1r4w16c1d1`
   std::int64_t tokens() const { return 8 * token_tiles; }
   std::int64_t blocks(const Shape& shape) const;
-  std::int64_t shared_bytes() const { return std::int64_t{warps} * row_tiles * token_tiles * 512; }
+  std::int64_t shared_bytes() const {
+    return std::int64_t{warps} * token_tiles * (row_tiles < 4 ? 2048 : row_tiles * 512); // x of two K blocks; sums
+  }
   int threads() const { return 32 * warps; }
 };
 Result<std::string> emit_skinny(ptx::Sm sm, const Shape& shape, const SkinnyConfig& config);
@@ -39,13 +41,21 @@ Result<std::string> emit_skinny(ptx::Sm sm, const Shape& shape, const SkinnyConf
 /// in shared memory by cp.async; each warp multiplies `row_tiles` × `token_tiles` fragments and dequantises its weights to
 /// bf16 once for all its tokens. `warps_k` groups of warps, and the blocks of a cluster, take turns along K and add up at
 /// the end in a fixed order.
+/// With `wgmma` (sm_90a), warpgroups of four warps along the rows multiply all tokens of the tile, the weights as register
+/// operand: row_tiles, warps_m and warps_k are 1, warps_n a multiple of 4.
 struct TileConfig {
   int row_tiles = 4, token_tiles = 8;            ///< of 16 and 8, per warp
   int warps_n = 2, warps_m = 4, warps_k = 1;     ///< of the block: along rows, tokens, K
   int cluster = 1;                               ///< blocks that share a tile and split K; above 1 from sm_90 on
-  int stages = 4;
+  int stages = 4;                                ///< K blocks; at least 2, with wgmma 3 · step_blocks
+  bool wgmma = false;
+  int step_blocks = 1;   ///< with wgmma: K blocks between two barriers
+  int blocks_per_sm = 1; ///< for which registers are to suffice
+  /// Weights are not rounded to bf16: (q − 8)·scale goes in as two bf16 whose sum it is, and the zero as a third operand.
+  /// For few tokens or rows, where roundings do not average out (OPS.md, accuracy), and products cost little.
+  bool exact = false;
 
-  std::string text() const; ///< `r4t8n2m4k1c1s4`
+  std::string text() const; ///< `r4t8n2m4k1c1s4b1`, `g` and step_blocks behind for wgmma, `e` for exact
   std::int64_t rows() const { return 16 * row_tiles * warps_n; }
   std::int64_t tokens() const { return 8 * token_tiles * warps_m; }
   std::int64_t shared_bytes(const Shape& shape) const;

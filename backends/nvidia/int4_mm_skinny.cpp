@@ -29,8 +29,9 @@ public:
     prologue();
     for (int s = 0; s < c_.depth; ++s)
       load_weights(s, s);
-    for (int s = 0; s < unroll_; ++s)
-      load_tokens(s, s);
+    load_tokens(0);
+    write_tokens(0);
+    load_tokens(1);
     k_loop();
     reduce();
     return w_.finish();
@@ -39,14 +40,13 @@ public:
 private:
   int parts() const { return static_cast<int>(layout_.parts()); }
 
-  /// One stage of weights and of their scales, one of tokens.
+  /// One stage of weights and of their scales.
   struct Weights {
     std::vector<std::array<B32, 4>> q;  ///< by row tile
     std::vector<std::array<B32, 4>> sz; ///< by row tile: [part][row half]
   };
-  struct Tokens {
-    std::vector<std::array<B32, 8>> x; ///< by token tile: the B operands of steps 0…3
-  };
+  using Tokens = std::vector<std::array<B32, 8>>; ///< by token tile: the B operands of steps 0…3
+  int token_bytes() const { return c_.token_tiles * 1024; }
 
   void prologue() {
     const B64 x = w_.parameter_b64("x"), weights = w_.parameter_b64("w"), scales = w_.parameter_b64("sz");
@@ -82,13 +82,26 @@ private:
     scales_ = w_.mad_wide(quad, 8 * parts(), scales_);
     scale_advance_ = ranks_ * layout_.scale_step_stride() / blocks_per_step;
 
-    const B32 last = w_.sub(m_, 1);
-    const B64 first_k = w_.mad_wide(rank_k_, 128, w_.mad_wide(w_.and_(lane_, 3), 16, x));
-    for (int t = 0; t < c_.token_tiles; ++t) {
-      w_.comment("tokens beyond the last repeat it; their columns of D are never stored");
-      const B32 token = w_.min_u32(w_.add(quad, 8 * t), last);
+    const B32 last = w_.sub(m_, 1), in_row = w_.and_(lane_, 7), row = w_.shr(lane_, 3);
+    const B64 first_k = w_.mad_wide(rank_k_, 128, w_.mad_wide(in_row, 16, x));
+    for (int i = 0; i < 2 * c_.token_tiles; ++i) {
+      if (i == 0)
+        w_.comment("tokens beyond the last repeat it; their columns of D are never stored");
+      const B32 token = w_.min_u32(w_.add(row, 4 * i), last);
       tokens_.push_back(w_.add64(first_k, w_.mul_wide(w_.mul(token, ldx), 2)));
+      x_.push_back(w_.make<B32, 4>());
     }
+    first_half_ = w_.compare_u32(Compare::lt, in_row, 4);
+    shared_ = w_.shared_memory();
+    w_.comment("a warp's tokens of two K blocks: rows of 128 bytes, chunks of 16 exchanged against bank conflicts");
+    const B32 own = w_.mad(warp, 2 * token_bytes(), shared_);
+    token_write_ = w_.mad(row, 128, w_.mad(w_.xor_(in_row, row), 16, own));
+    const B32 matrix = w_.shr(lane_, 3);
+    for (int half = 0; half < 2; ++half)
+      token_read_[static_cast<std::size_t>(half)] =
+          w_.mad(in_row, 128, w_.mad(w_.xor_(w_.add(matrix, 4 * half), in_row), 16, own));
+
+    rank_k_now_ = w_.mov(rank_k_);
 
     acc_.resize(static_cast<std::size_t>(c_.row_tiles * c_.token_tiles));
     for (Fragment& f : acc_) {
@@ -105,10 +118,6 @@ private:
         s.q.push_back(w_.make<B32, 4>());
         s.sz.push_back(w_.make<B32, 4>());
       }
-    token_stages_.resize(static_cast<std::size_t>(unroll_));
-    for (Tokens& s : token_stages_)
-      for (int t = 0; t < c_.token_tiles; ++t)
-        s.x.push_back(w_.make<B32, 8>());
   }
 
   /// `ahead` K blocks of this warp beyond the pointers.
@@ -124,28 +133,50 @@ private:
     for (int r = 0; r < c_.row_tiles; ++r)
       load_row_tile(stage, r, ahead, more);
   }
-  void load_tokens(int stage, int ahead) {
+  /// This lane's share of the tokens of a K block, into registers.
+  void load_tokens(int ahead) {
     const Pred more = w_.compare_s32(Compare::gt, left_, ahead);
     const bool ragged = shape_.k % 64 != 0;
     // In the last block of a K that ends half-way, the second half of x is not there: zero.
-    const Pred whole = ragged ? w_.both(more, w_.compare_s32(Compare::lt,
-                                                            w_.add(rank_k_now_.id < 0 ? rank_k_ : rank_k_now_, ahead * ranks_),
-                                                            layout_.k_blocks() - 1))
-                              : more;
-    for (int t = 0; t < c_.token_tiles; ++t) {
-      const std::span<const B32> x = token_stages_[static_cast<std::size_t>(stage % unroll_)].x[static_cast<std::size_t>(t)];
-      const std::int64_t offset = std::int64_t{ahead} * ranks_ * 128;
-      w_.load_constant(x.first(4), {tokens_[static_cast<std::size_t>(t)], offset}, more);
-      if (ragged)
-        for (const B32 r : x.subspan(4))
-          w_.mov_to(r, 0);
-      w_.load_constant(x.subspan(4), {tokens_[static_cast<std::size_t>(t)], offset + 64}, whole);
+    Pred exists = more;
+    if (ragged) {
+      const Pred whole = w_.compare_u32(Compare::lt, w_.add(rank_k_now_, ahead * ranks_), layout_.k_blocks() - 1);
+      exists = w_.both(more, w_.either(whole, first_half_));
     }
+    for (std::size_t i = 0; i < tokens_.size(); ++i) {
+      if (ragged)
+        for (const B32 r : x_[i])
+          w_.mov_to(r, 0);
+      w_.load_constant(std::span<const B32>(x_[i]), {tokens_[i], std::int64_t{ahead} * ranks_ * 128}, exists);
+    }
+  }
+  /// Into shared memory, from where `read_tokens` of the next block takes them as operands.
+  void write_tokens(int stage) {
+    for (std::size_t i = 0; i < x_.size(); ++i) {
+      // Rows 4 to 7 of eight lie 4 chunks off: their row's number in the exchange has bit 2 set.
+      const SharedAddress to{i % 2 == 0 ? token_write_ : token_write_odd(),
+                             stage % 2 * token_bytes() + static_cast<int>(i) * 512};
+      w_.store_shared(to, std::span<const B32>(x_[i]));
+    }
+  }
+  B32 token_write_odd() {
+    if (token_write_odd_.id < 0)
+      token_write_odd_ = w_.xor_(token_write_, 64);
+    return token_write_odd_;
+  }
+  Tokens read_tokens(int stage) {
+    Tokens x;
+    for (int t = 0; t < c_.token_tiles; ++t) {
+      x.push_back(w_.make<B32, 8>());
+      for (std::size_t half = 0; half < 2; ++half)
+        w_.ldmatrix(std::span<const B32>(x.back()).subspan(4 * half, 4),
+                    {token_read_[half], stage % 2 * token_bytes() + t * 1024});
+    }
+    return x;
   }
 
   void k_loop() {
     const Label end = w_.label();
-    rank_k_now_ = w_.mov(rank_k_);
     w_.branch(end, w_.compare_s32(Compare::le, left_, 0));
     w_.loop("K blocks of 64, one stage each", [&] {
       for (int s = 0; s < unroll_; ++s) {
@@ -169,7 +200,10 @@ private:
   }
 
   void multiply_block(int s) {
-    const Tokens& tokens = token_stages_[static_cast<std::size_t>(s)];
+    w_.barrier_warp();
+    const Tokens tokens = read_tokens(s);
+    write_tokens(s + 1); // of which every lane has read the block before
+    load_tokens(s + 2);
     const Weights& weights = weight_stages_[static_cast<std::size_t>(s % c_.depth)];
     const int steps = 4 / parts(); // of one scale
     w_.comment("sums of x over the group's part, for the zeros: a product with ones");
@@ -177,7 +211,7 @@ private:
     for (int t = 0; t < c_.token_tiles; ++t)
       for (int part = 0; part < parts(); ++part)
         sums.push_back(product(steps, [&](const Fragment& d, int i, std::span<const F32, 4> c) {
-          w_.mma_bf16(d, ones_, operand(tokens.x[static_cast<std::size_t>(t)], part * steps + i), c);
+          w_.mma_bf16(d, ones_, operand(tokens[static_cast<std::size_t>(t)], part * steps + i), c);
         }));
     const Pred more = w_.compare_s32(Compare::gt, left_, s + c_.depth);
     for (int r = 0; r < c_.row_tiles; ++r) {
@@ -198,7 +232,7 @@ private:
           const auto p = static_cast<std::size_t>(part);
           const Fragment d = product(steps, [&](const Fragment& to, int i, std::span<const F32, 4> c) {
             w_.mma_bf16(to, a[p * static_cast<std::size_t>(steps) + static_cast<std::size_t>(i)],
-                        operand(tokens.x[static_cast<std::size_t>(t)], part * steps + i), c);
+                        operand(tokens[static_cast<std::size_t>(t)], part * steps + i), c);
           });
           const Fragment& x_sum = sums[static_cast<std::size_t>(t * parts() + part)];
           const Fragment& acc = acc_[static_cast<std::size_t>(r * c_.token_tiles + t)];
@@ -208,7 +242,6 @@ private:
           }
         }
     }
-    load_tokens(s, s + unroll_);
   }
 
   /// D of `steps` mma that begin at zero.
@@ -222,7 +255,8 @@ private:
   /// Sums over the warps, then over the cluster, each in the order of its ranks; then bf16 to y.
   void reduce() {
     const int fragments = c_.row_tiles * c_.token_tiles;
-    const B32 shared = w_.shared_memory();
+    const B32 shared = shared_;
+    w_.barrier();
     w_.comment("every warp's sums side by side: [warp][row tile][token tile][lane][4]");
     const B32 warp = w_.shr(thread_, 5);
     const B32 own = w_.add(w_.mad(warp, fragments * kAccumulator, shared), w_.shl(lane_, 4));
@@ -319,12 +353,15 @@ private:
   B32 left_;             ///< K blocks that this warp still has from the pointers on
   B64 weights_, scales_; ///< this lane's place in the next K block of row tile 0
   std::int64_t scale_advance_ = 0;
-  std::vector<B64> tokens_; ///< by token tile
+  std::vector<B64> tokens_;           ///< this lane's 16 bytes of every fourth token in the next K block
+  std::vector<std::array<B32, 4>> x_; ///< what lies there
+  Pred first_half_;                   ///< they are of the first 32 k
+  B32 shared_, token_write_, token_write_odd_;
+  std::array<B32, 2> token_read_;
   std::vector<Fragment> acc_;
   Fragment zero_;
   std::array<B32, 4> ones_;
   std::vector<Weights> weight_stages_;
-  std::vector<Tokens> token_stages_;
 };
 
 } // namespace

@@ -17,6 +17,7 @@ using Fragment = std::array<F32, 4>; ///< of D: rows l/4 (0, 1) and l/4 + 8 (2, 
 constexpr int kAccumulator = 512; // bytes of a fragment of f32 over a warp
 constexpr int kTokenRow = 128;    // bytes of a token's K block
 constexpr int kRowTile = 512;     // bytes of a row tile's K block
+constexpr std::uint32_t kMinusZeros = 0x80008000; // bf16 −0, twice: added, it changes nothing; xor, it negates
 
 int log2(std::int64_t power_of_two) { return std::countr_zero(static_cast<std::uint64_t>(power_of_two)); }
 
@@ -25,20 +26,20 @@ struct Stage {
   Stage(const Shape& shape, const TileConfig& c)
       : scale_block(static_cast<int>(int4_mm::FragmentLayout{.group = shape.group}.scale_block())),
         weights(static_cast<int>(c.tokens()) * kTokenRow), scales(weights + c.warps_n * c.row_tiles * kRowTile),
-        bytes(scales + c.warps_n * c.row_tiles * scale_block) {}
+        bytes((scales + c.warps_n * c.row_tiles * scale_block + 1023) / 1024 * 1024) {}
   int scale_block; ///< of one row tile
-  int weights, scales, bytes;
+  int weights, scales, bytes; ///< swizzled rows of tokens begin at multiples of 1024
 };
 
 class Tile {
 public:
   Tile(Sm sm, const Shape& shape, const TileConfig& config)
       : shape_(shape), c_(config), layout_{shape.n, shape.k, shape.group}, stage_(shape, config),
-        w_(sm, "main", config.threads(), config.cluster) {}
+        w_(sm, "main", config.threads(), config.cluster, config.blocks_per_sm) {}
 
   Result<std::string> emit() {
     prologue();
-    for (int s = 0; s + 1 < c_.stages; ++s)
+    for (int s = 0; s < stages_ahead(); ++s)
       copy_stage();
     accumulators();
     k_loop();
@@ -54,6 +55,8 @@ private:
   int block_row_tiles() const { return c_.warps_n * c_.row_tiles; }
   int ranks() const { return c_.warps_k * c_.cluster; } ///< that take turns along K
   int step_bytes() const { return c_.warps_k * stage_.bytes; }
+  /// Stages on their way: the slots but those in use, by wgmma also the step before.
+  int stages_ahead() const { return c_.stages - (c_.wgmma ? 2 * c_.step_blocks : 1); }
   std::int64_t steps() const { return (layout_.k_blocks() + ranks() - 1) / ranks(); }
   Fragment& acc(int r, int t) { return acc_[static_cast<std::size_t>(r * c_.token_tiles + t)]; }
 
@@ -89,12 +92,12 @@ private:
     copied_ = w_.mov(own);
     multiplied_ = w_.mov(own);
 
-    w_.comment("this thread's 16 bytes of tokens: row, chunk; halves of odd rows are exchanged against bank conflicts");
+    w_.comment("this thread's 16 bytes of tokens: row, chunk; the chunks of a row are exchanged (128-byte swizzle)");
     const B32 in_group = w_.mad(warp_, 32, lane_);
     copy_row_ = w_.shr(in_group, 3);
     const B32 chunk = w_.and_(in_group, 7);
     copy_k_ = w_.mul(chunk, 8);
-    token_slot_ = w_.mad(copy_row_, kTokenRow, w_.mul(w_.xor_(chunk, w_.mul(w_.and_(copy_row_, 1), 4)), 16));
+    token_slot_ = w_.mad(copy_row_, kTokenRow, w_.mul(w_.xor_(chunk, w_.and_(copy_row_, 7)), 16));
     const B64 first_row = w_.mul_wide(w_.mul(w_.add(first_token_, copy_row_), ldx), 2);
     tokens_ = w_.add64(x, first_row);
     tokens_ = w_.mad_wide(k_block_, kTokenRow, w_.mad_wide(chunk, 16, tokens_));
@@ -119,12 +122,11 @@ private:
     }
 
     w_.comment("where this lane reads its operands");
-    const B32 quad = w_.shr(lane_, 2), in_quad = w_.and_(lane_, 3);
-    const B32 row = w_.mad(warp_m_, 8 * c_.token_tiles, quad), odd = w_.and_(quad, 1);
-    const B32 row_at = w_.mul(row, kTokenRow);
+    const B32 quad = w_.shr(lane_, 2), in_matrix = w_.and_(lane_, 7), matrix = w_.shr(lane_, 3);
+    const B32 row_at = w_.mul(w_.mad(warp_m_, 8 * c_.token_tiles, in_matrix), kTokenRow);
     for (int half = 0; half < 2; ++half)
       token_read_[static_cast<std::size_t>(half)] =
-          w_.add(row_at, w_.mul(w_.xor_(w_.add(in_quad, 4 * half), w_.mul(odd, 4)), 16));
+          w_.add(row_at, w_.mul(w_.xor_(w_.add(matrix, 4 * half), in_matrix), 16));
     weight_read_ = w_.mad(warp_n_, c_.row_tiles * kRowTile, w_.mad(lane_, 16, stage_.weights));
     scale_read_ = w_.mad(warp_n_, c_.row_tiles * stage_.scale_block, w_.mad(quad, 8 * parts(), stage_.scales));
   }
@@ -137,8 +139,8 @@ private:
     w_.mov_to(slot, ring_, w_.compare_u32(Compare::ge, slot, ring_end_));
   }
 
-  /// This group's next K block into the ring; a group of copies even where K has ended. Tokens that do not exist, and
-  /// those of a K block that does not, are zero.
+  /// This group's next K block into the ring; a group of copies even where K has ended. What does not exist is
+  /// zero: tokens, and K blocks beyond the last.
   void copy_stage() {
     w_.comment("copy a K block");
     const Pred k_exists = w_.compare_s32(Compare::gt, w_.sub(w_.sub(shape_.k, w_.mul(k_block_, 64)), copy_k_), 0);
@@ -153,19 +155,18 @@ private:
       if (first + rows_per_copy() < c_.tokens())
         w_.add64_to(row, row, row_step_);
     }
-    const Pred block_exists = w_.compare_u32(Compare::lt, k_block_, layout_.k_blocks());
+    const B32 bytes = w_.select(w_.compare_u32(Compare::lt, k_block_, layout_.k_blocks()), 16, 0);
     const B32 weight_slot = w_.add(copied_, weight_slot_);
     for (std::size_t i = 0; i < weights_.size(); ++i) {
-      const Pred mine = copies_weights_[i].id < 0 ? block_exists : w_.both(block_exists, copies_weights_[i]);
-      w_.cp_async({weight_slot, static_cast<std::int64_t>(i) * group_warps() * kRowTile}, {weights_[i]}, 16, mine);
+      w_.cp_async({weight_slot, static_cast<std::int64_t>(i) * group_warps() * kRowTile}, {weights_[i]}, bytes,
+                  copies_weights_[i]);
       w_.add64_to(weights_[i], weights_[i], ranks() * layout_.block_stride());
     }
     const B32 step = w_.shr(k_block_, log2(std::max<std::int64_t>(1, shape_.group / 64)));
     const B32 scale_slot = w_.add(copied_, scale_slot_);
     for (std::size_t i = 0; i < scales_.size(); ++i)
       w_.cp_async({scale_slot, static_cast<std::int64_t>(i) * 512 * group_warps()},
-                  {w_.mad_wide(step, layout_.scale_step_stride(), scales_[i])}, 16,
-                  w_.both(block_exists, copies_scales_[i]));
+                  {w_.mad_wide(step, layout_.scale_step_stride(), scales_[i])}, bytes, copies_scales_[i]);
     w_.add64_to(tokens_, tokens_, std::int64_t{ranks()} * kTokenRow);
     w_.add_to(k_block_, k_block_, ranks());
     advance(copied_);
@@ -180,28 +181,75 @@ private:
         w_.mov_to(r, 0.0f);
     }
     k_steps_ = w_.mov(steps());
-    if (ranks() > 1) // its first K block lies this far from the first that it does not have
-      group_blocks_ = w_.mov(w_.div_u32(w_.sub(layout_.k_blocks() + ranks() - 1, first_block()), ranks()));
-  }
-  B32 first_block() {
-    return c_.cluster > 1 ? w_.mad(rank_, c_.warps_k, group_) : group_;
   }
 
   void k_loop() {
+    if (c_.wgmma) {
+      wgmma_loop();
+      return;
+    }
     w_.loop("K blocks of 64, one for each group of warps", [&] {
-      w_.cp_async_wait(c_.stages - 2);
+      w_.cp_async_wait(stages_ahead() - 1);
       w_.barrier();
       copy_stage();
-      if (ranks() > 1) {
-        w_.if_(w_.compare_s32(Compare::gt, group_blocks_, 0), [&] { multiply_block(); });
-        w_.add_to(group_blocks_, group_blocks_, -1);
-      } else {
-        multiply_block();
-      }
+      multiply_block();
       advance(multiplied_);
       w_.add_to(k_steps_, k_steps_, -1);
       return w_.compare_s32(Compare::gt, k_steps_, 0);
     });
+    w_.cp_async_wait(0);
+  }
+
+  /// Dequantises a K block while the products of the one before run; two sets of operands in turn.
+  void wgmma_loop() {
+    const Label end = w_.label();
+    const Pred yes = w_.compare_s32(Compare::gt, k_steps_, 0);
+    std::vector<F32> d;
+    for (const Fragment& f : acc_)
+      d.insert(d.end(), f.begin(), f.end());
+    const auto in_ring = [&](B32 slot, int blocks_on) {
+      if (blocks_on == 0)
+        return slot;
+      const B32 at = w_.add(slot, blocks_on * step_bytes());
+      w_.add_to(at, at, -c_.stages * step_bytes(), w_.compare_u32(Compare::ge, at, ring_end_));
+      return at;
+    };
+    w_.loop("K blocks of 64", [&] {
+      for (int set = 0; set < 2; ++set) {
+        w_.cp_async_wait(stages_ahead() - c_.step_blocks);
+        w_.fence_proxy_async();
+        w_.barrier();
+        for (int i = 0; i < c_.step_blocks; ++i)
+          copy_stage();
+        std::vector<std::vector<Operand>> operands;
+        std::vector<B32> slots;
+        for (int i = 0; i < c_.step_blocks; ++i) {
+          slots.push_back(in_ring(multiplied_, i));
+          const std::array<Scale, 4> scale = load_scale(w_.add(slots.back(), scale_read_));
+          const std::array<B32, 4> q = w_.make<B32, 4>();
+          w_.load_shared(std::span<const B32>(q), SharedAddress{w_.add(slots.back(), weight_read_)});
+          for (std::size_t j = 0; j < 4; ++j)
+            operands.push_back(dequantise(q[j], scale, parts() == 1 ? 0 : j / 2));
+        }
+        w_.wgmma_fence();
+        for (int i = 0; i < 4 * c_.step_blocks; ++i) {
+          // Descriptor ("wgmma, matrix descriptor"): address, 8 rows apart 1024 bytes, 128-byte swizzle; all over 16.
+          const B32 first = w_.or_(w_.shr(slots[static_cast<std::size_t>(i / 4)], 4), 1 << 16);
+          const B64 descriptor = w_.combine(w_.add(first, 2 * (i % 4)), 1024 / 16 | 1 << 30);
+          for (const Operand& a : operands[static_cast<std::size_t>(i)])
+            w_.wgmma_bf16(d, a, descriptor, 8 * c_.token_tiles, yes);
+        }
+        w_.wgmma_commit();
+        w_.wgmma_wait(1);
+        w_.mov_to(multiplied_, in_ring(multiplied_, c_.step_blocks));
+        w_.add_to(k_steps_, k_steps_, -c_.step_blocks);
+        if (set == 0)
+          w_.branch(end, w_.compare_s32(Compare::le, k_steps_, 0));
+      }
+      return w_.compare_s32(Compare::gt, k_steps_, 0);
+    });
+    w_.bind(end, "end of K");
+    w_.wgmma_wait(0);
     w_.cp_async_wait(0);
   }
 
@@ -210,22 +258,43 @@ private:
     B32 scale, zero;
   };
 
+  /// By part and row half, of a row tile.
+  std::array<Scale, 4> load_scale(SharedAddress from) {
+    const std::array<B32, 4> pair = w_.make<B32, 4>();
+    w_.load_shared(std::span<const B32>(pair).first(static_cast<std::size_t>(2 * parts())), from);
+    std::array<Scale, 4> scale;
+    for (std::size_t i = 0; i < static_cast<std::size_t>(2 * parts()); ++i)
+      scale[i] = {w_.prmt(pair[i], 0, 0x1010), w_.prmt(pair[i], 0, 0x3232)};
+    return scale;
+  }
+  using Operand = std::array<B32, 4>;
+  /// The A operands whose products add up to the weights' of a word: one, or exactly three.
+  std::vector<Operand> dequantise(B32 word, const std::array<Scale, 4>& scale, std::size_t part) {
+    const Operand q = unpack(w_, word);
+    const Scale* const s = &scale[2 * part]; // by row half
+    Operand rounded;
+    for (std::size_t i = 0; i < 4; ++i)
+      rounded[i] = w_.fma_bf16x2(q[i], s[i % 2].scale, c_.exact ? I32(kMinusZeros) : I32(s[i % 2].zero));
+    if (!c_.exact)
+      return {rounded};
+    // q − 8 has 4 significant bits and the scale 8: what their product lost in rounding is a bf16.
+    Operand rest;
+    for (std::size_t i = 0; i < 4; ++i)
+      rest[i] = w_.fma_bf16x2(q[i], s[i % 2].scale, w_.xor_(rounded[i], kMinusZeros));
+    return {rounded, rest, {s[0].zero, s[1].zero, s[0].zero, s[1].zero}};
+  }
+
   void multiply_block() {
     const B32 weights = w_.add(multiplied_, weight_read_), scales = w_.add(multiplied_, scale_read_);
-    std::vector<std::array<Scale, 4>> scale(static_cast<std::size_t>(c_.row_tiles)); // [part][row half]
-    for (int r = 0; r < c_.row_tiles; ++r) {
-      const std::array<B32, 4> pair = w_.make<B32, 4>();
-      w_.load_shared(std::span<const B32>(pair).first(static_cast<std::size_t>(2 * parts())),
-                     {scales, r * stage_.scale_block});
-      for (std::size_t i = 0; i < static_cast<std::size_t>(2 * parts()); ++i)
-        scale[static_cast<std::size_t>(r)][i] = {w_.prmt(pair[i], 0, 0x1010), w_.prmt(pair[i], 0, 0x3232)};
-    }
+    std::vector<std::array<Scale, 4>> scale;
+    for (int r = 0; r < c_.row_tiles; ++r)
+      scale.push_back(load_scale({scales, r * stage_.scale_block}));
     for (int half = 0; half < 2; ++half) {
       const B32 tokens = w_.add(multiplied_, token_read_[static_cast<std::size_t>(half)]);
-      std::vector<std::array<B32, 4>> x;
+      std::vector<std::array<B32, 4>> x; // operands of two steps
       for (int t = 0; t < c_.token_tiles; ++t) {
         x.push_back(w_.make<B32, 4>());
-        w_.load_shared(std::span<const B32>(x.back()), {tokens, t * 8 * kTokenRow});
+        w_.ldmatrix(std::span<const B32>(x.back()), {tokens, t * 8 * kTokenRow});
       }
       std::vector<std::array<B32, 2>> q;
       for (int r = 0; r < c_.row_tiles; ++r) {
@@ -235,14 +304,11 @@ private:
       const std::size_t part = parts() == 1 ? 0 : static_cast<std::size_t>(half);
       for (std::size_t i = 0; i < 2; ++i)
         for (int r = 0; r < c_.row_tiles; ++r) {
-          std::array<B32, 4> a = unpack(w_, q[static_cast<std::size_t>(r)][i]);
-          for (std::size_t j = 0; j < 4; ++j) {
-            const Scale& s = scale[static_cast<std::size_t>(r)][2 * part + j % 2];
-            a[j] = w_.fma_bf16x2(a[j], s.scale, s.zero);
-          }
-          for (int t = 0; t < c_.token_tiles; ++t)
-            w_.mma_bf16(acc(r, t), a,
-                        std::span<const B32, 2>(x[static_cast<std::size_t>(t)].data() + 2 * i, 2), acc(r, t));
+          for (const Operand& a :
+               dequantise(q[static_cast<std::size_t>(r)][i], scale[static_cast<std::size_t>(r)], part))
+            for (int t = 0; t < c_.token_tiles; ++t)
+              w_.mma_bf16(acc(r, t), a, std::span<const B32, 2>(x[static_cast<std::size_t>(t)].data() + 2 * i, 2),
+                          acc(r, t));
         }
     }
   }
@@ -329,7 +395,7 @@ private:
       B32 f_row = row, f_token = token;
       if (c_.cluster > 1) {
         const B32 f = w_.add(rank_, i * c_.cluster);
-        const B32 r = w_.shr(f, log2(c_.token_tiles)), t = w_.and_(f, c_.token_tiles - 1);
+        const B32 r = w_.div_u32(f, c_.token_tiles), t = w_.sub(f, w_.mul(r, c_.token_tiles));
         f_row = w_.mad(r, 16, row);
         f_token = w_.mad(t, 8, token);
       } else {
@@ -358,7 +424,7 @@ private:
   B32 tile_;                               ///< first row tile of the block
   B32 first_token_, tokens_left_;          ///< of the block; to the end of x
   B32 k_block_;                            ///< this group's next to copy
-  B32 k_steps_, group_blocks_;             ///< left to multiply: by the block, by this group
+  B32 k_steps_;                            ///< left to multiply
   B32 shared_, ring_, ring_end_, copied_, multiplied_;
   B32 copy_row_, copy_k_, token_slot_, weight_slot_, scale_slot_;
   B64 tokens_, row_step_;
@@ -372,7 +438,8 @@ private:
 } // namespace
 
 std::string TileConfig::text() const {
-  return fmt::format("r{}t{}n{}m{}k{}c{}s{}", row_tiles, token_tiles, warps_n, warps_m, warps_k, cluster, stages);
+  return fmt::format("r{}t{}n{}m{}k{}c{}s{}b{}{}{}", row_tiles, token_tiles, warps_n, warps_m, warps_k, cluster, stages,
+                     blocks_per_sm, wgmma ? fmt::format("g{}", step_blocks) : "", exact ? "e" : "");
 }
 std::int64_t TileConfig::shared_bytes(const Shape& shape) const {
   const std::int64_t ring = std::int64_t{stages} * warps_k * Stage(shape, *this).bytes;
@@ -382,8 +449,9 @@ std::int64_t TileConfig::shared_bytes(const Shape& shape) const {
 
 Result<std::string> emit_tile(Sm sm, const Shape& shape, const TileConfig& c) {
   const auto power_of_two = [](int v) { return v > 0 && std::has_single_bit(static_cast<unsigned>(v)); };
-  const bool suits = c.row_tiles > 0 && power_of_two(c.token_tiles) && c.warps_n > 0 && c.warps_m > 0 && c.warps_k > 0 &&
-                     power_of_two(c.cluster) && c.row_tiles * c.token_tiles % c.cluster == 0 && c.stages >= 2;
+  const bool suits = c.row_tiles > 0 && c.token_tiles > 0 && c.warps_n > 0 && c.warps_m > 0 && c.warps_k > 0 &&
+                     power_of_two(c.cluster) && c.row_tiles * c.token_tiles % c.cluster == 0 && c.stages >= (c.wgmma ? 3 * c.step_blocks : 2) &&
+                     (!c.wgmma || (c.row_tiles == 1 && c.warps_m == 1 && c.warps_k == 1 && c.warps_n % 4 == 0));
   if (!suits)
     return Status::error(Code::compile_failed, fmt::format("int4_mm: configuration {} does not suit n={} k={} group={}",
                                                            c.text(), shape.n, shape.k, shape.group));

@@ -26,7 +26,7 @@ public:
 
   Result<std::string> emit() {
     prologue();
-    for (int s = 0; s + 1 < c_.stages; ++s)
+    for (int s = 0; s < stages_ahead(); ++s)
       copy_stage();
     acc_.resize(static_cast<std::size_t>(c_.column_tiles * c_.row_tiles));
     for (Fragment& f : acc_) {
@@ -46,6 +46,8 @@ private:
   int ranks() const { return c_.warps_k * c_.cluster; } ///< that take turns along K
   int group_bytes() const { return static_cast<int>(c_.rows() + c_.columns()) * kBlock; }
   int step_bytes() const { return c_.warps_k * group_bytes(); }
+  /// Stages on their way: the slots but those in use, by wgmma also the step before.
+  int stages_ahead() const { return c_.stages - (c_.wgmma ? 2 : 1); }
   std::int64_t steps() const { return std::max<std::int64_t>(1, (shape_.k + ranks() * kBlock - 1) / (ranks() * kBlock)); }
   int rows_per_copy() const { return 4 * group_warps(); }
 
@@ -87,11 +89,11 @@ private:
     copied_ = w_.mov(ring_);
     multiplied_ = w_.mov(ring_);
 
-    w_.comment("this thread's 16 bytes: row, chunk; halves of odd rows are exchanged against bank conflicts");
+    w_.comment("this thread's 16 bytes: row, chunk; the chunks of a row are exchanged against bank conflicts");
     const B32 in_group = w_.mad(warp_, 32, lane_);
     copy_row_ = w_.shr(in_group, 3);
     const B32 chunk = w_.and_(in_group, 7);
-    slot_ = w_.mad(copy_row_, kBlock, w_.mul(w_.xor_(chunk, w_.mul(w_.and_(copy_row_, 1), 4)), 16));
+    slot_ = w_.mad(copy_row_, kBlock, w_.mul(w_.xor_(chunk, exchange(copy_row_)), 16));
     const B32 first_k = w_.mad(rank_k, kBlock, w_.mul(chunk, 16));
     k_left_ = w_.sub(shape_.k, first_k);
     const auto copy = [&](B64 base, B32 first, B32 stride, B32 left, std::int64_t rows, int offset) {
@@ -103,15 +105,18 @@ private:
                       static_cast<int>(c_.rows()) * kBlock);
 
     w_.comment("where this lane reads its operands");
-    const B32 quad = w_.shr(lane_, 2), in_quad = w_.and_(lane_, 3), odd = w_.mul(w_.and_(quad, 1), 4);
+    const B32 quad = w_.shr(lane_, 2), in_quad = w_.and_(lane_, 3), exchanged = exchange(quad);
     for (int half = 0; half < 2; ++half) {
-      const B32 chunk_at = w_.mul(w_.xor_(w_.add(in_quad, 4 * half), odd), 16);
+      const B32 chunk_at = w_.mul(w_.xor_(w_.add(in_quad, 4 * half), exchanged), 16);
       const auto h = static_cast<std::size_t>(half);
       row_read_[h] = w_.mad(w_.mad(warp_m_, 8 * c_.row_tiles, quad), kBlock, chunk_at);
       column_read_[h] = w_.mad(w_.mad(warp_n_, 16 * c_.column_tiles, quad), kBlock,
                                w_.add(chunk_at, c_.rows() * kBlock));
     }
   }
+
+  /// What a row's chunks are exchanged by: wgmma's 128-byte swizzle, or its part that 16-byte loads need.
+  B32 exchange(B32 row) { return c_.wgmma ? w_.and_(row, 7) : w_.mul(w_.and_(row, 1), 4); }
 
   void advance(B32 slot) {
     w_.add_to(slot, slot, step_bytes());
@@ -143,6 +148,10 @@ private:
 
   void k_loop() {
     const B32 steps_left = w_.mov(steps());
+    if (c_.wgmma) {
+      wgmma_loop(steps_left);
+      return;
+    }
     w_.loop("128 k, for each group of warps", [&] {
       w_.cp_async_wait(c_.stages - 2);
       w_.barrier();
@@ -153,6 +162,34 @@ private:
       w_.add_to(steps_left, steps_left, -1);
       return w_.compare_s32(Compare::gt, steps_left, 0);
     });
+    w_.cp_async_wait(0);
+  }
+
+  void wgmma_loop(B32 steps_left) {
+    const Pred yes = w_.compare_s32(Compare::gt, steps_left, 0);
+    std::vector<B32> d;
+    for (const Fragment& f : acc_)
+      d.insert(d.end(), f.begin(), f.end());
+    const B32 columns = w_.mad(w_.shr(warp_, 2), 64 * kBlock, c_.rows() * kBlock);
+    w_.loop("128 k", [&] {
+      w_.cp_async_wait(stages_ahead() - 1);
+      w_.fence_proxy_async();
+      w_.barrier();
+      copy_stage();
+      // Descriptors ("wgmma, matrix descriptor"): address, 8 rows apart 1024 bytes, 128-byte swizzle; all over 16.
+      constexpr int kHigh = 1024 / 16 | 1 << 30;
+      const B32 a = w_.or_(w_.shr(w_.add(multiplied_, columns), 4), 1 << 16);
+      const B32 b = w_.or_(w_.shr(multiplied_, 4), 1 << 16);
+      w_.wgmma_fence();
+      for (int j = 0; j < 4; ++j)
+        w_.wgmma_s8(d, w_.combine(w_.add(a, 2 * j), kHigh), w_.combine(w_.add(b, 2 * j), kHigh), 8 * c_.row_tiles, yes);
+      w_.wgmma_commit();
+      w_.wgmma_wait(1);
+      advance(multiplied_);
+      w_.add_to(steps_left, steps_left, -1);
+      return w_.compare_s32(Compare::gt, steps_left, 0);
+    });
+    w_.wgmma_wait(0);
     w_.cp_async_wait(0);
   }
 
@@ -313,7 +350,8 @@ private:
 } // namespace
 
 std::string TileConfig::text() const {
-  return fmt::format("c{}r{}n{}m{}k{}c{}s{}", column_tiles, row_tiles, warps_n, warps_m, warps_k, cluster, stages);
+  return fmt::format("c{}r{}n{}m{}k{}c{}s{}{}", column_tiles, row_tiles, warps_n, warps_m, warps_k, cluster, stages,
+                     wgmma ? "g" : "");
 }
 std::int64_t TileConfig::shared_bytes() const {
   const std::int64_t sums = rows() * columns() * 4;
@@ -324,7 +362,8 @@ std::int64_t TileConfig::shared_bytes() const {
 Result<std::string> emit_tile(Sm sm, const Shape& shape, const TileConfig& c) {
   const bool suits = c.column_tiles > 0 && c.row_tiles > 0 && c.warps_n > 0 && c.warps_m > 0 && c.warps_k > 0 &&
                      c.cluster > 0 && std::has_single_bit(static_cast<unsigned>(c.cluster)) &&
-                     c.column_tiles * c.row_tiles % c.cluster == 0 && c.stages >= 2 &&
+                     c.column_tiles * c.row_tiles % c.cluster == 0 && c.stages >= (c.wgmma ? 3 : 2) &&
+                     (!c.wgmma || (c.column_tiles == 1 && c.warps_m == 1 && c.warps_k == 1 && c.warps_n % 4 == 0)) &&
                      shape.scaled == (shape.output != Output::s32);
   if (!suits)
     return Status::error(Code::compile_failed,

@@ -65,8 +65,9 @@ struct Writer::Operand {
   std::string_view text;
 };
 
-Writer::Writer(Sm sm, std::string_view name, int threads, int blocks_per_cluster)
-    : sm_(sm), name_(name), threads_(threads), blocks_per_cluster_(blocks_per_cluster), version_(first_version(sm)) {
+Writer::Writer(Sm sm, std::string_view name, int threads, int blocks_per_cluster, int blocks_per_sm)
+    : sm_(sm), name_(name), threads_(threads), blocks_per_cluster_(blocks_per_cluster), blocks_per_sm_(blocks_per_sm),
+      version_(first_version(sm)) {
   body_.reserve(std::size_t{1} << 17);
   if (sm.number < 80)
     fail(fmt::format("{}: the least is sm_80", sm.text()));
@@ -299,6 +300,12 @@ B64 Writer::widen(B32 a) {
   emit("cvt.u64.u32", {d, a});
   return d;
 }
+B64 Writer::combine(B32 low, I32 high) {
+  const B64 d = b64();
+  const std::array<B32, 2> halves = {low, high.is_immediate ? mov(high) : high.reg};
+  emit("mov.b64", {d, Operand(std::span<const B32>(halves))});
+  return d;
+}
 B64 Writer::mul_wide(I32 a, I32 b) {
   const B64 d = b64();
   emit("mul.wide.u32", {d, a, b});
@@ -339,6 +346,12 @@ Pred Writer::compare_s32(Compare how, I32 a, I32 b) {
 Pred Writer::both(Pred a, Pred b) {
   const Pred d = pred();
   emit("and.pred", {d, a, b});
+  return d;
+}
+
+Pred Writer::either(Pred a, Pred b) {
+  const Pred d = pred();
+  emit("or.pred", {d, a, b});
   return d;
 }
 
@@ -630,6 +643,18 @@ void Writer::wgmma_bf16(std::span<const F32> d, std::span<const B32, 4> a, B64 b
   emit(fmt::format("wgmma.mma_async.sync.aligned.m64n{}k16.f32.bf16.bf16", n),
        {Operand(d), Operand(std::span<const B32>(a)), b_descriptor, accumulate, I32(1), I32(1), I32(0)});
 }
+void Writer::wgmma_s8(std::span<const B32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate) {
+  require_specific("wgmma.mma_async");
+  const bool allowed = n >= 8 && n <= 256 && (n <= 32 ? n % 8 == 0 : n >= 48 && n % 16 == 0);
+  if (!allowed || d.size() != static_cast<std::size_t>(n / 2)) {
+    fail(fmt::format("wgmma m64n{}k32 with {} accumulators: n is 8, 16, 24, 32 or a multiple of 16 from 48 to 256, with "
+                     "n/2 accumulators",
+                     n, d.size()));
+    return;
+  }
+  emit(fmt::format("wgmma.mma_async.sync.aligned.m64n{}k32.s32.s8.s8", n),
+       {Operand(d), a_descriptor, b_descriptor, accumulate});
+}
 void Writer::setmaxnreg(bool increase, int registers) {
   require_specific("setmaxnreg");
   if (registers < 24 || registers > 256 || registers % 8 != 0)
@@ -686,8 +711,7 @@ Result<std::string> Writer::finish() {
     out += ".extern .shared .align 1024 .b8 shared[];\n";
   fmt::format_to(std::back_inserter(out), "\n.visible .entry {}(\n{}\n)\n.reqntid {}, 1, 1\n", name_, parameters_,
                  threads_);
-  if (sm_.number >= 90)
-    out += ".minnctapersm 1\n";
+  fmt::format_to(std::back_inserter(out), ".minnctapersm {}\n", blocks_per_sm_);
   if (blocks_per_cluster_ > 1)
     fmt::format_to(std::back_inserter(out), ".explicitcluster\n.reqnctapercluster {}, 1, 1\n", blocks_per_cluster_);
   out += "{\n";

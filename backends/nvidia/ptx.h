@@ -89,9 +89,10 @@ struct Sm {
 /// One kernel entry. One thread. Remembers its first error, so that writing needs no checks in between.
 class Writer {
 public:
-  /// `name` is the entry's. `threads` per block becomes `.reqntid`; `blocks_per_cluster` > 1 `.reqnctapercluster`.
+  /// `name` is the entry's. `threads` per block becomes `.reqntid`; `blocks_per_cluster` > 1 `.reqnctapercluster`;
+  /// `blocks_per_sm` > 1 `.minnctapersm`: registers are limited so that so many blocks fit.
   /// Directives: "Performance-Tuning Directives", "Cluster Dimension Directives".
-  Writer(Sm sm, std::string_view name, int threads, int blocks_per_cluster = 1);
+  Writer(Sm sm, std::string_view name, int threads, int blocks_per_cluster = 1, int blocks_per_sm = 1);
 
   /// Parameters in order, before anything else ("Kernel Function Parameters"). The register holds the value loaded.
   B64 parameter_b64(std::string_view name);
@@ -145,6 +146,7 @@ public:
   B64 add64(B64 a, I64 b);
   void add64_to(B64 d, B64 a, I64 b, Guard guard = {});
   B64 widen(B32 a);               ///< unsigned
+  B64 combine(B32 low, I32 high);
   B64 mul_wide(I32 a, I32 b);     ///< u32 × u32 → u64
   B64 mad_wide(I32 a, I32 b, B64 c);
   /// Any function of three bits: `table` is the function of (0xF0, 0xCC, 0xAA) ("lop3").
@@ -155,6 +157,7 @@ public:
   Pred compare_u32(Compare how, I32 a, I32 b);
   Pred compare_s32(Compare how, I32 a, I32 b);
   Pred both(Pred a, Pred b);
+  Pred either(Pred a, Pred b);
 
   // ---- "Floating-Point Instructions", "Half Precision Floating-Point Instructions", cvt
   F32 mov_f32(Float a);
@@ -238,6 +241,9 @@ public:
   /// D[64×n] (+)= A[64×16] · B[16×n], bf16, A from registers, B K-major by descriptor. d has n/2 registers; n a
   /// multiple of 8 to 256. `accumulate` false: D is overwritten.
   void wgmma_bf16(std::span<const F32> d, std::span<const B32, 4> a, B64 b_descriptor, int n, Pred accumulate);
+  /// D[64×n] (+)= A[64×32] · B[32×n], s8, both K-major by descriptor, s32 sums that wrap. n: 8, 16, 24, 32, or a multiple
+  /// of 16 from 48 to 256.
+  void wgmma_s8(std::span<const B32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate);
   void setmaxnreg(bool increase, int registers);
 
   // ---- "cp.async.bulk.tensor": the copy engine, sm_90
@@ -289,7 +295,7 @@ private:
 
   Sm sm_;
   std::string name_;
-  int threads_, blocks_per_cluster_;
+  int threads_, blocks_per_cluster_, blocks_per_sm_;
   int version_; ///< ten times the PTX version that the text needs
   bool uses_shared_ = false;
   std::string parameters_, body_, error_;

@@ -15,7 +15,7 @@ void pack_block(const std::uint8_t rows[kRows][kBlockBytes], std::uint8_t* out) 
     for (int step = 0; step < 4; ++step, out += 4) {
       std::uint32_t word = 0;
       for (int i = 0; i < 4; ++i) {
-        const int k = 32 * (step / 2) + 8 * (lane % 4) + 4 * (step % 2) + 2 * (i / 2);
+        const int k = 16 * step + 2 * (lane % 4) + 8 * (i / 2);
         const std::uint32_t pair = rows[lane / 4 + 8 * (i % 2)][k / 2];
         word |= pair >> 4 << (4 * i) | (pair & 15) << (16 + 4 * i);
       }
