@@ -12,14 +12,14 @@
 /// (int4_mm::FragmentLayout), and are dequantised there.
 namespace kiln::nvidia::int4 {
 
-/// What a kernel is made for; m is bounded by `tokens` of its configuration, or free.
+/// What a kernel is made for; m is free, in steps of `tokens()` of its configuration.
 struct Shape {
   std::int64_t n = 0, k = 0, group = 0;
 };
 
-/// Few tokens: bound by reading the weights. A block computes `row_tiles` tiles of 16 rows; its warps, and the blocks of
-/// its cluster, take turns along K (blocks of 64), each with all tokens and all rows in its own registers, and add up at
-/// the end in a fixed order. Nothing but that last sum goes through shared memory.
+/// Few tokens: bound by reading the weights. A block computes `row_tiles` tiles of 16 rows; its warps, and the blocks
+/// of its cluster, take turns along K (blocks of 64), each with all tokens and all rows in its own registers, and add
+/// up at the end in a fixed order. Nothing but that last sum goes through shared memory.
 struct SkinnyConfig {
   int token_tiles = 1; ///< of 8 tokens: 1, 2 or 4
   int row_tiles = 4;   ///< of 16 rows, per block; at most ⌈n/16⌉
@@ -37,22 +37,21 @@ struct SkinnyConfig {
 };
 Result<std::string> emit_skinny(ptx::Sm sm, const Shape& shape, const SkinnyConfig& config);
 
-/// More tokens: a block computes a tile of rows × tokens. Tokens, weights and scales of a K block of 64 go through a ring
-/// in shared memory by cp.async; each warp multiplies `row_tiles` × `token_tiles` fragments and dequantises its weights to
-/// bf16 once for all its tokens. `warps_k` groups of warps, and the blocks of a cluster, take turns along K and add up at
-/// the end in a fixed order.
-/// With `wgmma` (sm_90a), warpgroups of four warps along the rows multiply all tokens of the tile, the weights as register
-/// operand: row_tiles, warps_m and warps_k are 1, warps_n a multiple of 4.
+/// More tokens: a block computes a tile of rows × tokens. Tokens, weights and scales of a K block of 64 go through a
+/// ring in shared memory by cp.async; each warp multiplies `row_tiles` × `token_tiles` fragments and dequantises its
+/// weights to bf16 once for all its tokens. `warps_k` groups of warps, and the blocks of a cluster, take turns along K
+/// and add up at the end in a fixed order. With `wgmma` (sm_90a), warpgroups of four warps along the rows multiply all
+/// tokens of the tile, the weights as register operand: row_tiles, warps_m and warps_k are 1, warps_n a multiple of 4.
 struct TileConfig {
-  int row_tiles = 4, token_tiles = 8;            ///< of 16 and 8, per warp
-  int warps_n = 2, warps_m = 4, warps_k = 1;     ///< of the block: along rows, tokens, K
-  int cluster = 1;                               ///< blocks that share a tile and split K; above 1 from sm_90 on
-  int stages = 4;                                ///< K blocks; at least 2, with wgmma 3 · step_blocks
+  int row_tiles = 4, token_tiles = 8;        ///< of 16 and 8, per warp
+  int warps_n = 2, warps_m = 4, warps_k = 1; ///< of the block: along rows, tokens, K
+  int cluster = 1;                           ///< blocks that share a tile and split K; above 1 from sm_90 on
+  int stages = 4;                            ///< K blocks; at least 2, with wgmma 3 · step_blocks
   bool wgmma = false;
   int step_blocks = 1;   ///< with wgmma: K blocks between two barriers
   int blocks_per_sm = 1; ///< for which registers are to suffice
-  /// Weights are not rounded to bf16: (q − 8)·scale goes in as two bf16 whose sum it is, and the zero as a third operand.
-  /// For few tokens or rows, where roundings do not average out (OPS.md, accuracy), and products cost little.
+  /// Weights are not rounded to bf16: (q − 8)·scale goes in as two bf16 whose sum it is, and the zero as a third
+  /// operand. For few tokens or rows, where roundings do not average out (OPS.md, accuracy), and products cost little.
   bool exact = false;
 
   std::string text() const; ///< `r4t8n2m4k1c1s4b1`, `g` and step_blocks behind for wgmma, `e` for exact

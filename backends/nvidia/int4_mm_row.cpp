@@ -9,7 +9,8 @@
 #include "jit/ops/int4_mm_fragments.h"
 #include <nvidia_generator_id.h>
 
-/// int4_mm on mma.sync: which kernel serves a desc, and its launch plan.
+/// int4_mm on mma.sync and wgmma: which kernel serves a desc, and its launch plan. What stands here as a constant was
+/// measured on an H200 (scripts/gpu-verify).
 namespace kiln::nvidia {
 namespace {
 
@@ -17,12 +18,28 @@ using namespace kiln::int4_mm;
 
 /// bf16 mma and cp.async came with sm_80 (PTX ISA, "mma", "cp.async").
 constexpr int kFirstSm = 80;
+/// wgmma is in this architecture alone (PTX ISA, "wgmma.mma_async").
+constexpr int kWgmmaSm = 90;
 /// Blocks that keep a GPU of this kind busy: the key has the SM's version, not how many there are.
 constexpr std::int64_t kManyBlocks = 128;
+/// Below so many columns a row's roundings of weights may not average out to what OPS.md allows; likewise few tokens a
+/// column's.
+constexpr std::int64_t kManyColumns = 512, kManyTokens = 32;
 
-Status supports(const KernelDesc&, const Target& target) {
+Status supports_mma_sync(const KernelDesc&, const Target& target) {
   if (target.sm < kFirstSm)
     return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{} or later", target.sm, kFirstSm));
+  return {};
+}
+/// Few tokens need no tiles, and a row whose bits do not depend on the others has one way for all.
+bool takes_skinny(const KernelDesc& desc) {
+  return desc.value[kBatchInvariant] != 0 || (desc.value[kM] != kAny && desc.value[kM] <= 16);
+}
+Status supports_wgmma(const KernelDesc& desc, const Target& target) {
+  if (target.sm != kWgmmaSm)
+    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{}a", target.sm, kWgmmaSm));
+  if (takes_skinny(desc))
+    return Status::error(Code::unsupported, "m <= 16, or batch_invariant=1: mma_sync serves them");
   return {};
 }
 
@@ -35,57 +52,80 @@ int4::Shape shape_of(const KernelDesc& desc) {
 std::int64_t floor_power_of_two(std::int64_t value) {
   return static_cast<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(std::max<std::int64_t>(value, 1))));
 }
+std::int64_t k_blocks(const int4::Shape& shape) {
+  return (shape.k + 63) / 64;
+}
 
 /// Row tiles that leave enough blocks; where even one is too many, clusters that split K.
 int4::SkinnyConfig choose_skinny(const int4::Shape& shape, std::int64_t m, bool clusters) {
-  const std::int64_t tiles = (shape.n + 15) / 16, k_blocks = (shape.k + 63) / 64;
+  const std::int64_t tiles = (shape.n + 15) / 16;
   int4::SkinnyConfig config;
-  config.token_tiles = m <= 8 ? 1 : 2;
-  if (config.token_tiles == 2)
-    config.warps = 8; // 16 warps leave 128 registers a thread: too few for the second token tile
-  config.row_tiles = static_cast<int>(std::min<std::int64_t>(floor_power_of_two(tiles / kManyBlocks), 4));
-  while (config.warps > 4 && config.warps > k_blocks)
+  config.token_tiles = m != kAny && m <= 8 ? 1 : 2;
+  if (config.token_tiles == 2) { // 16 warps leave 128 registers a thread: too few for the second token tile
+    config.warps = 8;
+    config.depth = shape.group == 32 ? 1 : 2; // two scales a K block take the registers of the second step
+  }
+  const int most = shape.group == 32 && config.token_tiles == 2 ? 2 : 4;
+  config.row_tiles = static_cast<int>(std::min<std::int64_t>(floor_power_of_two(tiles / kManyBlocks), most));
+  // 14336 rows: seven row tiles a block fill the GPU once, four would twice, the second time by half.
+  if (config.token_tiles == 1 && shape.group != 32 && tiles > 4 * kManyBlocks && tiles <= 7 * kManyBlocks)
+    config.row_tiles = static_cast<int>((tiles + kManyBlocks - 1) / kManyBlocks);
+  while (config.warps > 4 && config.warps > k_blocks(shape))
     config.warps /= 2;
+  if (config.row_tiles > 4)
+    config.warps = std::min(config.warps, 8);
   while (clusters && config.cluster < 8 && config.blocks(shape) * 2 <= kManyBlocks &&
-         2 * config.cluster * config.warps <= k_blocks)
+         2 * config.cluster * config.warps <= k_blocks(shape))
+    config.cluster *= 2;
+  // A deep K: half the blocks along the rows, each with half of K, read half the tokens in all.
+  while (clusters && config.cluster < 4 && config.row_tiles <= 2 && 2 * config.row_tiles <= most &&
+         config.cluster * config.warps * 8 <= k_blocks(shape)) {
+    config.row_tiles *= 2;
+    config.cluster *= 2;
+  }
+  return config;
+}
+
+int4::TileConfig choose_mma_sync(const int4::Shape& shape, std::int64_t m, const Target& target) {
+  int4::TileConfig config = {
+      .row_tiles = 2, .token_tiles = 8, .warps_n = 4, .warps_m = 1, .stages = 3, .blocks_per_sm = 2};
+  config.exact = shape.n < kManyColumns || (m != kAny && m <= kManyTokens);
+  if (m != kAny && m <= 32)
+    config.token_tiles = 4;
+  if (m != kAny && m <= 64) {
+    config.warps_k = 2;
+    config.blocks_per_sm = 1;
+    const std::int64_t blocks = (shape.n + config.rows() - 1) / config.rows();
+    if (target.sm >= 90 && 2 * blocks <= kManyBlocks && k_blocks(shape) >= 16)
+      config.cluster = 2;
+  }
+  return config;
+}
+
+int4::TileConfig choose_wgmma(const int4::Shape& shape, std::int64_t m) {
+  int4::TileConfig config = {.row_tiles = 1, .warps_n = 8, .warps_m = 1, .stages = 12, .wgmma = true, .step_blocks = 2};
+  config.exact = shape.n < kManyColumns || (m != kAny && m <= kManyTokens);
+  const std::int64_t blocks = (shape.n + config.rows() - 1) / config.rows();
+  if (m == kAny) {
+    config.token_tiles = config.exact ? 16 : 32;
+    config.stages = 5;
+    config.step_blocks = 1;
+    // Where one tile of tokens leaves half the GPU idle, and K is deep enough to pay for the sum.
+    config.cluster = 2 * blocks <= kManyBlocks && shape.k >= 4096 ? 2 : 1;
+    return config;
+  }
+  config.token_tiles = static_cast<int>(m / 8);
+  if (m == 128) {
+    config.stages = 6;
+    config.step_blocks = 1;
+  }
+  while (config.cluster < 4 && 2 * blocks * config.cluster <= kManyBlocks && 32 * config.cluster <= k_blocks(shape))
     config.cluster *= 2;
   return config;
 }
 
-int4::TileConfig choose_tile(std::int64_t m) {
-  int4::TileConfig config;
-  if (m != kAny && m <= 32)
-    config = {.row_tiles = 2, .token_tiles = 4, .warps_n = 4, .warps_m = 1, .warps_k = 2};
-  else if (m != kAny && m <= 64)
-    config = {.row_tiles = 2, .token_tiles = 8, .warps_n = 4, .warps_m = 1, .warps_k = 2};
-  return config;
-}
-
-Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
-  const int4::Shape shape = shape_of(desc);
-  const ptx::Sm sm = {.number = target.sm, .architecture_specific = target.sm >= 90};
-  const std::int64_t m = desc.value[kM];
-  cuda::LaunchPlan launch;
-  Result<std::string> text = Status::error(Code::internal, "no kernel");
-  if (m != kAny && m <= 16) {
-    const int4::SkinnyConfig config = choose_skinny(shape, m, target.sm >= 90);
-    launch.tile_m = static_cast<std::int32_t>(config.tokens());
-    launch.tile_n = 16 * config.row_tiles;
-    launch.grid_n = static_cast<std::int32_t>(config.blocks(shape));
-    launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
-    launch.threads = config.threads();
-    launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes());
-    text = int4::emit_skinny(sm, shape, config);
-  } else {
-    const int4::TileConfig config = choose_tile(m);
-    launch.tile_m = static_cast<std::int32_t>(config.tokens());
-    launch.tile_n = static_cast<std::int32_t>(config.rows());
-    launch.grid_n = static_cast<std::int32_t>((shape.n + config.rows() - 1) / config.rows() * config.cluster);
-    launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
-    launch.threads = config.threads();
-    launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes(shape));
-    text = int4::emit_tile(sm, shape, config);
-  }
+Result<CodeObject> code_object(Result<std::string> text, const cuda::LaunchPlan& launch, const Target& target,
+                               std::string_view pack_layout) {
   if (!text)
     return text.status();
   CodeObject code;
@@ -98,20 +138,68 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
   return code;
 }
 
-} // namespace
+ptx::Sm sm_of(const Target& target) {
+  return {.number = target.sm, .architecture_specific = target.sm >= 90};
+}
 
-Implementation int4_mm_mma_sync() {
+Result<CodeObject> compile_tile(const int4::Shape& shape, const int4::TileConfig& config, const Target& target,
+                                std::string_view pack_layout) {
+  cuda::LaunchPlan launch;
+  launch.tile_m = static_cast<std::int32_t>(config.tokens());
+  launch.tile_n = static_cast<std::int32_t>(config.rows());
+  launch.grid_n = static_cast<std::int32_t>((shape.n + config.rows() - 1) / config.rows() * config.cluster);
+  launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
+  launch.threads = config.threads();
+  launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes(shape));
+  return code_object(int4::emit_tile(sm_of(target), shape, config), launch, target, pack_layout);
+}
+
+Result<CodeObject> compile_wgmma(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
+  const int4::Shape shape = shape_of(desc);
+  return compile_tile(shape, choose_wgmma(shape, desc.value[kM]), target, pack_layout);
+}
+
+Result<CodeObject> compile_mma_sync(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
+  const int4::Shape shape = shape_of(desc);
+  if (!takes_skinny(desc))
+    return compile_tile(shape, choose_mma_sync(shape, desc.value[kM], target), target, pack_layout);
+  const int4::SkinnyConfig config = choose_skinny(shape, desc.value[kM], target.sm >= 90);
+  cuda::LaunchPlan launch;
+  launch.tile_m = static_cast<std::int32_t>(config.tokens());
+  launch.tile_n = 16 * config.row_tiles;
+  launch.grid_n = static_cast<std::int32_t>(config.blocks(shape));
+  launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
+  launch.threads = config.threads();
+  launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes());
+  return code_object(int4::emit_skinny(sm_of(target), shape, config), launch, target, pack_layout);
+}
+
+Implementation row_of(IsaPath isa) {
   Implementation row;
   row.op = OpId::int4_mm;
-  row.isa = IsaPath::mma_sync;
+  row.isa = isa;
   row.backend = BackendId::nvidia;
   row.generator = GeneratorId::ptx;
   row.generator_digest = k_nvidia_generator_digest;
   row.device = DeviceKind::cuda;
   row.arch = Arch::nvptx;
-  row.supports = supports;
   row.pack_layout = [](const KernelDesc&, const Target&) { return std::string(FragmentLayout::kId); };
-  row.compile = compile;
+  return row;
+}
+
+} // namespace
+
+Implementation int4_mm_wgmma() {
+  Implementation row = row_of(IsaPath::wgmma);
+  row.supports = supports_wgmma;
+  row.compile = compile_wgmma;
+  return row;
+}
+
+Implementation int4_mm_mma_sync() {
+  Implementation row = row_of(IsaPath::mma_sync);
+  row.supports = supports_mma_sync;
+  row.compile = compile_mma_sync;
   return row;
 }
 

@@ -22,8 +22,8 @@ class Skinny {
 public:
   Skinny(Sm sm, const Shape& shape, const SkinnyConfig& config)
       : shape_(shape), c_(config), layout_{shape.n, shape.k, shape.group},
-        w_(sm, "main", config.threads(), config.cluster),
-        ranks_(config.cluster * config.warps), unroll_(std::max(2, config.depth)) {}
+        w_(sm, "main", config.threads(), config.cluster), ranks_(config.cluster * config.warps),
+        unroll_(std::max(2, config.depth)) {}
 
   Result<std::string> emit() {
     prologue();
@@ -52,7 +52,7 @@ private:
     const B64 x = w_.parameter_b64("x"), weights = w_.parameter_b64("w"), scales = w_.parameter_b64("sz");
     y_ = w_.parameter_b64("y");
     w_.parameter_b64("workspace");
-    m_ = w_.parameter_b32("m");
+    const B32 m = w_.parameter_b32("m");
     const B32 ldx = w_.parameter_b32("ldx");
     ldy_ = w_.parameter_b32("ldy");
 
@@ -82,13 +82,16 @@ private:
     scales_ = w_.mad_wide(quad, 8 * parts(), scales_);
     scale_advance_ = ranks_ * layout_.scale_step_stride() / blocks_per_step;
 
+    first_token_ = w_.mul(w_.block_y(), 8 * c_.token_tiles);
+    m_ = w_.sub(m, first_token_);
     const B32 last = w_.sub(m_, 1), in_row = w_.and_(lane_, 7), row = w_.shr(lane_, 3);
     const B64 first_k = w_.mad_wide(rank_k_, 128, w_.mad_wide(in_row, 16, x));
     for (int i = 0; i < 2 * c_.token_tiles; ++i) {
       if (i == 0)
         w_.comment("tokens beyond the last repeat it; their columns of D are never stored");
       const B32 token = w_.min_u32(w_.add(row, 4 * i), last);
-      tokens_.push_back(w_.add64(first_k, w_.mul_wide(w_.mul(token, ldx), 2)));
+      const B64 elements = w_.mul_wide(w_.add(first_token_, token), ldx);
+      tokens_.push_back(w_.add64(first_k, w_.add64(elements, elements)));
       x_.push_back(w_.make<B32, 4>());
     }
     first_half_ = w_.compare_u32(Compare::lt, in_row, 4);
@@ -124,7 +127,8 @@ private:
   void load_row_tile(int stage, int r, int ahead, Guard more) {
     Weights& s = weight_stages_[static_cast<std::size_t>(stage % c_.depth)];
     const auto i = static_cast<std::size_t>(r);
-    w_.load_stream(s.q[i], {weights_, r * layout_.tile_stride() + ahead * ranks_ * layout_.block_stride()}, policy_, more);
+    w_.load_stream(s.q[i], {weights_, r * layout_.tile_stride() + ahead * ranks_ * layout_.block_stride()}, policy_,
+                   more);
     w_.load_constant(std::span<const B32>(s.sz[i]).first(static_cast<std::size_t>(2 * parts())),
                      {scales_, r * layout_.scale_tile_stride() + ahead * scale_advance_}, more);
   }
@@ -318,8 +322,8 @@ private:
     w_.if_(stored, [&] {
       // fragment (octet/2, token/8), lane (token mod 8)/2 of row 0, element 2·(octet mod 2) + token mod 2
       const B32 fragment = w_.mad(w_.shr(octet, 1), c_.token_tiles, w_.shr(token, 3));
-      const B32 in_fragment = w_.mad(w_.shr(w_.and_(token, 7), 1), 16,
-                                     w_.mad(w_.and_(octet, 1), 8, w_.mul(w_.and_(token, 1), 4)));
+      const B32 in_fragment =
+          w_.mad(w_.shr(w_.and_(token, 7), 1), 16, w_.mad(w_.and_(octet, 1), 8, w_.mul(w_.and_(token, 1), 4)));
       const B32 at = w_.mad(fragment, kAccumulator, w_.add(in_fragment, shared));
       std::array<F32, 8> sum;
       for (int rank = 0; rank < c_.cluster; ++rank) {
@@ -337,7 +341,8 @@ private:
       std::array<B32, 4> out;
       for (std::size_t i = 0; i < 4; ++i)
         out[i] = w_.to_bf16x2(sum[2 * i + 1], sum[2 * i]);
-      const B64 at_y = w_.add64(y_, w_.mul_wide(w_.mad(token, ldy_, row), 2));
+      const B64 elements = w_.mad_wide(w_.add(first_token_, token), ldy_, w_.widen(row));
+      const B64 at_y = w_.add64(w_.add64(y_, elements), elements);
       w_.store_global({at_y}, std::span<const B32>(out));
     });
   }
@@ -349,7 +354,8 @@ private:
   const int ranks_;  ///< warps that split K
   const int unroll_; ///< K blocks of one turn of the loop
   B64 y_, policy_;
-  B32 m_, ldy_, thread_, lane_, rank_, rank_k_, rank_k_now_, tile_;
+  B32 m_, first_token_; ///< tokens from the block's first on
+  B32 ldy_, thread_, lane_, rank_, rank_k_, rank_k_now_, tile_;
   B32 left_;             ///< K blocks that this warp still has from the pointers on
   B64 weights_, scales_; ///< this lane's place in the next K block of row tile 0
   std::int64_t scale_advance_ = 0;

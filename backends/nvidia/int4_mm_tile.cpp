@@ -14,12 +14,14 @@ namespace {
 using namespace ptx;
 using Fragment = std::array<F32, 4>; ///< of D: rows l/4 (0, 1) and l/4 + 8 (2, 3), tokens 2·(l mod 4) + {0, 1}
 
-constexpr int kAccumulator = 512; // bytes of a fragment of f32 over a warp
-constexpr int kTokenRow = 128;    // bytes of a token's K block
-constexpr int kRowTile = 512;     // bytes of a row tile's K block
+constexpr int kAccumulator = 512;                 // bytes of a fragment of f32 over a warp
+constexpr int kTokenRow = 128;                    // bytes of a token's K block
+constexpr int kRowTile = 512;                     // bytes of a row tile's K block
 constexpr std::uint32_t kMinusZeros = 0x80008000; // bf16 −0, twice: added, it changes nothing; xor, it negates
 
-int log2(std::int64_t power_of_two) { return std::countr_zero(static_cast<std::uint64_t>(power_of_two)); }
+int log2(std::int64_t power_of_two) {
+  return std::countr_zero(static_cast<std::uint64_t>(power_of_two));
+}
 
 /// What one K block takes in shared memory.
 struct Stage {
@@ -27,7 +29,7 @@ struct Stage {
       : scale_block(static_cast<int>(int4_mm::FragmentLayout{.group = shape.group}.scale_block())),
         weights(static_cast<int>(c.tokens()) * kTokenRow), scales(weights + c.warps_n * c.row_tiles * kRowTile),
         bytes((scales + c.warps_n * c.row_tiles * scale_block + 1023) / 1024 * 1024) {}
-  int scale_block; ///< of one row tile
+  int scale_block;            ///< of one row tile
   int weights, scales, bytes; ///< swizzled rows of tokens begin at multiples of 1024
 };
 
@@ -98,8 +100,8 @@ private:
     const B32 chunk = w_.and_(in_group, 7);
     copy_k_ = w_.mul(chunk, 8);
     token_slot_ = w_.mad(copy_row_, kTokenRow, w_.mul(w_.xor_(chunk, w_.and_(copy_row_, 7)), 16));
-    const B64 first_row = w_.mul_wide(w_.mul(w_.add(first_token_, copy_row_), ldx), 2);
-    tokens_ = w_.add64(x, first_row);
+    const B64 first_row = w_.mul_wide(w_.add(first_token_, copy_row_), ldx);
+    tokens_ = w_.add64(w_.add64(x, first_row), first_row);
     tokens_ = w_.mad_wide(k_block_, kTokenRow, w_.mad_wide(chunk, 16, tokens_));
     row_step_ = w_.mul_wide(ldx, 2 * rows_per_copy());
 
@@ -108,9 +110,8 @@ private:
       const B32 tile = w_.add(warp_, first);
       weights_.push_back(w_.mad_wide(existing_tile(tile), layout_.tile_stride(),
                                      w_.mad_wide(k_block_, layout_.block_stride(), w_.mad_wide(lane_, 16, weights))));
-      copies_weights_.push_back(first + group_warps() <= block_row_tiles()
-                                    ? Pred{}
-                                    : w_.compare_u32(Compare::lt, tile, block_row_tiles()));
+      copies_weights_.push_back(
+          first + group_warps() <= block_row_tiles() ? Pred{} : w_.compare_u32(Compare::lt, tile, block_row_tiles()));
     }
     const int per_tile = stage_.scale_block / 16;
     scale_slot_ = w_.mad(in_group, 16, stage_.scales);
@@ -405,7 +406,8 @@ private:
       const Fragment& f = acc_[static_cast<std::size_t>(i)];
       const B32 low = w_.transpose(w_.to_bf16x2(f[1], f[0])), high = w_.transpose(w_.to_bf16x2(f[3], f[2]));
       const Pred token_exists = w_.compare_s32(Compare::lt, f_token, tokens_left_);
-      const B64 at = w_.mad_wide(w_.mad(w_.add(first_token_, f_token), ldy_, f_row), 2, y_);
+      const B64 elements = w_.mad_wide(w_.add(first_token_, f_token), ldy_, w_.widen(f_row));
+      const B64 at = w_.add64(w_.add64(y_, elements), elements);
       const Pred low_exists = w_.both(token_exists, w_.compare_u32(Compare::lt, f_row, shape_.n));
       const Pred high_exists = w_.both(token_exists, w_.compare_u32(Compare::lt, w_.add(f_row, 8), shape_.n));
       w_.store_global({at}, std::span<const B32>(&low, 1), low_exists);
@@ -421,10 +423,10 @@ private:
   Writer w_;
   B64 y_;
   B32 ldy_, lane_, group_, warp_, warp_n_, warp_m_, rank_;
-  B32 tile_;                               ///< first row tile of the block
-  B32 first_token_, tokens_left_;          ///< of the block; to the end of x
-  B32 k_block_;                            ///< this group's next to copy
-  B32 k_steps_;                            ///< left to multiply
+  B32 tile_;                      ///< first row tile of the block
+  B32 first_token_, tokens_left_; ///< of the block; to the end of x
+  B32 k_block_;                   ///< this group's next to copy
+  B32 k_steps_;                   ///< left to multiply
   B32 shared_, ring_, ring_end_, copied_, multiplied_;
   B32 copy_row_, copy_k_, token_slot_, weight_slot_, scale_slot_;
   B64 tokens_, row_step_;
@@ -450,7 +452,8 @@ std::int64_t TileConfig::shared_bytes(const Shape& shape) const {
 Result<std::string> emit_tile(Sm sm, const Shape& shape, const TileConfig& c) {
   const auto power_of_two = [](int v) { return v > 0 && std::has_single_bit(static_cast<unsigned>(v)); };
   const bool suits = c.row_tiles > 0 && c.token_tiles > 0 && c.warps_n > 0 && c.warps_m > 0 && c.warps_k > 0 &&
-                     power_of_two(c.cluster) && c.row_tiles * c.token_tiles % c.cluster == 0 && c.stages >= (c.wgmma ? 3 * c.step_blocks : 2) &&
+                     power_of_two(c.cluster) && c.row_tiles * c.token_tiles % c.cluster == 0 &&
+                     c.stages >= (c.wgmma ? 3 * c.step_blocks : 2) &&
                      (!c.wgmma || (c.row_tiles == 1 && c.warps_m == 1 && c.warps_k == 1 && c.warps_n % 4 == 0));
   if (!suits)
     return Status::error(Code::compile_failed, fmt::format("int4_mm: configuration {} does not suit n={} k={} group={}",

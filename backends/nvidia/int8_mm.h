@@ -16,10 +16,10 @@ struct Shape {
   bool scaled = false, scale_per_channel = false;
 };
 
-/// A block computes a tile of columns of C (rows of B: the 16-row operand) × rows of C (the 8-column one). 128 k of both
-/// go through a ring in shared memory by cp.async, whose byte counts zero what lies beyond M, N and K. `warps_k` groups
-/// of warps, and the blocks of a cluster, take turns along K and add up at the end: exact in any order.
-/// With `wgmma` (sm_90a), warpgroups of four warps along the columns multiply all rows of the tile: column_tiles, warps_m
+/// A block computes a tile of columns of C (rows of B: the 16-row operand) × rows of C (the 8-column one). 128 k of
+/// both go through a ring in shared memory by cp.async, whose byte counts zero what lies beyond M, N and K. `warps_k`
+/// groups of warps, and the blocks of a cluster, take turns along K and add up at the end: exact in any order. With
+/// `wgmma` (sm_90a), warpgroups of four warps along the columns multiply all rows of the tile: column_tiles, warps_m
 /// and warps_k are 1, warps_n a multiple of 4.
 struct TileConfig {
   int column_tiles = 4, row_tiles = 8;       ///< of 16 and 8, per warp

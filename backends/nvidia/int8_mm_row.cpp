@@ -7,7 +7,7 @@
 #include "jit/ops/int8_mm.h"
 #include <nvidia_generator_id.h>
 
-/// int8_mm on mma.sync: which kernel serves a desc, and its launch plan.
+/// int8_mm on mma.sync and wgmma: which kernel serves a desc, and its launch plan.
 namespace kiln::nvidia {
 namespace {
 
@@ -15,14 +15,14 @@ using namespace kiln::int8_mm;
 
 /// s8 mma and cp.async came with sm_80 (PTX ISA, "mma", "cp.async").
 constexpr int kFirstSm = 80;
+/// wgmma is in this architecture alone (PTX ISA, "wgmma.mma_async").
+constexpr int kWgmmaSm = 90;
 /// Blocks that keep a GPU of this kind busy: the key has the SM's version, not how many there are.
 constexpr std::int64_t kManyBlocks = 128;
 /// K that one step of a group of warps takes.
 constexpr std::int64_t kBlockK = 128;
 
-Status supports(const KernelDesc& desc, const Target& target) {
-  if (target.sm < kFirstSm)
-    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{} or later", target.sm, kFirstSm));
+Status supports_fields(const KernelDesc& desc) {
   if (desc.value[kADtype] != static_cast<std::int64_t>(ADtype::s8))
     return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
   const bool scaled = desc.value[kRescale] == static_cast<std::int64_t>(Rescale::scale);
@@ -30,6 +30,17 @@ Status supports(const KernelDesc& desc, const Target& target) {
     return Status::error(Code::unsupported, "c_dtype and rescale: allowed on GPUs is c_dtype=s32 without rescale, or "
                                             "c_dtype=s8 or bf16 with rescale=scale");
   return {};
+}
+
+Status supports_mma_sync(const KernelDesc& desc, const Target& target) {
+  if (target.sm < kFirstSm)
+    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{} or later", target.sm, kFirstSm));
+  return supports_fields(desc);
+}
+Status supports_wgmma(const KernelDesc& desc, const Target& target) {
+  if (target.sm != kWgmmaSm)
+    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{}a", target.sm, kWgmmaSm));
+  return supports_fields(desc);
 }
 
 int8::Shape shape_of(const KernelDesc& desc) {
@@ -43,24 +54,45 @@ int8::Shape shape_of(const KernelDesc& desc) {
           .scale_per_channel = desc.value[kRescalePer] == static_cast<std::int64_t>(RescalePer::channel)};
 }
 
-/// Tiles as high as the class of m; where that leaves few blocks, clusters that split K.
-int8::TileConfig choose(const int8::Shape& shape, std::int64_t m, bool clusters) {
-  int8::TileConfig config;
+/// Blocks of a cluster that split K, where tiles alone leave few blocks.
+int cluster_for(const int8::Shape& shape, const int8::TileConfig& config) {
+  const std::int64_t blocks = (shape.n + config.columns() - 1) / config.columns();
+  int cluster = 1;
+  while (cluster < 4 && 2 * blocks * cluster <= kManyBlocks && 2 * cluster * config.warps_k * kBlockK <= shape.k)
+    cluster *= 2;
+  return cluster;
+}
+
+/// Tiles as high as the class of m.
+int8::TileConfig choose_mma_sync(const int8::Shape& shape, std::int64_t m, const Target& target) {
+  int8::TileConfig config = {.column_tiles = 4, .row_tiles = 8, .warps_n = 2, .warps_m = 2, .stages = 3};
   if (m == kAny)
     return config;
-  config = {.column_tiles = 2, .row_tiles = static_cast<int>(m / 8), .warps_n = 2, .warps_m = 1, .warps_k = 4};
+  config = {
+      .column_tiles = 2, .row_tiles = static_cast<int>(m / 8), .warps_n = 2, .warps_m = 1, .warps_k = 4, .stages = 2};
   if (m == 64)
     config.warps_k = 2;
-  const auto blocks = [&] { return (shape.n + config.columns() - 1) / config.columns() * config.cluster; };
-  while (clusters && config.cluster < 4 && 2 * blocks() <= kManyBlocks &&
-         2 * config.cluster * config.warps_k * kBlockK <= shape.k)
-    config.cluster *= 2;
+  if (target.sm >= 90)
+    config.cluster = cluster_for(shape, config);
   return config;
 }
 
+int8::TileConfig choose_wgmma(const int8::Shape& shape, std::int64_t m, const Target&) {
+  int8::TileConfig config = {
+      .column_tiles = 1, .row_tiles = 32, .warps_n = 8, .warps_m = 1, .stages = 4, .wgmma = true};
+  if (m == kAny)
+    return config;
+  config.row_tiles = static_cast<int>(m / 8);
+  config.warps_n = 4;
+  config.stages = 8;
+  config.cluster = cluster_for(shape, config);
+  return config;
+}
+
+template <auto choose>
 Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
   const int8::Shape shape = shape_of(desc);
-  const int8::TileConfig config = choose(shape, desc.value[kM], target.sm >= 90);
+  const int8::TileConfig config = choose(shape, desc.value[kM], target);
   const Result<std::string> text =
       int8::emit_tile({.number = target.sm, .architecture_specific = target.sm >= 90}, shape, config);
   if (!text)
@@ -88,20 +120,32 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
   return code;
 }
 
-} // namespace
-
-Implementation int8_mm_mma_sync() {
+Implementation row_of(IsaPath isa) {
   Implementation row;
   row.op = OpId::int8_mm;
-  row.isa = IsaPath::mma_sync;
+  row.isa = isa;
   row.backend = BackendId::nvidia;
   row.generator = GeneratorId::ptx;
   row.generator_digest = k_nvidia_generator_digest;
   row.device = DeviceKind::cuda;
   row.arch = Arch::nvptx;
-  row.supports = supports;
   row.pack_layout = [](const KernelDesc&, const Target&) { return kGpuLayout.id(); };
-  row.compile = compile;
+  return row;
+}
+
+} // namespace
+
+Implementation int8_mm_wgmma() {
+  Implementation row = row_of(IsaPath::wgmma);
+  row.supports = supports_wgmma;
+  row.compile = compile<choose_wgmma>;
+  return row;
+}
+
+Implementation int8_mm_mma_sync() {
+  Implementation row = row_of(IsaPath::mma_sync);
+  row.supports = supports_mma_sync;
+  row.compile = compile<choose_mma_sync>;
   return row;
 }
 

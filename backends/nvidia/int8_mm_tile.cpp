@@ -48,7 +48,9 @@ private:
   int step_bytes() const { return c_.warps_k * group_bytes(); }
   /// Stages on their way: the slots but those in use, by wgmma also the step before.
   int stages_ahead() const { return c_.stages - (c_.wgmma ? 2 : 1); }
-  std::int64_t steps() const { return std::max<std::int64_t>(1, (shape_.k + ranks() * kBlock - 1) / (ranks() * kBlock)); }
+  std::int64_t steps() const {
+    return std::max<std::int64_t>(1, (shape_.k + ranks() * kBlock - 1) / (ranks() * kBlock));
+  }
   int rows_per_copy() const { return 4 * group_warps(); }
 
   /// One operand's way into shared memory: this thread's 16 bytes of every rows_per_copy()-th row.
@@ -110,8 +112,8 @@ private:
       const B32 chunk_at = w_.mul(w_.xor_(w_.add(in_quad, 4 * half), exchanged), 16);
       const auto h = static_cast<std::size_t>(half);
       row_read_[h] = w_.mad(w_.mad(warp_m_, 8 * c_.row_tiles, quad), kBlock, chunk_at);
-      column_read_[h] = w_.mad(w_.mad(warp_n_, 16 * c_.column_tiles, quad), kBlock,
-                               w_.add(chunk_at, c_.rows() * kBlock));
+      column_read_[h] =
+          w_.mad(w_.mad(warp_n_, 16 * c_.column_tiles, quad), kBlock, w_.add(chunk_at, c_.rows() * kBlock));
     }
   }
 
@@ -312,8 +314,10 @@ private:
           const B32 m = w_.add(f_row, e);
           const Pred exists = w_.both(n_exists, w_.compare_s32(Compare::lt, m, rows_left_));
           // row · ldc may pass 32 bits
-          const B64 at = w_.add64(w_.mul_wide(n, size), w_.add64(out_, w_.mul_wide(w_.mul(ldc_, size), w_.add(first_row_, m))));
-          store_element(at, acc_[static_cast<std::size_t>(i)][static_cast<std::size_t>(2 * half + e)], scale[0], exists);
+          const B64 at =
+              w_.add64(w_.mul_wide(n, size), w_.add64(out_, w_.mul_wide(w_.mul(ldc_, size), w_.add(first_row_, m))));
+          store_element(at, acc_[static_cast<std::size_t>(i)][static_cast<std::size_t>(2 * half + e)], scale[0],
+                        exists);
         }
       }
     }
@@ -355,8 +359,8 @@ std::string TileConfig::text() const {
 }
 std::int64_t TileConfig::shared_bytes() const {
   const std::int64_t sums = rows() * columns() * 4;
-  return std::max({std::int64_t{stages} * warps_k * (rows() + columns()) * kBlock, warps_k > 1 ? (warps_k - 1) * sums : 0,
-                   cluster > 1 ? sums : 0});
+  return std::max({std::int64_t{stages} * warps_k * (rows() + columns()) * kBlock,
+                   warps_k > 1 ? (warps_k - 1) * sums : 0, cluster > 1 ? sums : 0});
 }
 
 Result<std::string> emit_tile(Sm sm, const Shape& shape, const TileConfig& c) {

@@ -32,7 +32,9 @@ int first_version(Sm sm) {
 
 } // namespace
 
-std::string Sm::text() const { return fmt::format("sm_{}{}", number, architecture_specific ? "a" : ""); }
+std::string Sm::text() const {
+  return fmt::format("sm_{}{}", number, architecture_specific ? "a" : "");
+}
 
 struct Writer::Operand {
   enum class Kind : std::uint8_t { reg, integer, real, address, text };
@@ -217,14 +219,20 @@ B32 Writer::mov(I32 a) {
   mov_to(d, a);
   return d;
 }
-void Writer::mov_to(B32 d, I32 a, Guard guard) { emit("mov.b32", {d, a}, guard); }
-void Writer::mov_to(B64 d, B64 a, Guard guard) { emit("mov.b64", {d, a}, guard); }
+void Writer::mov_to(B32 d, I32 a, Guard guard) {
+  emit("mov.b32", {d, a}, guard);
+}
+void Writer::mov_to(B64 d, B64 a, Guard guard) {
+  emit("mov.b64", {d, a}, guard);
+}
 B32 Writer::add(I32 a, I32 b) {
   const B32 d = b32();
   add_to(d, a, b);
   return d;
 }
-void Writer::add_to(B32 d, I32 a, I32 b, Guard guard) { emit("add.s32", {d, a, b}, guard); }
+void Writer::add_to(B32 d, I32 a, I32 b, Guard guard) {
+  emit("add.s32", {d, a, b}, guard);
+}
 B32 Writer::sub(I32 a, I32 b) {
   const B32 d = b32();
   emit("sub.s32", {d, a, b});
@@ -294,7 +302,9 @@ B64 Writer::add64(B64 a, I64 b) {
   add64_to(d, a, b);
   return d;
 }
-void Writer::add64_to(B64 d, B64 a, I64 b, Guard guard) { emit("add.s64", {d, a, b}, guard); }
+void Writer::add64_to(B64 d, B64 a, I64 b, Guard guard) {
+  emit("add.s64", {d, a, b}, guard);
+}
 B64 Writer::widen(B32 a) {
   const B64 d = b64();
   emit("cvt.u64.u32", {d, a});
@@ -362,7 +372,9 @@ F32 Writer::mov_f32(Float a) {
   mov_to(d, a);
   return d;
 }
-void Writer::mov_to(F32 d, Float a) { emit("mov.f32", {d, a}); }
+void Writer::mov_to(F32 d, Float a) {
+  emit("mov.f32", {d, a});
+}
 F32 Writer::as_f32(B32 bits) {
   const F32 d = f32();
   emit("mov.b32", {d, bits});
@@ -378,13 +390,17 @@ F32 Writer::add(Float a, Float b) {
   add_to(d, a, b);
   return d;
 }
-void Writer::add_to(F32 d, Float a, Float b) { emit("add.rn.f32", {d, a, b}); }
+void Writer::add_to(F32 d, Float a, Float b) {
+  emit("add.rn.f32", {d, a, b});
+}
 F32 Writer::mul(Float a, Float b) {
   const F32 d = f32();
   emit("mul.rn.f32", {d, a, b});
   return d;
 }
-void Writer::fma_to(F32 d, Float a, Float b, Float c) { emit("fma.rn.f32", {d, a, b, c}); }
+void Writer::fma_to(F32 d, Float a, Float b, Float c) {
+  emit("fma.rn.f32", {d, a, b, c});
+}
 F32 Writer::from_s32(B32 a) {
   const F32 d = f32();
   emit("cvt.rn.f32.s32", {d, a});
@@ -506,7 +522,9 @@ void Writer::store_global_b16(GlobalAddress to, B32 a, Guard guard) {
   emit("cvt.u16.u32", {half, a});
   emit("st.global.b16", {to, half}, guard);
 }
-void Writer::store_global_b8(GlobalAddress to, B32 a, Guard guard) { emit("st.global.b8", {to, a}, guard); }
+void Writer::store_global_b8(GlobalAddress to, B32 a, Guard guard) {
+  emit("st.global.b8", {to, a}, guard);
+}
 
 void Writer::cp_async(SharedAddress to, GlobalAddress from, I32 bytes, Guard guard) {
   check_offset(from.offset);
@@ -526,8 +544,12 @@ void Writer::cp_async_stream(SharedAddress to, GlobalAddress from, B64 policy, G
   require(80, 74, "cp.async.L2::cache_hint");
   emit("cp.async.cg.shared.global.L2::cache_hint", {to, from, I32(16), policy}, guard);
 }
-void Writer::cp_async_commit() { emit("cp.async.commit_group", {}); }
-void Writer::cp_async_wait(int groups_left) { emit("cp.async.wait_group", {I32(groups_left)}); }
+void Writer::cp_async_commit() {
+  emit("cp.async.commit_group", {});
+}
+void Writer::cp_async_wait(int groups_left) {
+  emit("cp.async.wait_group", {I32(groups_left)});
+}
 
 B32 Writer::shared_memory() {
   if (uses_shared_)
@@ -540,13 +562,17 @@ B32 Writer::shared_memory() {
 
 // ---- synchronisation
 
-void Writer::barrier() { emit("bar.sync", {I32(0)}); }
+void Writer::barrier() {
+  emit("bar.sync", {I32(0)});
+}
 void Writer::barrier(int id, int threads) {
   if (id < 0 || id > 15 || threads <= 0 || threads % 32 != 0 || threads > threads_)
     fail(fmt::format("barrier {} of {} threads: allowed are 0 to 15 and multiples of 32 to {}", id, threads, threads_));
   emit("bar.sync", {I32(id), I32(threads)});
 }
-void Writer::barrier_warp() { emit("bar.warp.sync", {I32(-1)}); }
+void Writer::barrier_warp() {
+  emit("bar.warp.sync", {I32(-1)});
+}
 void Writer::barrier_cluster_arrive() {
   require(90, 80, "barrier.cluster");
   emit("barrier.cluster.arrive.release.aligned", {});
@@ -555,7 +581,9 @@ void Writer::barrier_cluster_wait() {
   require(90, 80, "barrier.cluster");
   emit("barrier.cluster.wait.acquire.aligned", {});
 }
-void Writer::fence_device() { emit("fence.acq_rel.gpu", {}); }
+void Writer::fence_device() {
+  emit("fence.acq_rel.gpu", {});
+}
 B32 Writer::atomic_add_device(GlobalAddress at, I32 a) {
   const B32 d = b32();
   emit("atom.acq_rel.gpu.global.add.u32", {d, at, a});
@@ -647,9 +675,10 @@ void Writer::wgmma_s8(std::span<const B32> d, B64 a_descriptor, B64 b_descriptor
   require_specific("wgmma.mma_async");
   const bool allowed = n >= 8 && n <= 256 && (n <= 32 ? n % 8 == 0 : n >= 48 && n % 16 == 0);
   if (!allowed || d.size() != static_cast<std::size_t>(n / 2)) {
-    fail(fmt::format("wgmma m64n{}k32 with {} accumulators: n is 8, 16, 24, 32 or a multiple of 16 from 48 to 256, with "
-                     "n/2 accumulators",
-                     n, d.size()));
+    fail(
+        fmt::format("wgmma m64n{}k32 with {} accumulators: n is 8, 16, 24, 32 or a multiple of 16 from 48 to 256, with "
+                    "n/2 accumulators",
+                    n, d.size()));
     return;
   }
   emit(fmt::format("wgmma.mma_async.sync.aligned.m64n{}k32.s32.s8.s8", n),
@@ -697,7 +726,9 @@ void Writer::branch(Label to, Guard guard) {
   append_number(to.id);
   body_ += ";\n";
 }
-void Writer::exit(Guard guard) { emit("exit", {}, guard); }
+void Writer::exit(Guard guard) {
+  emit("exit", {}, guard);
+}
 
 Result<std::string> Writer::finish() {
   exit();

@@ -35,8 +35,7 @@ using F32 = Register<Type::f32>;
 template <Type type> struct Integer {
   Integer(Register<type> r) : reg(r) {}
   template <class T>
-    requires std::is_integral_v<T>
-  Integer(T v) : is_immediate(true), immediate(static_cast<std::int64_t>(v)) {}
+  requires std::is_integral_v<T> Integer(T v) : is_immediate(true), immediate(static_cast<std::int64_t>(v)) {}
   Register<type> reg{};
   bool is_immediate = false;
   std::int64_t immediate = 0;
@@ -60,7 +59,9 @@ struct Guard {
   Pred pred{};
   bool negated = false;
 };
-inline Guard unless(Pred p) { return {p, true}; }
+inline Guard unless(Pred p) {
+  return {p, true};
+}
 
 /// `[base + offset]`: of a 64-bit register in global memory, of a 32-bit one in shared memory.
 template <Type type> struct Address {
@@ -132,8 +133,8 @@ public:
   B32 add(I32 a, I32 b);
   void add_to(B32 d, I32 a, I32 b, Guard guard = {});
   B32 sub(I32 a, I32 b);
-  B32 mul(I32 a, I32 b);          ///< low 32 bits
-  B32 mad(I32 a, I32 b, I32 c);   ///< a·b + c, low 32 bits
+  B32 mul(I32 a, I32 b);        ///< low 32 bits
+  B32 mad(I32 a, I32 b, I32 c); ///< a·b + c, low 32 bits
   B32 min_u32(I32 a, I32 b);
   B32 min_s32(I32 a, I32 b);
   B32 max_s32(I32 a, I32 b);
@@ -142,12 +143,12 @@ public:
   B32 or_(I32 a, I32 b);
   B32 xor_(I32 a, I32 b);
   B32 shl(I32 a, int bits);
-  B32 shr(I32 a, int bits);       ///< unsigned
+  B32 shr(I32 a, int bits); ///< unsigned
   B64 add64(B64 a, I64 b);
   void add64_to(B64 d, B64 a, I64 b, Guard guard = {});
-  B64 widen(B32 a);               ///< unsigned
+  B64 widen(B32 a); ///< unsigned
   B64 combine(B32 low, I32 high);
-  B64 mul_wide(I32 a, I32 b);     ///< u32 × u32 → u64
+  B64 mul_wide(I32 a, I32 b); ///< u32 × u32 → u64
   B64 mad_wide(I32 a, I32 b, B64 c);
   /// Any function of three bits: `table` is the function of (0xF0, 0xCC, 0xAA) ("lop3").
   B32 lop3(I32 a, I32 b, I32 c, int table);
@@ -207,20 +208,20 @@ public:
   B32 shared_memory();
 
   // ---- "Parallel Synchronization and Communication Instructions"
-  void barrier();                         ///< all threads of the block
-  void barrier(int id, int threads);      ///< those that name it; `threads` a multiple of 32
-  void barrier_warp();                    ///< all lanes; orders their memory accesses
-  void barrier_cluster_arrive();          ///< release
-  void barrier_cluster_wait();            ///< acquire
-  void fence_device();                    ///< fence.acq_rel.gpu
+  void barrier();                    ///< all threads of the block
+  void barrier(int id, int threads); ///< those that name it; `threads` a multiple of 32
+  void barrier_warp();               ///< all lanes; orders their memory accesses
+  void barrier_cluster_arrive();     ///< release
+  void barrier_cluster_wait();       ///< acquire
+  void fence_device();               ///< fence.acq_rel.gpu
   B32 atomic_add_device(GlobalAddress at, I32 a);
   void mbarrier_init(SharedAddress at, int arrivals);
   void mbarrier_arrive(SharedAddress at, Guard guard = {});
   void mbarrier_expect_bytes(SharedAddress at, I32 bytes, Guard guard = {});
   /// Spins until the phase of this parity has completed.
   void mbarrier_wait(SharedAddress at, I32 parity);
-  void fence_mbarrier_init();             ///< before the cluster or the copy engine sees new barriers
-  void fence_proxy_async();               ///< ordinary writes to shared memory before the async proxy reads them
+  void fence_mbarrier_init(); ///< before the cluster or the copy engine sees new barriers
+  void fence_proxy_async();   ///< ordinary writes to shared memory before the async proxy reads them
 
   // ---- "Warp-Level Matrix Instructions"
   /// D[16×8] += A[16×16] · B[16×8], bf16, f32 sums ("mma.m16n8k16").
@@ -241,8 +242,8 @@ public:
   /// D[64×n] (+)= A[64×16] · B[16×n], bf16, A from registers, B K-major by descriptor. d has n/2 registers; n a
   /// multiple of 8 to 256. `accumulate` false: D is overwritten.
   void wgmma_bf16(std::span<const F32> d, std::span<const B32, 4> a, B64 b_descriptor, int n, Pred accumulate);
-  /// D[64×n] (+)= A[64×32] · B[32×n], s8, both K-major by descriptor, s32 sums that wrap. n: 8, 16, 24, 32, or a multiple
-  /// of 16 from 48 to 256.
+  /// D[64×n] (+)= A[64×32] · B[32×n], s8, both K-major by descriptor, s32 sums that wrap. n: 8, 16, 24, 32, or a
+  /// multiple of 16 from 48 to 256.
   void wgmma_s8(std::span<const B32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate);
   void setmaxnreg(bool increase, int registers);
 

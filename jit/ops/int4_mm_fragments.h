@@ -2,14 +2,14 @@
 #include <cstdint>
 #include <string_view>
 
-/// int4_mm: packed weights as fragments of the tensor cores' 16-row operand ("mma.m16n8k16", PTX ISA, matrix fragments).
-/// What every GPU kernel of the op reads, straight into registers, 512 contiguous bytes a warp.
+/// int4_mm: packed weights as fragments of the tensor cores' 16-row operand ("mma.m16n8k16", PTX ISA, matrix
+/// fragments). What every GPU kernel of the op reads, straight into registers, 512 contiguous bytes a warp.
 namespace kiln::int4_mm {
 
-/// Weights: [⌈k/64⌉][⌈n/16⌉][32 lanes][16 bytes]: what all blocks read at one time lies together. Word j of lane l is its
-/// part of the A operand of 16 k from 16·j on: eight q, register i of four in bits 4i…4i+3 (the even k) and
-/// 16+4i…16+4i+3 (the odd one), where register i is row l/4 + 8·(i mod 2) and k 16·j + 2·(l mod 4) + 8·(i/2). So a shift
-/// and one LOP3 give two bf16 of 128 + q. Beyond n and k, q is 8: the weight 0.
+/// Weights: [⌈k/64⌉][⌈n/16⌉][32 lanes][16 bytes]: what all blocks read at one time lies together. Word j of lane l is
+/// its part of the A operand of 16 k from 16·j on: eight q, register i of four in bits 4i…4i+3 (the even k) and
+/// 16+4i…16+4i+3 (the odd one), where register i is row l/4 + 8·(i mod 2) and k 16·j + 2·(l mod 4) + 8·(i/2). So a
+/// shift and one LOP3 give two bf16 of 128 + q. Beyond n and k, q is 8: the weight 0.
 ///
 /// Scales: [steps][⌈n/16⌉][8 rows r][parts][rows r, r + 8] words, the scale's bf16 bits low, the zero's high; a step is
 /// max(64, group) wide, and has 64/group parts for groups of 32, else one. Beyond n and k, both are 0.
