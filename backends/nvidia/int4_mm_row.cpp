@@ -114,7 +114,7 @@ int4::TileConfig choose_wgmma(const int4::Shape& shape, std::int64_t m) {
     config.cluster = 2 * blocks <= kManyBlocks && shape.k >= 4096 ? 2 : 1;
     return config;
   }
-  config.token_tiles = static_cast<int>(m / 8);
+  config.token_tiles = static_cast<int>((m + 7) / 8);
   if (m == 128) {
     config.stages = 6;
     config.step_blocks = 1;

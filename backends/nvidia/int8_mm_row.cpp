@@ -57,8 +57,11 @@ int8::Shape shape_of(const KernelDesc& desc) {
 /// Blocks of a cluster that split K, where tiles alone leave few blocks.
 int cluster_for(const int8::Shape& shape, const int8::TileConfig& config) {
   const std::int64_t blocks = (shape.n + config.columns() - 1) / config.columns();
+  // Each block of a cluster stores as many of a warp's fragments.
+  const auto divides = [&](int cluster) { return config.column_tiles * config.row_tiles % cluster == 0; };
   int cluster = 1;
-  while (cluster < 4 && 2 * blocks * cluster <= kManyBlocks && 2 * cluster * config.warps_k * kBlockK <= shape.k)
+  while (cluster < 4 && divides(2 * cluster) && 2 * blocks * cluster <= kManyBlocks &&
+         2 * cluster * config.warps_k * kBlockK <= shape.k)
     cluster *= 2;
   return cluster;
 }
@@ -73,8 +76,12 @@ int8::TileConfig choose_mma_sync(const int8::Shape& shape, std::int64_t m, const
   }
   if (m == kAny)
     return config;
-  config = {
-      .column_tiles = 2, .row_tiles = static_cast<int>(m / 8), .warps_n = 2, .warps_m = 1, .warps_k = 4, .stages = 2};
+  config = {.column_tiles = 2,
+            .row_tiles = static_cast<int>((m + 7) / 8),
+            .warps_n = 2,
+            .warps_m = 1,
+            .warps_k = 4,
+            .stages = 2};
   if (m == 64)
     config.warps_k = 2;
   if (target.sm >= 90)
@@ -87,7 +94,7 @@ int8::TileConfig choose_wgmma(const int8::Shape& shape, std::int64_t m, const Ta
       .column_tiles = 1, .row_tiles = 32, .warps_n = 8, .warps_m = 1, .stages = 4, .wgmma = true};
   if (m == kAny)
     return config;
-  config.row_tiles = static_cast<int>(m / 8);
+  config.row_tiles = static_cast<int>((m + 7) / 8);
   config.warps_n = 4;
   config.stages = 8;
   config.cluster = cluster_for(shape, config);
