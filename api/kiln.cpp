@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "api/c_boundary.h"
 #include "api/c_int4_mm.h"
 #include "api/c_int8_mm.h"
 #include "api/c_ops.h"
@@ -34,29 +35,23 @@ namespace {
 
 thread_local std::string last_error;
 
+} // namespace
+
 kiln_status report(const Status& status) {
   if (!status.is_ok())
     last_error = status.message();
   return static_cast<kiln_status>(status.code());
 }
 
-template <class Body> kiln_status guarded(Body body) noexcept {
+kiln_status report_exception(const char* what, kiln_status status) {
   try {
-    return report(body());
-  } catch (const std::bad_alloc&) {
-    try {
-      last_error = "out of memory";
-    } catch (...) { // the status says it too
-    }
-    return KILN_OUT_OF_MEMORY;
-  } catch (const std::exception& e) {
-    try {
-      last_error = e.what();
-    } catch (...) {
-    }
-    return KILN_INTERNAL;
+    last_error = what;
+  } catch (...) { // the status says it too
   }
+  return status;
 }
+
+namespace {
 
 Status null_argument(const char* name) {
   return Status::error(Code::invalid_argument, fmt::format("{} is null", name));

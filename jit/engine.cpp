@@ -530,7 +530,7 @@ Status Engine::State::keep(const Choice& choice, const KernelDesc& canonical, co
   StoreRow row;
   row.key = choice.key;
   row.op = find_op(canonical.op)->name;
-  row.desc = canonical.text();
+  row.desc = choice.key_fields.desc;
   row.isa = name_of(choice.implementation->isa);
   row.target = code.needs().text();
   row.generator = choice.implementation->generator_digest;

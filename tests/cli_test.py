@@ -81,7 +81,7 @@ class CommandTest(unittest.TestCase):
 class Info(CommandTest):
     def test_json(self):
         info = self.json("info")
-        self.assertEqual({"version", "target", "machine", "cache", "ops", "environment", "known_targets"}, set(info))
+        self.assertEqual({"version", "target", "machine", "cache", "gpus", "ops", "environment", "known_targets"}, set(info))
         self.assertEqual(str(self.dir / "cache" / "kernels.db"), info["cache"]["path"])
         (threads,) = [row for row in info["environment"] if row["name"] == "KILN_THREADS"]
         self.assertEqual({"name": "KILN_THREADS", "value": "2", "origin": "environment"}, threads)

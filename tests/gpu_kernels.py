@@ -14,10 +14,18 @@ def listed(path=LIST):
     return [(purpose, desc.strip()) for purpose, desc in lines]
 
 
+def split_path(desc):
+    """("op field=value …", the ISA path that the line forces or None)"""
+    words = desc.split()
+    paths = [word.partition("=")[2] for word in words if word.startswith("path=")]
+    return " ".join(word for word in words if not word.startswith("path=")), paths[0] if paths else None
+
+
 def ptx(kiln, desc, target):
     """`kiln`: the command's words."""
-    done = subprocess.run([*kiln, "disasm", *desc.split(), "--target", target], capture_output=True, text=True,
-                          env={**os.environ, "KILN_CACHE": "off", "KILN_LOG": "error"})
+    fields, path = split_path(desc)
+    done = subprocess.run([*kiln, "disasm", *fields.split(), "--target", target], capture_output=True, text=True,
+                          env={**os.environ, "KILN_CACHE": "off", "KILN_LOG": "error", "KILN_FORCE": path or ""})
     if done.returncode != 0:
         raise RuntimeError(f"{desc} for {target}: {done.stderr.strip()}")
     # The command's two lines of heading are not the kernel's text: the second is the key, which changes with any source.

@@ -69,6 +69,11 @@ int cluster_for(const int8::Shape& shape, const int8::TileConfig& config) {
 /// Tiles as high as the class of m.
 int8::TileConfig choose_mma_sync(const int8::Shape& shape, std::int64_t m, const Target& target) {
   int8::TileConfig config = {.column_tiles = 4, .row_tiles = 8, .warps_n = 2, .warps_m = 2, .stages = 3};
+  if (target.sm <
+      90) { // the same tile by twice the warps: before sm_90 these registers do not suffice (tests/ptxas_test.py)
+    config.row_tiles = 4;
+    config.warps_m = 4;
+  }
   if (m == kAny)
     return config;
   config = {.column_tiles = 2,

@@ -387,6 +387,7 @@ template <class Copy> Status copy_now(Driver& driver, CUcontext context, CUstrea
     return s;
   if (Status s = driver.status(api.cuCtxPushCurrent(context), "cuCtxPushCurrent"); !s)
     return s;
+  RelaxedCapture relaxed(driver);
   Status status = copy(api, stream);
   if (status)
     status = driver.status(api.cuStreamSynchronize(stream), "cuStreamSynchronize");

@@ -263,6 +263,12 @@ Result<Pack> Pack::make(const PackLayout& layout, const Weights& weights, const 
         return scope.status();
       if (bytes == 0)
         return {};
+      const Result<bool> capturing = cuda::is_capturing(**driver, stream);
+      if (!capturing)
+        return capturing.status();
+      if (*capturing)
+        return Status::error(Code::busy, "int4_mm: the stream of the weights is being captured into a graph: pack them "
+                                         "before the capture begins");
       if (Status s = cuda::check_pointer(**driver, scope->context(), desc.device.index, "int4_mm", name, data); !s)
         return s;
       copy.resize(static_cast<std::size_t>(bytes));

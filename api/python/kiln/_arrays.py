@@ -35,7 +35,9 @@ class Array:
         rows, columns = self.shape
         if columns > 1 and self.strides[1] != 1:
             raise ValueError(f"{name} has strides {self.strides}: allowed is an innermost stride of 1")
-        return self.strides[0] if rows > 1 else max(columns, self.strides[0])
+        if columns == 0:
+            return 0
+        return self.strides[0] if rows > 1 else (columns + 15) // 16 * 16  # of a single row any will do, and GPUs want a multiple
 
     def expect_dense(self, name):
         stride = 1
