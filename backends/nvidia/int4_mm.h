@@ -50,11 +50,12 @@ struct TileConfig {
   bool wgmma = false;
   int step_blocks = 1;   ///< with wgmma: K blocks between two barriers
   int blocks_per_sm = 1; ///< for which registers are to suffice
-  /// Weights are not rounded to bf16: (q − 8)·scale goes in as two bf16 whose sum it is, and the zero as a third
-  /// operand. For few tokens or rows, where roundings do not average out (OPS.md, accuracy), and products cost little.
-  bool exact = false;
+  /// As how many bf16 operands a weight goes in. 1: (q − 8)·scale + zero, rounded; where tokens and rows are few, such
+  /// roundings do not average out to what OPS.md allows. 2: (q − 8)·scale rounded, and what that lost plus the zero. 3:
+  /// the zero apart, and nothing is lost. Products cost as many times more.
+  int operands = 1;
 
-  std::string text() const; ///< `r4t8n2m4k1c1s4b1`, `g` and step_blocks behind for wgmma, `e` for exact
+  std::string text() const; ///< `r4t8n2m4k1c1s4b1`, `g` and step_blocks behind for wgmma, `e` and operands
   std::int64_t rows() const { return 16 * row_tiles * warps_n; }
   std::int64_t tokens() const { return 8 * token_tiles * warps_m; }
   std::int64_t shared_bytes(const Shape& shape) const;

@@ -24,7 +24,7 @@ constexpr int kWgmmaSm = 90;
 constexpr std::int64_t kManyBlocks = 128;
 /// Below so many columns a row's roundings of weights may not average out to what OPS.md allows; likewise few tokens a
 /// column's.
-constexpr std::int64_t kManyColumns = 512, kManyTokens = 32;
+constexpr std::int64_t kManyColumns = 512, kManyTokens = 64;
 
 Status supports_mma_sync(const KernelDesc&, const Target& target) {
   if (target.sm < kFirstSm)
@@ -86,10 +86,17 @@ int4::SkinnyConfig choose_skinny(const int4::Shape& shape, std::int64_t m, bool 
   return config;
 }
 
+/// Operands of a weight: roundings of weights average out over many tokens and columns only (OPS.md, accuracy).
+int operands_for(const int4::Shape& shape, std::int64_t m) {
+  if (shape.n < kManyColumns)
+    return 3;
+  return m != kAny && m <= kManyTokens ? 2 : 1;
+}
+
 int4::TileConfig choose_mma_sync(const int4::Shape& shape, std::int64_t m, const Target& target) {
   int4::TileConfig config = {
       .row_tiles = 2, .token_tiles = 8, .warps_n = 4, .warps_m = 1, .stages = 3, .blocks_per_sm = 2};
-  config.exact = shape.n < kManyColumns || (m != kAny && m <= kManyTokens);
+  config.operands = operands_for(shape, m);
   if (m != kAny && m <= 32)
     config.token_tiles = 4;
   if (m != kAny && m <= 64) {
@@ -104,10 +111,11 @@ int4::TileConfig choose_mma_sync(const int4::Shape& shape, std::int64_t m, const
 
 int4::TileConfig choose_wgmma(const int4::Shape& shape, std::int64_t m) {
   int4::TileConfig config = {.row_tiles = 1, .warps_n = 8, .warps_m = 1, .stages = 12, .wgmma = true, .step_blocks = 2};
-  config.exact = shape.n < kManyColumns || (m != kAny && m <= kManyTokens);
-  const std::int64_t blocks = (shape.n + config.rows() - 1) / config.rows();
+  config.operands = operands_for(shape, m);
+  const auto count = [&] { return (shape.n + config.rows() - 1) / config.rows(); };
+  const std::int64_t blocks = count();
   if (m == kAny) {
-    config.token_tiles = config.exact ? 16 : 32;
+    config.token_tiles = config.operands > 1 ? 16 : 32;
     config.stages = 5;
     config.step_blocks = 1;
     // Where one tile of tokens leaves half the GPU idle, and K is deep enough to pay for the sum.
@@ -119,7 +127,11 @@ int4::TileConfig choose_wgmma(const int4::Shape& shape, std::int64_t m) {
     config.stages = 6;
     config.step_blocks = 1;
   }
-  while (config.cluster < 4 && 2 * blocks * config.cluster <= kManyBlocks && 32 * config.cluster <= k_blocks(shape))
+  if (4 * blocks <=
+      kManyBlocks) // lower blocks rather than clusters of four, of which fewer fit than the GPU has room for
+    config.warps_n = 4;
+  while (config.cluster < 4 && 2 * count() * config.cluster <= kManyBlocks / config.cluster &&
+         32 * config.cluster <= k_blocks(shape))
     config.cluster *= 2;
   return config;
 }

@@ -17,7 +17,8 @@ using Fragment = std::array<F32, 4>; ///< of D: rows l/4 (0, 1) and l/4 + 8 (2, 
 constexpr int kAccumulator = 512;                 // bytes of a fragment of f32 over a warp
 constexpr int kTokenRow = 128;                    // bytes of a token's K block
 constexpr int kRowTile = 512;                     // bytes of a row tile's K block
-constexpr std::uint32_t kMinusZeros = 0x80008000; // bf16 −0, twice: added, it changes nothing; xor, it negates
+constexpr std::uint32_t kOnes = 0x3F803F80;       // bf16 1, twice
+constexpr std::uint32_t kMinusZeros = 0x80008000; // bf16 −0, twice: added, it changes nothing
 
 int log2(std::int64_t power_of_two) {
   return std::countr_zero(static_cast<std::uint64_t>(power_of_two));
@@ -269,20 +270,20 @@ private:
     return scale;
   }
   using Operand = std::array<B32, 4>;
-  /// The A operands whose products add up to the weights' of a word: one, or exactly three.
+  /// The A operands of a word whose products add up to its weights' (TileConfig::operands).
   std::vector<Operand> dequantise(B32 word, const std::array<Scale, 4>& scale, std::size_t part) {
     const Operand q = unpack(w_, word);
     const Scale* const s = &scale[2 * part]; // by row half
-    Operand rounded;
-    for (std::size_t i = 0; i < 4; ++i)
-      rounded[i] = w_.fma_bf16x2(q[i], s[i % 2].scale, c_.exact ? I32(kMinusZeros) : I32(s[i % 2].zero));
-    if (!c_.exact)
-      return {rounded};
-    // q − 8 has 4 significant bits and the scale 8: what their product lost in rounding is a bf16.
-    Operand rest;
-    for (std::size_t i = 0; i < 4; ++i)
-      rest[i] = w_.fma_bf16x2(q[i], s[i % 2].scale, w_.xor_(rounded[i], kMinusZeros));
-    return {rounded, rest, {s[0].zero, s[1].zero, s[0].zero, s[1].zero}};
+    const auto each = [](auto value) { return Operand{value(0), value(1), value(2), value(3)}; };
+    if (c_.operands == 1)
+      return {each([&](std::size_t i) { return w_.fma_bf16x2(q[i], s[i % 2].scale, s[i % 2].zero); })};
+    // q − 8 has 4 significant bits and the scale 8: what their product loses in rounding is a bf16.
+    const Operand rounded = each([&](std::size_t i) { return w_.fma_bf16x2(q[i], s[i % 2].scale, kMinusZeros); });
+    Operand rest =
+        each([&](std::size_t i) { return w_.fma_bf16x2(q[i], s[i % 2].scale, w_.negate_bf16x2(rounded[i])); });
+    if (c_.operands == 3)
+      return {rounded, rest, {s[0].zero, s[1].zero, s[0].zero, s[1].zero}};
+    return {rounded, each([&](std::size_t i) { return w_.fma_bf16x2(rest[i], kOnes, s[i % 2].zero); })};
   }
 
   void multiply_block() {
@@ -441,7 +442,8 @@ private:
 
 std::string TileConfig::text() const {
   return fmt::format("r{}t{}n{}m{}k{}c{}s{}b{}{}{}", row_tiles, token_tiles, warps_n, warps_m, warps_k, cluster, stages,
-                     blocks_per_sm, wgmma ? fmt::format("g{}", step_blocks) : "", exact ? "e" : "");
+                     blocks_per_sm, wgmma ? fmt::format("g{}", step_blocks) : "",
+                     operands > 1 ? fmt::format("e{}", operands) : "");
 }
 std::int64_t TileConfig::shared_bytes(const Shape& shape) const {
   const std::int64_t ring = std::int64_t{stages} * warps_k * Stage(shape, *this).bytes;

@@ -418,6 +418,11 @@ B32 Writer::fma_bf16x2(B32 a, I32 b, I32 c) {
   emit("fma.rn.bf16x2", {d, a, br, cr});
   return d;
 }
+B32 Writer::negate_bf16x2(B32 a) {
+  const B32 d = b32();
+  emit("neg.bf16x2", {d, a});
+  return d;
+}
 B32 Writer::to_bf16x2(Float high, Float low) {
   const B32 d = b32();
   emit("cvt.rn.bf16x2.f32", {d, high, low});

@@ -172,6 +172,7 @@ public:
   F32 from_s32(B32 a);                           ///< round to nearest even
   B32 to_s32_saturated(F32 a);                   ///< round to nearest even; NaN gives 0
   B32 fma_bf16x2(B32 a, I32 b, I32 c);
+  B32 negate_bf16x2(B32 a);
   B32 to_bf16x2(Float high, Float low); ///< round to nearest even
   /// Four s32 saturated to s8, `a` in the lowest byte ("cvt.pack").
   B32 pack_s8(B32 a, B32 b, B32 c, B32 d);
