@@ -19,6 +19,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Kind = RedisReply::Kind;
 
+/// For one look by a host.
+std::chrono::microseconds time_of(const RemoteUrl& url) {
+  return std::chrono::milliseconds(url.timeout_ms);
+}
 constexpr std::chrono::seconds batch_time{1};
 /// How often, at most, a look at the file of trusted keys is taken.
 constexpr std::chrono::seconds look_again{1};
@@ -267,10 +271,8 @@ std::optional<VerifiedRow> RemoteCache::get(const Digest& key, Patience patience
   const std::shared_ptr<const TrustedKeys> trusted = trusted_keys(session);
   if (!trusted)
     return std::nullopt;
-  const Result<RedisReply> reply =
-      call(session, {"GET", remote_name_of(key)}, {Kind::bulk, Kind::nil}, patience,
-           patience == Patience::host ? options_.url.timeout()
-                                      : std::max<std::chrono::microseconds>(batch_time, options_.url.timeout()));
+  const Result<RedisReply> reply = call(session, {"GET", remote_name_of(key)}, {Kind::bulk, Kind::nil}, patience,
+                                        patience == Patience::host ? time_of(options_.url) : batch_time);
   if (!reply)
     return std::nullopt;
   std::optional<Result<StoreRow>> row;
@@ -316,7 +318,7 @@ Status RemoteCache::put(const StoreRow& row, Patience patience) {
   Session& session = current_session();
   const std::string name = remote_name_of(row.key), ttl = std::to_string(options_.url.ttl_seconds);
   const std::string_view value(reinterpret_cast<const char*>(bytes->data()), bytes->size());
-  const std::chrono::microseconds time = patience == Patience::host ? options_.url.timeout() * 2 / 3 : batch_time;
+  const std::chrono::microseconds time = patience == Patience::host ? time_of(options_.url) * 2 / 3 : batch_time;
   const Result<RedisReply> reply = options_.url.ttl_seconds > 0
                                        ? call(session, {"SET", name, value, "EX", ttl}, {Kind::status}, patience, time)
                                        : call(session, {"SET", name, value}, {Kind::status}, patience, time);

@@ -1,5 +1,4 @@
 #pragma once
-#include <chrono>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -20,8 +19,6 @@ struct RemoteUrl {
   std::int32_t database = 0;    ///< 0 to 65535
   std::int32_t timeout_ms = 3;  ///< for one look, from finding the host to the last byte; 1 to 1000
   std::int32_t ttl_seconds = 0; ///< how long a row that is written lives; 0: until Redis evicts it
-
-  std::chrono::milliseconds timeout() const { return std::chrono::milliseconds(timeout_ms); }
 
   /// Code::invalid_argument says what is wrong, and quotes nothing: any part may be a password in the wrong place.
   static Result<RemoteUrl> parse(std::string_view text);
