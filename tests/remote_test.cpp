@@ -545,8 +545,7 @@ TEST_CASE("a server full of garbage: all of it a miss, counted for what it is") 
     INFO(fmt::format("{:?}", one.bytes.substr(0, 40)), " of ", one.bytes.size());
     FakeServer server(FakeServer::answers(one.bytes));
     // Those that are never complete take all the time there is.
-    const auto cache =
-        fixture.reader(server.url(is_slow ? "?timeout_ms=300" : "?timeout_ms=100"));
+    const auto cache = fixture.reader(server.url(is_slow ? "?timeout_ms=300" : "?timeout_ms=100"));
     fixture.warnings.clear();
     for (int i = 0; i < 3; ++i)
       CHECK(!get(*cache, 1));
@@ -635,7 +634,7 @@ TEST_CASE("time is bounded for the whole of a call, whatever the server does") {
       const auto cache = fixture.reader(url);
       time(first, *cache, 1);
       time(second, *cache, 1);
-      time(later, *cache, 100); // left alone
+      time(later, *cache, 100);                                                      // left alone
       CHECK((cache->stats().errors == 2 || (is_slow && cache->stats().errors < 2))); // see is_slow
     }
     MESSAGE(one.name, ": ", first, " ms, ", second, " ms, then ", later, " ms");
