@@ -31,17 +31,37 @@ Status desc_from_c(const kiln_desc* given, KernelDesc& out) {
     return s;
   if (d.a_dtype != KILN_S8)
     return bad("a_dtype", d.a_dtype, "KILN_S8 (0)");
-  if (d.c_dtype != KILN_S32)
-    return bad("c_dtype", d.c_dtype, "KILN_S32 (2)");
+  CDtype c_dtype{};
+  switch (d.c_dtype) {
+  case KILN_S32:
+    c_dtype = CDtype::s32;
+    break;
+  case KILN_S8:
+    c_dtype = CDtype::s8;
+    break;
+  case KILN_BF16:
+    c_dtype = CDtype::bf16;
+    break;
+  default:
+    return bad("c_dtype", d.c_dtype, "KILN_S32 (2), KILN_S8 (0) or KILN_BF16 (4)");
+  }
   if (d.reserved != 0)
     return bad("reserved", d.reserved, "0");
+  if (d.rescale != KILN_RESCALE_NONE && d.rescale != KILN_RESCALE_SCALE)
+    return bad("rescale", d.rescale, "KILN_RESCALE_NONE (0) or KILN_RESCALE_SCALE (1)");
+  if (d.rescale_per != KILN_PER_TENSOR && d.rescale_per != KILN_PER_CHANNEL)
+    return bad("rescale_per", d.rescale_per, "KILN_PER_TENSOR (0) or KILN_PER_CHANNEL (1)");
   out = make_desc(d.m, d.n, d.k, b_layout);
+  out.value[kCDtype] = static_cast<std::int64_t>(c_dtype);
+  out.value[kRescale] = d.rescale;
+  out.value[kRescalePer] = d.rescale_per;
   return {};
 }
 
 class CPack final : public AnyPack {
 public:
   explicit CPack(Pack pack) : pack_(std::move(pack)), layout_(pack_.layout().id()) {}
+  OpId op() const override { return OpId::int8_mm; }
   Status save(const std::string& path) const override { return pack_.save(path); }
   Info info() const override {
     return {"int8_mm", layout_.c_str(), pack_.n(), pack_.k(), static_cast<std::uint64_t>(pack_.bytes())};
@@ -69,13 +89,16 @@ Status args_from_c(const kiln_args* given, Args& out) {
   out.a = a.a;
   out.lda = a.lda;
   if (a.b_pack != nullptr) {
-    // The only op with packs: a pack of any other kind cannot exist yet.
+    if (Status s = check_pack_op(*a.b_pack->pack, OpId::int8_mm, "int8_mm: b_pack"); !s)
+      return s;
     out.pack = &static_cast<const CPack&>(*a.b_pack->pack).pack();
   }
   out.b = a.b;
   out.ldb = a.ldb;
   out.c = a.c;
   out.ldc = a.ldc;
+  out.scale = a.scale;
+  out.stream = a.stream;
   out.threads = a.base.threads;
   out.workspace = a.workspace;
   out.workspace_bytes = a.workspace_bytes;
@@ -112,6 +135,9 @@ Result<std::unique_ptr<AnyPack>> pack_from_c(Engine& engine, const KernelDesc& d
                  desc.value[kN], desc.value[kK], engine.runtime().parallel);
   if (!pack)
     return pack.status();
+  if (desc.device.kind == DeviceKind::cuda)
+    if (Status s = pack->move_to(desc.device, engine.runtime()); !s)
+      return s;
   return std::unique_ptr<AnyPack>(std::make_unique<CPack>(std::move(*pack)));
 }
 
@@ -127,6 +153,9 @@ Result<std::unique_ptr<AnyPack>> load_pack_from_c(Engine& engine, const KernelDe
                          fmt::format("{}: a pack of layout {} n={} k={}: allowed here is layout {} n={} k={}", path,
                                      pack->layout().id(), pack->n(), pack->k(), layout->id(), desc.value[kN],
                                      desc.value[kK]));
+  if (desc.device.kind == DeviceKind::cuda)
+    if (Status s = pack->move_to(desc.device, engine.runtime()); !s)
+      return s;
   return std::unique_ptr<AnyPack>(std::make_unique<CPack>(std::move(*pack)));
 }
 

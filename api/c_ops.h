@@ -2,12 +2,16 @@
 #include <atomic>
 #include <memory>
 #include <string>
+#include <string_view>
+
+#include <fmt/format.h>
 
 #include "api/kiln.h"
 #include "cache/status.h"
 #include "jit/desc.h"
 #include "jit/engine.h"
 #include "jit/kernel.h"
+#include "jit/op.h"
 
 namespace kiln {
 
@@ -15,6 +19,7 @@ namespace kiln {
 class AnyPack {
 public:
   virtual ~AnyPack() = default;
+  virtual OpId op() const = 0;
   virtual Status save(const std::string& path) const = 0;
   struct Info {
     const char* op;
@@ -34,6 +39,14 @@ struct COp {
   Result<std::unique_ptr<AnyPack>> (*pack)(Engine& engine, const KernelDesc& desc, const void* b, std::int64_t ldb);
   Result<std::unique_ptr<AnyPack>> (*load_pack)(Engine& engine, const KernelDesc& desc, const std::string& path);
 };
+
+/// The packed weights of another op are Code::invalid_argument.
+inline Status check_pack_op(const AnyPack& pack, OpId op, std::string_view name) {
+  return pack.op() == op
+             ? Status()
+             : Status::error(Code::invalid_argument, fmt::format("{} is a pack for {}: allowed is one for {}", name,
+                                                                 find_op(pack.op())->name, find_op(op)->name));
+}
 
 /// Null for an op that this version does not serve.
 const COp* find_c_op(std::int32_t op);

@@ -26,7 +26,7 @@ install(TARGETS kiln_cli RUNTIME)
 if(TARGET kiln_llvm)
   install(TARGETS kiln_llvm LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
 endif()
-install(FILES kiln.h TYPE INCLUDE)
+install(FILES kiln.h kiln_int4pack.h kiln_int4pack_adapter.hpp TYPE INCLUDE)
 install(FILES ${PROJECT_SOURCE_DIR}/README.md TYPE DOC)
 install(DIRECTORY doc/ TYPE DOC FILES_MATCHING PATTERN *.md)
 

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "api/c_boundary.h"
+#include "api/c_int4_mm.h"
 #include "api/c_int8_mm.h"
 #include "api/c_ops.h"
 #include "api/c_structs.h"
@@ -22,7 +24,7 @@ struct kiln_engine {
 namespace kiln {
 
 const COp* find_c_op(std::int32_t op) {
-  static const COp table[] = {c_int8_mm()};
+  static const COp table[] = {c_int8_mm(), c_int4_mm()};
   for (const COp& row : table)
     if (static_cast<std::int32_t>(row.op) == op)
       return &row;
@@ -33,29 +35,23 @@ namespace {
 
 thread_local std::string last_error;
 
+} // namespace
+
 kiln_status report(const Status& status) {
   if (!status.is_ok())
     last_error = status.message();
   return static_cast<kiln_status>(status.code());
 }
 
-template <class Body> kiln_status guarded(Body body) noexcept {
+kiln_status report_exception(const char* what, kiln_status status) {
   try {
-    return report(body());
-  } catch (const std::bad_alloc&) {
-    try {
-      last_error = "out of memory";
-    } catch (...) { // the status says it too
-    }
-    return KILN_OUT_OF_MEMORY;
-  } catch (const std::exception& e) {
-    try {
-      last_error = e.what();
-    } catch (...) {
-    }
-    return KILN_INTERNAL;
+    last_error = what;
+  } catch (...) { // the status says it too
   }
+  return status;
 }
+
+namespace {
 
 Status null_argument(const char* name) {
   return Status::error(Code::invalid_argument, fmt::format("{} is null", name));
@@ -71,7 +67,8 @@ const Kernel& kernel_of(const kiln_kernel* kernel) {
 Status known_op(std::int32_t op, const COp*& row) {
   row = find_c_op(op);
   if (row == nullptr)
-    return Status::error(Code::invalid_argument, fmt::format("unknown op {}: known are KILN_OP_INT8_MM (1)", op));
+    return Status::error(Code::invalid_argument,
+                         fmt::format("unknown op {}: known are KILN_OP_INT8_MM (1), KILN_OP_INT4_MM (3)", op));
   return {};
 }
 
@@ -224,6 +221,24 @@ kiln_status kiln_get(kiln_engine* engine, const kiln_desc* desc, kiln_kernel** k
   });
 }
 
+kiln_status kiln_get_for_stream(kiln_engine* engine, const kiln_desc* desc, void* stream, kiln_kernel** kernel) {
+  return guarded([&]() -> Status {
+    if (kernel == nullptr)
+      return null_argument("kernel");
+    *kernel = nullptr;
+    if (engine == nullptr)
+      return null_argument("engine");
+    KernelDesc d;
+    if (Status s = read_desc(desc, d); !s)
+      return s;
+    Result<KernelRef> got = engine->engine->get_for_stream(d, stream);
+    if (!got)
+      return got.status();
+    *kernel = reinterpret_cast<kiln_kernel*>(got->detach());
+    return {};
+  });
+}
+
 void kiln_kernel_retain(kiln_kernel* kernel) {
   if (kernel != nullptr)
     KernelTable::add_reference(node_of(kernel));
@@ -253,7 +268,7 @@ kiln_status kiln_kernel_get_info(const kiln_kernel* kernel, kiln_kernel_info* in
     out.source = static_cast<std::int32_t>(k.source);
     out.vector_registers = k.code().vector_registers;
     out.general_registers = k.code().general_registers;
-    out.code_bytes = k.text().size();
+    out.code_bytes = k.code_bytes();
     out.m_min = k.m_range().min;
     out.m_max = k.m_range().max;
     out.compile_us = k.compile_us;
@@ -278,6 +293,38 @@ kiln_status kiln_pack_create(kiln_engine* engine, const kiln_desc* desc, const v
     *pack = new kiln_pack(std::move(*made));
     return {};
   });
+}
+
+kiln_status kiln_int4_mm_pack_create(kiln_engine* engine, const kiln_int4_mm_desc* desc,
+                                     const kiln_int4_mm_weights* weights, kiln_pack** pack) {
+  return guarded([&]() -> Status {
+    if (pack == nullptr)
+      return null_argument("pack");
+    *pack = nullptr;
+    if (engine == nullptr)
+      return null_argument("engine");
+    if (desc != nullptr && desc->base.op != KILN_OP_INT4_MM)
+      return Status::error(Code::invalid_argument,
+                           fmt::format("desc.op is {}: allowed is KILN_OP_INT4_MM (3)", desc->base.op));
+    KernelDesc d;
+    if (Status s = read_desc(desc != nullptr ? &desc->base : nullptr, d); !s)
+      return s;
+    if (Status s = check_desc(d); !s)
+      return s;
+    Result<std::unique_ptr<AnyPack>> made = make_int4_mm_pack(*engine->engine, d, weights);
+    if (!made)
+      return made.status();
+    *pack = new kiln_pack(std::move(*made));
+    return {};
+  });
+}
+
+kiln_status kiln_int4_to_tensor_core(const void* plain, int64_t n, int64_t k, int32_t inner_k_tiles, void* packed) {
+  return guarded([&] { return convert_int4_weights(true, plain, n, k, inner_k_tiles, packed); });
+}
+
+kiln_status kiln_int4_from_tensor_core(const void* packed, int64_t n, int64_t k, int32_t inner_k_tiles, void* plain) {
+  return guarded([&] { return convert_int4_weights(false, packed, n, k, inner_k_tiles, plain); });
 }
 
 kiln_status kiln_pack_save(const kiln_pack* pack, const char* path) {

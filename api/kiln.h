@@ -115,7 +115,7 @@ KILN_API void kiln_engine_destroy(kiln_engine* engine);
 typedef enum kiln_op {
   KILN_OP_INT8_MM = 1,
   KILN_OP_INT8_LINEAR = 2,   /* reserved */
-  KILN_OP_INT4_MM = 3,       /* reserved */
+  KILN_OP_INT4_MM = 3,
   KILN_OP_FP8_BLOCK_BMM = 4, /* reserved */
   KILN_OP_ATTENTION = 5      /* reserved */
 } kiln_op;
@@ -131,7 +131,7 @@ typedef struct kiln_desc {
   int32_t reserved; /* 0 */
 } kiln_desc;
 
-typedef enum kiln_dtype { KILN_S8 = 0, KILN_U8 = 1, KILN_S32 = 2 } kiln_dtype;
+typedef enum kiln_dtype { KILN_S8 = 0, KILN_U8 = 1, KILN_S32 = 2, KILN_F32 = 3, KILN_BF16 = 4 } kiln_dtype;
 typedef enum kiln_b_layout {
   KILN_B_KN = 0, /* B is [K][N] */
   KILN_B_NK = 1  /* B is [N][K], as linear layers keep their weights */
@@ -139,19 +139,57 @@ typedef enum kiln_b_layout {
 
 #define KILN_ANY (-1)
 
+/* NVIDIA GPUs: a desc with base.device = KILN_DEVICE_CUDA and base.device_index = i, the GPU that CUDA counts as i.
+ * - The driver (libcuda.so.1, CUDA 11.3 or later) is opened by the first call with such a desc; a host without one gets KILN_UNSUPPORTED there
+ *   and runs everything else. No CUDA toolkit is needed. A child made by fork from a process that has used CUDA cannot (CUDA's rule):
+ *   KILN_UNSUPPORTED.
+ * - Kernels run in the context of args.stream; without a stream, or on a default one, in the caller's current context if it is of that GPU,
+ *   else in the GPU's primary context, which the CUDA runtime and its users share. Any number of GPUs and contexts in one process.
+ * - Tensors, packs and workspaces are device memory that the context can use: pointers to anything else are refused by name. kiln_run puts the
+ *   work on args.stream and returns; it never waits. Its arguments may be reused at once, the memory when the stream has got there.
+ * - A stream that is being captured into a CUDA graph: kernels that are loaded in its context are captured as any launch. Loading would end the
+ *   capture, so there a kernel that is not loaded is KILN_BUSY and nothing is done: kiln_get and one kiln_run before the capture
+ *   avoid that. kiln_get cannot see the stream: see kiln_get_for_stream.
+ * - Loaded GPU code is never unloaded, as a stream or graph may still use it: a process keeps as many modules as it has used kernels, some tens
+ *   of KiB each. */
+
+typedef enum kiln_rescale { KILN_RESCALE_NONE = 0, KILN_RESCALE_SCALE = 1 } kiln_rescale;
+typedef enum kiln_rescale_per { KILN_PER_TENSOR = 0, KILN_PER_CHANNEL = 1 } kiln_rescale_per;
+
 /* int8_mm: C[M,N] = A[M,K] · B[K,N]; A s8, B s8, C s32 with sums that wrap. Any sizes from 0 to 2^31 − 1.
- * m: the rows of the calls to come. One kernel serves a class of m (1; 2; 3–4; 5–8; 9–16; 17–32; 33 and more), so a host whose m changes asks
- * anew for each and compiles at most seven kernels per (n, k). KILN_ANY stands for the last class. */
+ * m: the rows of the calls to come. One kernel serves a class of m (1; 2; 3–4; 5–8; 9–16; 17–32; 33 and more; on GPUs 16 and less; 17–32; 33–64;
+ * 65 and more), so a host whose m changes asks anew for each and compiles at most seven kernels per (n, k). KILN_ANY stands for the last class.
+ * On GPUs also with KILN_RESCALE_SCALE: y = f32(sum) · scale, for c_dtype KILN_BF16, or KILN_S8 rounded half to even and saturated. */
 typedef struct kiln_int8_mm_desc {
   kiln_desc base;
   int64_t m, n, k;
   int32_t b_layout; /* kiln_b_layout, of the B that is packed or passed raw */
   int32_t a_dtype;  /* KILN_S8 */
-  int32_t c_dtype;  /* KILN_S32 */
+  int32_t c_dtype;  /* KILN_S32; with a rescale also KILN_S8, KILN_BF16 */
   int32_t reserved; /* 0 */
+  int32_t rescale;     /* kiln_rescale */
+  int32_t rescale_per; /* kiln_rescale_per: one value, or one for each of n */
 } kiln_int8_mm_desc;
 #define KILN_INT8_MM_DESC_INIT \
-  {{sizeof(kiln_int8_mm_desc), KILN_OP_INT8_MM, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, KILN_B_NK, KILN_S8, KILN_S32, 0}
+  {{sizeof(kiln_int8_mm_desc), KILN_OP_INT8_MM, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, KILN_B_NK, KILN_S8, KILN_S32, 0, KILN_RESCALE_NONE, KILN_PER_CHANNEL}
+
+/* int4_mm: Y[M,N] = X[M,K] · W; X and Y bf16, sums f32. A weight is w = (q − 8)·scale + zero with q from 0 to 15, and one bf16 scale and zero
+ * for each n and `group` elements of K. n is a multiple of 8, k of the group.
+ * Weights come in one of two forms of n·k/2 bytes: uint8 [n][k/2] with the even k in the high nibble (inner_k_tiles = 0), or the tensor-core
+ * layout int32 [n/8][k/(T·16)][32][T/2] of aten::_weight_int4pack_mm, T = inner_k_tiles, k a multiple of 16·T. Scales and zeros are
+ * [k/group][n][2]. All are packed once (kiln_int4_mm_pack_create); one pack serves every m.
+ * m as in int8_mm, with the classes 1; 2–8; 9–16; 17–32; 33–64; 65–128; 129 and more.
+ * batch_invariant: a row's bits do not depend on m (one kernel for all m). Results are equal from run to run in any case.
+ * Within 4e-3 of the exact product (norm of the difference over the norm). CPUs have the reference only. */
+typedef struct kiln_int4_mm_desc {
+  kiln_desc base;
+  int64_t m, n, k;
+  int32_t group;           /* 32, 64, 128 or 256 */
+  int32_t inner_k_tiles;   /* 0, 2, 4 or 8: the form of the weights that are packed */
+  int32_t batch_invariant; /* 0 or 1 */
+  int32_t reserved;        /* 0 */
+} kiln_int4_mm_desc;
+#define KILN_INT4_MM_DESC_INIT {{sizeof(kiln_int4_mm_desc), KILN_OP_INT4_MM, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, 128, 0, 0, 0}
 
 /* ---------------------------------------------------------------- kernels */
 
@@ -163,6 +201,11 @@ typedef struct kiln_kernel kiln_kernel;
  * Errors: KILN_INVALID_ARGUMENT, KILN_UNSUPPORTED (KILN_FORCE or KILN_DISABLE leave nothing that can do it), KILN_COMPILE_FAILED, KILN_MISS, KILN_OUT_OF_MEMORY. */
 KILN_API kiln_status kiln_get(kiln_engine* engine, const kiln_desc* desc, kiln_kernel** kernel);
 
+/* Like kiln_get, for a desc of a GPU and a caller that may be capturing `stream` (a CUstream or cudaStream_t): while it is, a kernel that is
+ * not loaded is KILN_BUSY, and nothing is loaded or compiled, so that the capture goes on. kiln_get itself notices only captures by streams
+ * that synchronise with the default stream; it loads in a way that leaves captures of other threads alone. */
+KILN_API kiln_status kiln_get_for_stream(kiln_engine* engine, const kiln_desc* desc, void* stream, kiln_kernel** kernel);
+
 KILN_API void kiln_kernel_retain(kiln_kernel* kernel);
 KILN_API void kiln_kernel_release(kiln_kernel* kernel);
 
@@ -173,9 +216,9 @@ typedef struct kiln_kernel_info {
   size_t size;
   const char* op;          /* "int8_mm" */
   const char* desc;        /* canonical text */
-  const char* isa;         /* ISA path: "avx512vnni", … */
-  const char* backend;     /* "x86", "portable", "reference", … */
-  const char* generator;   /* "asmjit", "llvm", "none" */
+  const char* isa;         /* ISA path: "avx512vnni", "mma_sync", … */
+  const char* backend;     /* "x86", "nvidia", "portable", "reference", … */
+  const char* generator;   /* "asmjit", "llvm", "ptx", "none" */
   const char* features;    /* CPU features that the code uses, comma list */
   const char* key;         /* 64 hex digits; "" for "reference" */
   const char* pack_layout; /* id of the packed weights it reads, "" for an op without */
@@ -192,12 +235,34 @@ KILN_API kiln_status kiln_kernel_get_info(const kiln_kernel* kernel, kiln_kernel
 
 /* ---------------------------------------------------------------- packed weights */
 
-/* Weights rearranged once for this machine. One pack serves every m of its (n, k): decode and prefill share it.
- * Immutable; independent of the engine that made it. */
+/* Weights rearranged once for this machine, in host memory or in that of the GPU that the desc names. One pack serves every m of its (n, k):
+ * decode and prefill share it. Immutable; independent of the engine that made it. A pack in GPU memory belongs to the context that was used
+ * to make it; releasing it frees the memory, which waits for the GPU. */
 typedef struct kiln_pack kiln_pack;
 
-/* Packs B of an int8_mm desc (its m is ignored). `b` is read during the call only; ldb ≥ n (KILN_B_KN) or ≥ k (KILN_B_NK). */
+/* Packs B of an int8_mm desc (its m is ignored). `b` is host memory, for a pack on a GPU too, and read during the call only; ldb ≥ n (KILN_B_KN)
+ * or ≥ k (KILN_B_NK). */
 KILN_API kiln_status kiln_pack_create(kiln_engine* engine, const kiln_desc* desc, const void* b, int64_t ldb, kiln_pack** pack);
+
+/* The weights of an int4_mm. */
+typedef struct kiln_int4_mm_weights {
+  size_t size;
+  const void* w;  /* in the form that the desc names */
+  const void* sz; /* bf16 [k/group][n][2]: scale, zero */
+  int32_t device; /* kiln_device: where both lie, host memory or the GPU of the desc */
+  int32_t reserved; /* 0 */
+  void* stream;   /* CUstream whose work so far comes before they are read; for weights on a GPU */
+} kiln_int4_mm_weights;
+#define KILN_INT4_MM_WEIGHTS_INIT {sizeof(kiln_int4_mm_weights), 0, 0, KILN_DEVICE_CPU, 0, 0}
+/* Packs the weights of an int4_mm desc (its m and batch_invariant are ignored). They are read during the call, which returns when the pack is
+ * there; those on a GPU are copied to the host and back. Errors: KILN_INVALID_ARGUMENT, KILN_OUT_OF_MEMORY, KILN_UNSUPPORTED. */
+KILN_API kiln_status kiln_int4_mm_pack_create(kiln_engine* engine, const kiln_int4_mm_desc* desc, const kiln_int4_mm_weights* weights, kiln_pack** pack);
+
+/* Between the two forms of int4 weights (see kiln_int4_mm_desc), both n·k/2 bytes of host memory of any alignment, which must not overlap.
+ * n is a multiple of 8, k of 16·inner_k_tiles, inner_k_tiles 2, 4 or 8. */
+KILN_API kiln_status kiln_int4_to_tensor_core(const void* plain, int64_t n, int64_t k, int32_t inner_k_tiles, void* packed);
+KILN_API kiln_status kiln_int4_from_tensor_core(const void* packed, int64_t n, int64_t k, int32_t inner_k_tiles, void* plain);
+
 /* Writes the pack to a new file and renames it to `path`. The file names op, layout, sizes and carries a checksum.
  * Errors: KILN_NOT_FOUND (no such directory), KILN_IO. */
 KILN_API kiln_status kiln_pack_save(const kiln_pack* pack, const char* path);
@@ -210,7 +275,7 @@ KILN_API void kiln_pack_release(kiln_pack* pack);
 typedef struct kiln_pack_info {
   size_t size;
   const char* op;     /* lives as long as the pack is held */
-  const char* layout; /* "n16k4" */
+  const char* layout; /* "n16k4", "plain/g128" */
   int64_t n, k;
   uint64_t bytes;
 } kiln_pack_info;
@@ -238,15 +303,34 @@ typedef struct kiln_int8_mm_args {
   int64_t ldb;
   int32_t b_layout; /* of b */
   int32_t reserved; /* 0 */
-  int32_t* c;
+  void* c; /* of c_dtype */
   int64_t ldc; /* ≥ n */
-  void* workspace; /* NULL: a per-thread arena of Kiln's. Else 64-byte aligned, for this call alone */
+  void* workspace; /* NULL: a per-thread arena of Kiln's, on a GPU a buffer for each stream. Else 64-byte (GPU: 256-byte) aligned, for this call alone */
   uint64_t workspace_bytes; /* ≥ what kiln_workspace_bytes tells for the same args */
+  const float* scale; /* [n] or one, with KILN_RESCALE_SCALE */
+  void* stream; /* CUstream of a GPU kernel; NULL is CUDA's default stream */
 } kiln_int8_mm_args;
 #define KILN_INT8_MM_ARGS_INIT \
-  {{sizeof(kiln_int8_mm_args), KILN_OP_INT8_MM, 0}, 0, 0, 0, 0, 0, 0, KILN_B_NK, 0, 0, 0, 0, 0}
+  {{sizeof(kiln_int8_mm_args), KILN_OP_INT8_MM, 0}, 0, 0, 0, 0, 0, 0, KILN_B_NK, 0, 0, 0, 0, 0, 0, 0}
+/* On a GPU a and a raw b are 16-byte aligned, lda and ldb multiples of 16, and a raw b is KILN_B_NK. */
 
-/* Runs; returns when the output is complete. No lock, lookup or allocation (the first call of a thread may grow its arena).
+/* Y[m,n] = X[m,k] · W. Buffers are read and written within m, n, k exactly and must not overlap. On a GPU x and y are 16-byte aligned, ldx and
+ * ldy multiples of 8. */
+typedef struct kiln_int4_mm_args {
+  kiln_args base;
+  int64_t m; /* rows of this call, one of those that the kernel serves; m = 0 does nothing */
+  const void* x; /* bf16 */
+  int64_t ldx; /* ≥ k */
+  const kiln_pack* w_pack;
+  void* y; /* bf16 */
+  int64_t ldy; /* ≥ n */
+  void* stream; /* CUstream of a GPU kernel; NULL is CUDA's default stream */
+  void* workspace; /* GPU. NULL: a buffer of Kiln's for each stream (in a captured graph, memory of the graph's). Else 256-byte aligned device memory, for this call alone until the stream has passed it */
+  uint64_t workspace_bytes; /* ≥ what kiln_workspace_bytes tells for the same args */
+} kiln_int4_mm_args;
+#define KILN_INT4_MM_ARGS_INIT {{sizeof(kiln_int4_mm_args), KILN_OP_INT4_MM, 0}, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+
+/* Runs; returns when the output is complete (a GPU kernel: when it is on the stream). No lock, lookup or allocation (the first call of a thread may grow its arena).
  * KILN_OUT_OF_MEMORY, when a thread's arena cannot grow, may leave part of the output written; with a workspace it does not occur. */
 KILN_API kiln_status kiln_run(const kiln_kernel* kernel, const kiln_args* args);
 

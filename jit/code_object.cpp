@@ -10,7 +10,7 @@ namespace kiln {
 namespace {
 
 constexpr std::uint32_t kMagic = 0x43'4e'4c'4b; // "KLNC" in the file
-constexpr std::uint32_t kFormatVersion = 1;
+constexpr std::uint32_t kFormatVersion = 2;
 
 // Bounds far above what any op needs: they keep damaged input from asking for memory or time.
 constexpr std::uint32_t kMaxEntries = 64;
@@ -19,6 +19,8 @@ constexpr std::size_t kMaxNameLength = 64;
 constexpr std::uint32_t kMaxAlignment = 4096;
 constexpr std::int64_t kMaxVectorBits = 2048; // SVE's architectural bound
 constexpr std::uint32_t kMaxRegisters = 256;
+constexpr std::int32_t kMinSm = 10, kMaxSm = 999, kMaxDriverVersion = 1'000'000;
+constexpr std::string_view kFormats[] = {"flat", "ptx", "cubin"};
 
 Status damaged(std::string what) {
   return Status::error(Code::integrity, "damaged code object: " + std::move(what));
@@ -42,9 +44,28 @@ Status check_entry(const CodeObject& object, const CodeObject::Entry& entry) {
   return {};
 }
 
+/// What only code for GPUs has, and what it has not.
+Status check_format(const CodeObject& object) {
+  const bool gpu = object.arch == Arch::nvptx;
+  if (gpu != (object.format != CodeFormat::flat))
+    return damaged(fmt::format("format {} for {}", name_of(object.format), name_of(object.arch)));
+  if (gpu ? object.sm < kMinSm || object.sm > kMaxSm : object.sm != 0)
+    return damaged(fmt::format("SM {} for {}", object.sm, name_of(object.arch)));
+  const bool assembled = object.format == CodeFormat::cubin;
+  if (object.compiler.size() > kMaxNameLength || object.compiler.empty() == assembled)
+    return damaged(
+        fmt::format("a compiler's name of {} bytes for format {}", object.compiler.size(), name_of(object.format)));
+  if (object.driver_version < 0 || object.driver_version > kMaxDriverVersion ||
+      (!assembled && (object.driver_version != 0 || object.ptx_digest != Digest{})))
+    return damaged(fmt::format("driver version {} for format {}", object.driver_version, name_of(object.format)));
+  return {};
+}
+
 Status check(const CodeObject& object) {
   if (object.image.empty())
     return damaged("the image is empty");
+  if (Status status = check_format(object); !status)
+    return status;
   if (!std::has_single_bit(object.alignment) || object.alignment > kMaxAlignment)
     return damaged(fmt::format("alignment {} is not a power of two up to {}", object.alignment, kMaxAlignment));
   if (const Features foreign = object.features.without(features_of(object.arch)); !foreign.empty())
@@ -75,6 +96,10 @@ Status check(const CodeObject& object) {
 
 } // namespace
 
+std::string_view name_of(CodeFormat format) {
+  return kFormats[static_cast<std::size_t>(format)];
+}
+
 Bytes CodeObject::serialise() const {
   Writer out;
   out.u32(kMagic);
@@ -82,6 +107,11 @@ Bytes CodeObject::serialise() const {
   out.u8(static_cast<std::uint8_t>(arch));
   out.string(features.text());
   out.i64(vector_bits);
+  out.u8(static_cast<std::uint8_t>(format));
+  out.u32(static_cast<std::uint32_t>(sm));
+  out.string(compiler);
+  out.u32(static_cast<std::uint32_t>(driver_version));
+  out.raw(ptx_digest.bytes);
   out.u32(vector_registers);
   out.u32(general_registers);
   out.u32(alignment);
@@ -124,6 +154,15 @@ Result<CodeObject> CodeObject::parse(ByteSpan bytes) {
   if (vector_bits < 0 || vector_bits > kMaxVectorBits)
     return damaged(fmt::format("vector length {} is not within 0…{}", vector_bits, kMaxVectorBits));
   object.vector_bits = static_cast<std::int32_t>(vector_bits);
+  const std::uint8_t format = in.u8();
+  if (format >= std::size(kFormats))
+    return damaged(fmt::format("format number {} is unknown", format));
+  object.format = static_cast<CodeFormat>(format);
+  object.sm = static_cast<std::int32_t>(in.u32());
+  object.compiler = in.string();
+  object.driver_version = static_cast<std::int32_t>(in.u32());
+  if (const ByteSpan digest = in.raw(object.ptx_digest.bytes.size()); !digest.empty())
+    std::copy(digest.begin(), digest.end(), object.ptx_digest.bytes.begin());
   object.vector_registers = in.u32();
   object.general_registers = in.u32();
   object.alignment = in.u32();

@@ -255,6 +255,7 @@ Result<Config> Config::from_environment(const char* (*get)(const char* name), co
     get = [](const char*) -> const char* { return nullptr; };
     config.warnings.push_back("the environment is ignored: this process has rights that its caller does not have");
   }
+  config.program_path = value_of(get, "PATH");
   config.cache_dir = xdg_directory(get, "XDG_CACHE_HOME", ".cache");
   config.key_dir = xdg_directory(get, "XDG_DATA_HOME", ".local/share");
   if (!config.key_dir.empty())
@@ -325,14 +326,16 @@ bool Config::forced_path(OpId op, IsaPath& path) const {
   return false;
 }
 
-std::optional<IsaPath> Config::forced_path(OpId op, std::span<const Implementation> rows) const {
+std::optional<IsaPath> Config::forced_path(OpId op, DeviceKind device, std::span<const Implementation> rows) const {
   IsaPath path{};
   if (!forced_path(op, path))
     return std::nullopt;
   const bool names_the_op = std::any_of(forced.begin(), forced.end(), [&](const Force& f) { return f.op == op; });
-  const bool op_has_it =
-      std::any_of(rows.begin(), rows.end(), [&](const Implementation& row) { return row.op == op && row.isa == path; });
-  return names_the_op || op_has_it ? std::optional(path) : std::nullopt;
+  bool here = false, elsewhere = false;
+  for (const Implementation& row : rows)
+    if (row.op == op && row.isa == path)
+      (row.device == device ? here : elsewhere) = true;
+  return here || (names_the_op && !elsewhere) ? std::optional(path) : std::nullopt;
 }
 
 } // namespace kiln

@@ -50,6 +50,7 @@ struct Config {
   int threads = 0; ///< 0: every core this process may use
   LogLevel log = LogLevel::warn;
   std::string dump_dir;
+  std::string program_path; ///< PATH: where `ptxas` is looked for
   PerfMode perf = PerfMode::off;
 
   /// One row a variable, for `kiln info`: name, value in force, where it came from (`default`, `environment`, `host`,
@@ -74,8 +75,9 @@ struct Config {
   /// The path forced for this op: its own, else the one for every op that has it (the caller knows which have). False
   /// when there is none.
   bool forced_path(OpId op, IsaPath& path) const;
-  /// The path that these rows must take for the op: `op:path` holds in any case, a path alone for the ops that have it.
-  std::optional<IsaPath> forced_path(OpId op, std::span<const Implementation> rows) const;
+  /// The path that these rows must take for the op on a device: `op:path` holds in any case, unless the op has it on
+  /// another device only; a path alone for the ops that have it there.
+  std::optional<IsaPath> forced_path(OpId op, DeviceKind device, std::span<const Implementation> rows) const;
 };
 
 } // namespace kiln

@@ -24,8 +24,10 @@ void dump_code(const std::string& directory, const Digest& key, IsaPath isa, con
   std::filesystem::create_directories(directory, error);
   const std::string stem = fmt::format("{}/{}-{}", directory, key.hex().substr(0, 16), name_of(isa));
   const ByteSpan text_bytes = {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
-  Status status = write_file_atomically(stem + ".bin", {code.image});
-  if (status)
+  const bool is_ptx = code.format == CodeFormat::ptx; // its own listing
+  const std::string_view extension = is_ptx ? ".ptx" : code.format == CodeFormat::cubin ? ".cubin" : ".bin";
+  Status status = write_file_atomically(stem + std::string(extension), {code.image});
+  if (status && !is_ptx)
     status = write_file_atomically(stem + ".txt", {text_bytes});
   if (!status)
     log.warn(fmt::format("KILN_DUMP_DIR: {}", status.message()));

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "jit/background.h"
+#include "jit/cuda/assemble.h"
 #include "jit/dump.h"
 #include "jit/kernel_key.h"
 #include "jit/miss.h"
@@ -49,6 +50,8 @@ std::string refusal(const Implementation& row, const KernelDesc& desc, const Tar
     return "for another device";
   if (row.device == DeviceKind::cpu && target.arch == Arch::nvptx)
     return "for CPUs";
+  if (row.device == DeviceKind::cuda && target.arch != Arch::nvptx)
+    return "for NVIDIA GPUs";
   if (!row.any_arch && row.arch != target.arch)
     return fmt::format("made for {}", name_of(row.arch));
   if (forced && row.isa != *forced)
@@ -121,6 +124,7 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
   fields.arch = target.arch;
   fields.features = row.features_for(canonical, target);
   fields.vector_bits = row.vector_bits ? row.vector_bits(target) : 0;
+  fields.sm = target.sm;
   fields.pack_layout = choice.pack_layout;
   choice.key_text = fields.text();
   choice.key = key_of(choice.key_text);
@@ -155,7 +159,7 @@ struct Engine::State {
       : options(std::move(o)), log(options.config.log, options.log_sink, options.log_context),
         runtime(options.machine, options.config.perf == PerfMode::map,
                 options.config.threads > 0 ? options.config.threads : options.machine.cores, options.parallel_for,
-                options.parallel_context),
+                options.parallel_context, options.cuda_library),
         perf(options.config.perf, log), table(options.max_code_bytes, [this] { delete this; }) {}
 
   EngineOptions options;
@@ -176,7 +180,9 @@ struct Engine::State {
   std::unique_ptr<Background> background; ///< ends before anything it uses
 
   const Config& config() const { return options.config; }
-  const Target& target() const { return runtime.machine.target; }
+  const Target& machine_target() const { return runtime.machine.target; }
+  Result<Target> target_of(const KernelDesc& canonical) const;
+  Status may_load(const KernelDesc& canonical, cuda::CUstream stream) const;
 
   Result<Choice> choose(const KernelDesc& canonical, const Target& for_target) const;
   Result<KernelRef> lookup(const KernelDesc& canonical, MissPolicy on_miss);
@@ -193,6 +199,10 @@ struct Engine::State {
   std::optional<StoreRow> seen(const Digest& key) const;
   Result<LoadableCode> compile(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
                                std::int64_t& us);
+  Result<LoadableCode> assemble(const Choice& choice, const KernelDesc& canonical, const LoadableCode& ptx,
+                                std::int64_t& us, const std::string& ptxas = {});
+  Result<LoadableCode> compile_ahead(const Choice& choice, const KernelDesc& canonical, const Target& for_target,
+                                     bool for_this_machine, std::int64_t& us);
   Status keep(const StoreRow& row, Store::Call call);
   Status keep_patiently(const StoreRow& row);
   void publish(const StoreRow& row, RemoteCache::Patience patience);
@@ -272,6 +282,52 @@ Result<KernelRef> Engine::get(const KernelDesc& desc) {
   return state_->lookup(canonical, state_->config().miss);
 }
 
+Result<KernelRef> Engine::get_for_stream(const KernelDesc& desc, void* stream) {
+  if (Status status = check_desc(desc); !status)
+    return status;
+  if (desc.device.kind != DeviceKind::cuda)
+    return Status::error(Code::invalid_argument,
+                         fmt::format("{}: only a desc of device cuda has to do with a stream", desc.text()));
+  const KernelDesc canonical = find_op(desc.op)->canonical(desc);
+  if (KernelNode* hit = state_->table.find(canonical))
+    return KernelRef(hit);
+  if (Status status = state_->may_load(canonical, static_cast<cuda::CUstream>(stream)); !status)
+    return status;
+  return state_->lookup(canonical, state_->config().miss);
+}
+
+/// Code::busy while the stream is being captured: loading would end the capture.
+Status Engine::State::may_load(const KernelDesc& canonical, cuda::CUstream stream) const {
+  const Result<cuda::Driver*> driver = runtime.cuda();
+  if (!driver)
+    return driver.status();
+  const Result<cuda::ContextScope> scope = cuda::ContextScope::enter(**driver, canonical.device.index, stream);
+  if (!scope)
+    return scope.status();
+  const Result<bool> capturing = cuda::is_capturing(**driver, stream);
+  if (!capturing)
+    return capturing.status();
+  if (*capturing)
+    return Status::error(Code::busy, fmt::format("{} is not loaded, and a stream is being captured into a graph: get "
+                                                 "the kernel before the capture begins",
+                                                 canonical.text()));
+  return {};
+}
+
+Result<Target> Engine::target_of(const KernelDesc& desc) const {
+  return state_->target_of(desc);
+}
+
+Result<Target> Engine::State::target_of(const KernelDesc& canonical) const {
+  if (canonical.device.kind == DeviceKind::cpu)
+    return machine_target();
+  const Result<cuda::Driver*> driver = runtime.cuda();
+  if (!driver)
+    return driver.status();
+  const Result<const cuda::DeviceInfo*> device = (*driver)->device(canonical.device.index);
+  return device ? Result<Target>((*device)->target()) : device.status();
+}
+
 /// L1 again, under its lock; then one thread makes the kernel and the others wait for it.
 Result<KernelRef> Engine::State::lookup(const KernelDesc& canonical, MissPolicy on_miss) {
   Status failure;
@@ -313,7 +369,8 @@ Status Engine::State::prefetch(const KernelDesc& canonical) {
 /// A generator that failed once fails again: without an entry, each get would have it tried anew in the background.
 void Engine::State::settle_for_stand_in(const KernelDesc& canonical) {
   const auto stay = [&]() -> std::optional<KernelTable::Made> {
-    const Result<Choice> choice = choose(canonical, target());
+    const Result<Target> target = target_of(canonical);
+    const Result<Choice> choice = target ? choose(canonical, *target) : Result<Choice>(target.status());
     Result<KernelTable::Made> made =
         choice ? stand_in(*choice, canonical, Stay::resident) : Result<KernelTable::Made>(choice.status());
     return made ? std::optional(std::move(*made)) : std::nullopt;
@@ -325,20 +382,29 @@ void Engine::State::settle_for_stand_in(const KernelDesc& canonical) {
 /// Disk, the remote tier, then the compiler. What comes from these two is stored; a store that fails has said so in the
 /// log.
 Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissPolicy on_miss) {
-  const Result<Choice> choice = choose(canonical, target());
+  const bool on_gpu = canonical.device.kind == DeviceKind::cuda;
+  const Result<Target> target = target_of(canonical);
+  if (!target)
+    return target.status();
+  // What can be seen without a stream: a capture by a stream that waits for the default one.
+  if (on_gpu)
+    if (Status status = may_load(canonical, nullptr); !status)
+      return status;
+  const Result<Choice> choice = choose(canonical, *target);
   if (!choice)
     return choice.status();
   const auto resident = [&](Kernel kernel) {
-    perf.loaded(kernel.text().data(), kernel.text().size(),
-                fmt::format("kiln {} {}", canonical.text(), name_of(kernel.implementation().isa)));
-    const std::size_t weight = kernel.text().size() + sizeof(Kernel);
+    if (!on_gpu)
+      perf.loaded(kernel.text().data(), kernel.text().size(),
+                  fmt::format("kiln {} {}", canonical.text(), name_of(kernel.implementation().isa)));
+    const std::size_t weight = kernel.code_bytes() + sizeof(Kernel);
     return KernelTable::Made{std::move(kernel), weight};
   };
   if (choice->implementation->builtin != nullptr) {
     Result<Kernel> kernel = Kernel::builtin(runtime, *choice->implementation, canonical, choice->pack_layout);
     return kernel ? Result<KernelTable::Made>(resident(std::move(*kernel))) : kernel.status();
   }
-  if (has_no_executable_memory())
+  if (!on_gpu && has_no_executable_memory())
     return stand_in(*choice, canonical, Stay::resident);
   Status not_stored;
   const auto look = [&](Store::Call call) -> std::optional<KernelTable::Made> {
@@ -349,7 +415,7 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   };
   if (std::optional<KernelTable::Made> stored = look(Store::Call::plain))
     return std::move(*stored);
-  if (has_no_executable_memory()) // found out by a kernel that is stored
+  if (!on_gpu && has_no_executable_memory()) // found out by a kernel that is stored
     return stand_in(*choice, canonical, Stay::resident);
   const auto look_afar = [&](Store::Call call) -> std::optional<KernelTable::Made> {
     if (not_stored.code() != Code::not_found) // what is here and cannot be used is there too
@@ -377,7 +443,9 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   if (std::optional<KernelTable::Made> fetched = look_afar(call))
     return std::move(*fetched);
   std::int64_t us = 0;
-  Result<LoadableCode> code = compile(*choice, canonical, target(), us);
+  Result<LoadableCode> code = compile(*choice, canonical, *target, us);
+  if (code && on_gpu)
+    code = assemble(*choice, canonical, *code, us);
   if (!code)
     return code.status();
   if (store || (remote && remote->writes())) {
@@ -389,7 +457,7 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   }
   tell_store(std::chrono::seconds(1));
   Result<Kernel> kernel = Kernel::load(runtime, *choice->implementation, canonical, choice->key, std::move(*code));
-  if (!kernel && has_no_executable_memory())
+  if (!kernel && !on_gpu && has_no_executable_memory())
     return stand_in(*choice, canonical, Stay::resident);
   if (!kernel)
     return kernel.status();
@@ -502,13 +570,15 @@ void Engine::State::tell_store(std::chrono::steady_clock::duration at_most_every
 Result<Kernel> Engine::State::load_row(const Choice& choice, const KernelDesc& canonical, const VerifiedRow& row,
                                        Source source, std::chrono::steady_clock::time_point start, Refusal& why) {
   Result<LoadableCode> code = LoadableCode::parse(row);
-  const Status runs = code ? Kernel::check_machine(target(), *choice.implementation, canonical, **code) : code.status();
+  const bool is_ptx = code && (*code)->format == CodeFormat::ptx;
+  const Status runs =
+      code ? Kernel::check_machine(machine_target(), *choice.implementation, canonical, **code) : code.status();
   Result<Kernel> kernel = runs ? Kernel::load(runtime, *choice.implementation, canonical, choice.key, std::move(*code))
                                : Result<Kernel>(runs);
   if (!kernel) {
     const bool is_unsupported = kernel.status().code() == Code::unsupported;
     why = kernel.status().code() == Code::integrity ? &UsageCounts::refused_code
-          : !runs                                   ? &UsageCounts::refused_features
+          : !runs && !is_ptx                        ? &UsageCounts::refused_features
                                                     : nullptr; // no executable memory, or none at all
     // That this machine cannot run it is no fault of the cache.
     const std::string message =
@@ -566,6 +636,60 @@ void Engine::State::publish(const StoreRow& row, RemoteCache::Patience patience)
     (void)remote->put(row, patience);
 }
 
+/// The cubin of what compile() made, by the driver or by a `ptxas`; adds its time to `us`. Under KILN_DUMP_DIR the PTX
+/// is there also when it is rejected.
+Result<LoadableCode> Engine::State::assemble(const Choice& choice, const KernelDesc& canonical, const LoadableCode& ptx,
+                                             std::int64_t& us, const std::string& ptxas) {
+  const auto start = std::chrono::steady_clock::now();
+  std::string said;
+  const auto made = [&]() -> Result<LoadableCode> {
+    if (!ptxas.empty())
+      return LoadableCode::assemble(ptx, ptxas, said);
+    const Result<cuda::Driver*> driver = runtime.cuda();
+    return driver ? LoadableCode::assemble(ptx, **driver, canonical.device.index, said) : driver.status();
+  };
+  Result<LoadableCode> cubin = made();
+  const std::int64_t taken = microseconds_since(start);
+  if (!cubin) {
+    count({.compile_failures = 1});
+    return Status::error(
+        cubin.status().code(),
+        fmt::format("{} ({}): {}", canonical.text(), name_of(choice.implementation->isa), cubin.status().message()));
+  }
+  us += taken;
+  compile_us += static_cast<std::uint64_t>(taken);
+  count({.compile_us = taken});
+  if (log.enabled(LogLevel::debug))
+    log.debug(fmt::format("assembled {} by {} in {} us, {} bytes", canonical.text(), (*cubin)->compiler, taken,
+                          (*cubin)->image.size()));
+  if (const std::string warnings = cuda::performance_warnings(said); !warnings.empty())
+    log.warn(fmt::format("{} may be slow: {} says: {}", canonical.text(), (*cubin)->compiler, warnings));
+  if (!config().dump_dir.empty())
+    dump_code(
+        config().dump_dir, choice.key, choice.implementation->isa, canonical, **cubin,
+        [&](const CodeObject&) { return Result<std::string>(said); }, log);
+  return cubin;
+}
+
+/// For the cache, not to be loaded now: a GPU kernel as cubin where something here can assemble it, else as PTX.
+Result<LoadableCode> Engine::State::compile_ahead(const Choice& choice, const KernelDesc& canonical,
+                                                  const Target& for_target, bool for_this_machine, std::int64_t& us) {
+  Result<LoadableCode> code = compile(choice, canonical, for_target, us);
+  if (!code || (*code)->format != CodeFormat::ptx)
+    return code;
+  if (for_this_machine)
+    return assemble(choice, canonical, *code, us);
+  const std::string ptxas = cuda::find_ptxas(config().program_path);
+  if (ptxas.empty())
+    return code;
+  Result<LoadableCode> cubin = assemble(choice, canonical, *code, us, ptxas);
+  if (cubin)
+    return cubin;
+  // A ptxas may be too old for the PTX or the SM: the driver has the last word.
+  log.warn(fmt::format("{} is stored as PTX: {}", canonical.text(), cubin.status().message()));
+  return code;
+}
+
 /// Not held where the caller compiles for itself, whatever others do.
 FileLock Engine::State::compile_turn(const Choice& choice) const {
   return store ? store->compile_turn(choice.key, options.turn_patience) : FileLock();
@@ -588,22 +712,25 @@ Result<KernelTable::Made> Engine::State::stand_in(const Choice& choice, const Ke
 
 /// What may stand in for generated code under the present toggles; null when there is nothing.
 const Implementation* Engine::State::builtin_for(const KernelDesc& canonical) const {
-  const std::optional<IsaPath> forced = config().forced_path(canonical.op, options.implementations);
+  const std::optional<IsaPath> forced =
+      config().forced_path(canonical.op, canonical.device.kind, options.implementations);
   for (const Implementation& row : options.implementations)
-    if (row.op == canonical.op && row.builtin != nullptr && refusal(row, canonical, target(), config(), forced).empty())
+    if (row.op == canonical.op && row.builtin != nullptr &&
+        refusal(row, canonical, machine_target(), config(), forced).empty())
       return &row;
   return nullptr;
 }
 
 Result<Choice> Engine::State::choose(const KernelDesc& canonical, const Target& for_target) const {
-  const std::optional<IsaPath> forced = config().forced_path(canonical.op, options.implementations);
+  const std::optional<IsaPath> forced =
+      config().forced_path(canonical.op, canonical.device.kind, options.implementations);
   std::string layout = pack_layout_for(options.implementations, canonical, for_target, config(), forced);
   if (const Implementation* const row =
           serving(options.implementations, canonical, for_target, config(), forced, &layout))
     return choice_of(*row, canonical, for_target, std::move(layout));
   std::string reasons;
   for (const Implementation& row : options.implementations)
-    if (row.op == canonical.op && (!forced || row.isa == *forced))
+    if (row.op == canonical.op && (!forced || row.isa == *forced) && row.device == canonical.device.kind)
       reasons +=
           fmt::format("; {}: {}", name_of(row.isa), refusal(row, canonical, for_target, config(), forced, layout));
   if (forced)
@@ -622,12 +749,24 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
         Code::unsupported,
         "warmup needs a cache on disk that may be written: see KILN_CACHE, KILN_CACHE_DIR and KILN_DISABLE");
   const KernelDesc canonical = find_op(desc.op)->canonical(desc);
-  const Target& for_target = target != nullptr ? *target : state_->target();
-  const Result<Choice> choice = state_->choose(canonical, for_target);
+  const Result<Target> for_target = target != nullptr ? *target : state_->target_of(canonical);
+  if (!for_target)
+    return for_target.status();
+  const Result<Choice> choice = state_->choose(canonical, *for_target);
   if (!choice)
     return choice.status();
   if (choice->implementation->compile == nullptr)
     return Warmed::hit; // part of the library
+  // PTX alone will do where nothing can assemble it.
+  const auto serves = [&](const std::optional<StoreRow>& row) {
+    if (!row)
+      return false;
+    if (choice->implementation->device == DeviceKind::cpu)
+      return true;
+    const Result<CodeObject> code = CodeObject::parse(row->code);
+    return code && (code->format != CodeFormat::ptx ||
+                    (target != nullptr && cuda::find_ptxas(state_->config().program_path).empty()));
+  };
   const auto there_already = [&](const StoreRow& row) {
     state_->publish(row, RemoteCache::Patience::batch);
     return Warmed::hit;
@@ -636,23 +775,24 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
     return Status::error(why.code(),
                          fmt::format("{} was {} but could not be stored: {}", canonical.text(), what, why.message()));
   };
-  if (const std::optional<StoreRow> row = state_->stored(choice->key))
+  if (const std::optional<StoreRow> row = state_->stored(choice->key); serves(row))
     return there_already(*row);
   // Not within the turn: hosts may wait for it, and must not wait for a slow server.
   if (state_->remote)
-    if (const std::optional<StoreRow> row = state_->remote->get(choice->key, RemoteCache::Patience::batch)) {
+    if (const std::optional<StoreRow> row = state_->remote->get(choice->key, RemoteCache::Patience::batch);
+        serves(row)) {
       if (const Status kept = state_->keep_patiently(*row); !kept)
         return not_kept(kept, "fetched");
       return Warmed::hit;
     }
   FileLock turn = state_->compile_turn(*choice);
   if (turn.held())
-    if (const std::optional<StoreRow> row = state_->store->get(choice->key, Store::Call::in_turn)) {
+    if (const std::optional<StoreRow> row = state_->store->get(choice->key, Store::Call::in_turn); serves(row)) {
       turn.release();
       return there_already(*row);
     }
   std::int64_t us = 0;
-  const Result<LoadableCode> code = state_->compile(*choice, canonical, for_target, us);
+  const Result<LoadableCode> code = state_->compile_ahead(*choice, canonical, *for_target, target == nullptr, us);
   if (!code) {
     ++state_->failed;
     return code.status();
@@ -669,23 +809,26 @@ Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) 
   if (Status status = check_desc(desc); !status)
     return status;
   const KernelDesc canonical = find_op(desc.op)->canonical(desc);
-  const Target& for_target = target != nullptr ? *target : state_->target();
-  const Result<Choice> choice = state_->choose(canonical, for_target);
+  const Result<Target> for_target = target != nullptr ? *target : state_->target_of(canonical);
+  if (!for_target)
+    return for_target.status();
+  const Result<Choice> choice = state_->choose(canonical, *for_target);
   if (!choice)
     return choice.status();
   const Implementation& row = *choice->implementation;
   if (row.compile == nullptr)
     return Status::error(Code::unsupported,
                          fmt::format("the path {} is part of the library: it has no generated code", name_of(row.isa)));
-  std::optional<StoreRow> stored = state_->seen(choice->key);
-  if (!stored && state_->remote)
+  const bool on_cpu = row.device == DeviceKind::cpu; // a cubin is nothing to read
+  std::optional<StoreRow> stored = on_cpu ? state_->seen(choice->key) : std::nullopt;
+  if (!stored && on_cpu && state_->remote)
     stored = state_->remote->get(choice->key, RemoteCache::Patience::batch);
   Result<CodeObject> code = stored ? CodeObject::parse(stored->code) : Status::error(Code::not_found, "not stored");
   if (!code) {
-    if (state_->config().miss == MissPolicy::error)
+    if (state_->config().miss == MissPolicy::error && row.device == DeviceKind::cpu)
       return may_not_compile(canonical, row);
     std::int64_t us = 0;
-    Result<LoadableCode> compiled = state_->compile(*choice, canonical, for_target, us);
+    Result<LoadableCode> compiled = state_->compile(*choice, canonical, *for_target, us);
     code = compiled ? Result<CodeObject>(std::move(*compiled).take()) : Result<CodeObject>(compiled.status());
   }
   if (!code)
@@ -710,7 +853,10 @@ bool Engine::wait_prefetched(std::chrono::milliseconds timeout) {
 Result<std::string> Engine::pack_layout(const KernelDesc& desc) {
   if (Status status = check_desc(desc); !status)
     return status;
-  const Result<Choice> choice = state_->choose(find_op(desc.op)->canonical(desc), state_->target());
+  const Result<Target> target = state_->target_of(desc);
+  if (!target)
+    return target.status();
+  const Result<Choice> choice = state_->choose(find_op(desc.op)->canonical(desc), *target);
   if (!choice)
     return choice.status();
   if (choice->pack_layout.empty())
@@ -723,8 +869,19 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
   const OpSpec& op = *find_op(desc.op);
   e.canonical = op.canonical(desc);
   e.m_range = op.m_range(e.canonical);
-  const Target& for_target = target != nullptr ? *target : state_->target();
-  const std::optional<IsaPath> forced = config().forced_path(e.canonical.op, implementations());
+  e.tier = "none";
+  const Result<Target> found = target != nullptr ? *target : state_->target_of(e.canonical);
+  if (!found) {
+    for (const Implementation& row : state_->options.implementations)
+      if (row.op == e.canonical.op)
+        e.candidates.push_back(
+            {&row, false,
+             row.device == e.canonical.device.kind ? found.status().message() : std::string("for another device")});
+    return e;
+  }
+  const Target& for_target = *found;
+  const std::optional<IsaPath> forced =
+      config().forced_path(e.canonical.op, e.canonical.device.kind, implementations());
   e.pack_layout = pack_layout_for(implementations(), e.canonical, for_target, config(), forced);
   e.taken = serving(implementations(), e.canonical, for_target, config(), forced, &e.pack_layout);
   for (const Implementation& row : state_->options.implementations) {
@@ -740,7 +897,6 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
     }
     e.candidates.push_back(std::move(candidate));
   }
-  e.tier = "none";
   if (e.taken == nullptr)
     return e;
   if (e.taken->assumes != nullptr)

@@ -33,6 +33,7 @@ struct EngineOptions {
   std::chrono::milliseconds turn_patience{800};
   /// Listing of a code object for KILN_DUMP_DIR; may be null.
   std::function<Result<std::string>(const CodeObject&)> disassemble;
+  std::string cuda_library = "libcuda.so.1"; ///< as for dlopen; tests name a driver of their own
 };
 
 struct EngineStats {
@@ -82,6 +83,13 @@ public:
 
   /// The kernel for this desc. No lock and no allocation on a hit in memory.
   Result<KernelRef> get(const KernelDesc& desc);
+  /// Likewise, for a caller whose stream may be capturing into a CUDA graph: where it is, and the kernel is not loaded,
+  /// Code::busy instead of loading or compiling. The desc is one for a GPU; `stream` is its CUstream.
+  Result<KernelRef> get_for_stream(const KernelDesc& desc, void* stream);
+
+  /// What a desc's kernels are made for here: this machine, or the GPU that the desc names. Opens the NVIDIA driver for
+  /// the latter.
+  Result<Target> target_of(const KernelDesc& desc) const;
 
   enum class Warmed : std::uint8_t { hit, compiled };
   /// Makes sure that the cache on disk, or the system's, holds the desc's kernel for `target` (null: this machine), and
@@ -89,7 +97,8 @@ public:
   Result<Warmed> warmup(const KernelDesc& desc, const Target* target);
 
   /// What a get on `target` (null: this machine) would run, from where it is stored or compiled now, for whoever wants
-  /// to read it: loads and stores nothing. Code::unsupported for a path that is part of the library.
+  /// to read it: loads and stores nothing. A GPU kernel as PTX. Code::unsupported for a path that is part of the
+  /// library.
   struct Made {
     const Implementation* implementation = nullptr;
     KernelDesc canonical;

@@ -8,7 +8,8 @@ function(kiln_generator_id target name version)
   endif()
   set(script ${CMAKE_CURRENT_FUNCTION_LIST_FILE})
   # What every kernel depends on beside its generator: the interface between driver and kernel.
-  file(GLOB interface CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/jit/ops/*.h ${PROJECT_SOURCE_DIR}/jit/code_object.h)
+  file(GLOB interface CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/jit/ops/*.h ${PROJECT_SOURCE_DIR}/jit/code_object.h
+       ${PROJECT_SOURCE_DIR}/jit/cuda/launch_plan.h)
   set(header ${CMAKE_CURRENT_BINARY_DIR}/${name}_generator_id.h)
   add_custom_command(
     OUTPUT ${header}

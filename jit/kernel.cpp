@@ -5,6 +5,8 @@
 
 #include <fmt/format.h>
 
+#include "jit/cuda/module.h"
+
 namespace kiln {
 
 std::string_view name_of(Source source) {
@@ -12,8 +14,13 @@ std::string_view name_of(Source source) {
   return names[static_cast<int>(source)];
 }
 
-Runtime::Runtime(Machine m, bool for_perf_map, int threads, ParallelForFn host_function, void* host)
-    : machine(std::move(m)), memory(for_perf_map), parallel(threads, host_function, host) {}
+Runtime::Runtime(Machine m, bool for_perf_map, int threads, ParallelForFn host_function, void* host, std::string cuda)
+    : machine(std::move(m)), memory(for_perf_map), parallel(threads, host_function, host),
+      cuda_library(std::move(cuda)) {}
+
+Result<cuda::Driver*> Runtime::cuda() const {
+  return cuda::Driver::open(cuda_library);
+}
 
 /// All but the code in memory.
 Status Kernel::bind(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,
@@ -34,6 +41,11 @@ Status Kernel::bind(Runtime& runtime, const Implementation& implementation, cons
 
 Status Kernel::check_machine(const Target& target, const Implementation& implementation, const KernelDesc& canonical,
                              const CodeObject& code) {
+  if (code.format == CodeFormat::ptx) // stored without a driver; making it anew costs less than a look
+    return Status::error(Code::unsupported,
+                         fmt::format("{}: it is PTX that has not been assembled yet", canonical.text()));
+  if (code.format == CodeFormat::cubin)
+    return {};
   if (code.arch != target.arch)
     return Status::error(Code::unsupported, fmt::format("{}: code for {} on a machine of {}", canonical.text(),
                                                         name_of(code.arch), name_of(target.arch)));
@@ -51,7 +63,36 @@ Status Kernel::check_machine(const Target& target, const Implementation& impleme
 Result<Kernel> Kernel::load(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,
                             const Digest& key, LoadableCode loadable) {
   const auto start = std::chrono::steady_clock::now();
+  const auto microseconds = [&] {
+    return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start).count();
+  };
   CodeObject code = std::move(loadable).take();
+  if (code.format != CodeFormat::flat) {
+    const Result<cuda::Driver*> driver = runtime.cuda();
+    if (!driver)
+      return driver.status();
+    const auto named = [&](const Status& status) {
+      return Status::error(status.code(), fmt::format("{}: {}", canonical.text(), status.message()));
+    };
+    const Result<cuda::Module*> module = (*driver)->load(code, canonical.device.index);
+    if (!module)
+      return named(module.status());
+    // In the caller's context already: its first call loads nothing.
+    const Result<cuda::ContextScope> scope = cuda::ContextScope::enter(**driver, canonical.device.index, nullptr);
+    if (!scope)
+      return named(scope.status());
+    if (const auto ready = (*module)->ready(scope->context(), nullptr); !ready)
+      return named(ready.status());
+    Kernel kernel;
+    kernel.code_bytes_ = std::exchange(code.image, {}).size();
+    if (Status status = kernel.bind(runtime, implementation, canonical, std::move(code)); !status)
+      return status;
+    kernel.key_ = key;
+    kernel.texts_.key = key.hex();
+    kernel.module_ = *module;
+    kernel.load_us = microseconds();
+    return kernel;
+  }
   if (Status status = check_machine(runtime.machine.target, implementation, canonical, code); !status)
     return status;
   if (code.entries.empty() || code.image.empty())
@@ -66,10 +107,9 @@ Result<Kernel> Kernel::load(Runtime& runtime, const Implementation& implementati
   if (!text)
     return text.status();
   kernel.text_ = *text;
-  kernel.text_bytes_ = image.size();
+  kernel.code_bytes_ = image.size();
   kernel.entry_ = kernel.text_ + kernel.code_.entries.front().offset;
-  kernel.load_us =
-      std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start).count();
+  kernel.load_us = microseconds();
   return kernel;
 }
 
@@ -90,7 +130,7 @@ Kernel::Kernel(Kernel&& other) noexcept
     : source(other.source), compile_us(other.compile_us), load_us(other.load_us), runtime_(other.runtime_),
       op_(other.op_), implementation_(other.implementation_), desc_(other.desc_), m_range_(other.m_range_),
       key_(other.key_), code_(std::move(other.code_)), text_(std::exchange(other.text_, nullptr)),
-      text_bytes_(other.text_bytes_), entry_(other.entry_), plan_(std::move(other.plan_)),
+      code_bytes_(other.code_bytes_), module_(other.module_), entry_(other.entry_), plan_(std::move(other.plan_)),
       texts_(std::move(other.texts_)) {}
 
 Kernel::~Kernel() {

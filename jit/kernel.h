@@ -19,6 +19,11 @@
 
 namespace kiln {
 
+namespace cuda {
+class Driver;
+class Module;
+} // namespace cuda
+
 /// Where a kernel came from when it was loaded.
 enum class Source : std::uint8_t { memory, disk, compiled, builtin, remote };
 std::string_view name_of(Source source);
@@ -28,19 +33,25 @@ struct Runtime {
   Machine machine;
   ExecutableMemory memory;
   Parallel parallel;
+  std::string cuda_library; ///< what Driver::open is given
 
   /// `for_perf_map`: see ExecutableMemory. A null `host_function` means a pool of Kiln's own.
-  Runtime(Machine m, bool for_perf_map, int threads, ParallelForFn host_function, void* host);
+  Runtime(Machine m, bool for_perf_map, int threads, ParallelForFn host_function, void* host, std::string cuda);
+
+  /// The NVIDIA driver, opened by the first call that succeeds.
+  Result<cuda::Driver*> cuda() const;
 };
 
 /// Loaded and executable; immutable, safe to run from many threads. Movable so that a table can hold it.
 class Kernel {
 public:
-  /// Code::unsupported when the machine lacks what the code needs.
+  /// Code::unsupported when the machine lacks what the code needs, or it is PTX that nobody has assembled. A cubin is
+  /// for its driver to judge.
   static Status check_machine(const Target& target, const Implementation& implementation, const KernelDesc& canonical,
                               const CodeObject& code);
-  /// Loads code into executable memory. Fails with Code::unsupported when the machine lacks a feature that the code
-  /// needs or refuses executable mappings, Code::integrity when its plan is not the op's.
+  /// Loads code into executable memory, or a cubin into the driver. Fails with Code::unsupported when the machine lacks
+  /// a feature that the code needs or refuses executable mappings, or the driver refuses the cubin; Code::integrity when
+  /// its plan is not the op's.
   static Result<Kernel> load(Runtime& runtime, const Implementation& implementation, const KernelDesc& canonical,
                              const Digest& key, LoadableCode loadable);
   /// `reference`: a function of this library, for packs of `pack_layout`.
@@ -58,8 +69,10 @@ public:
   const Digest& key() const { return key_; }
   /// The code object without its image: that is text().
   const CodeObject& code() const { return code_; }
-  ByteSpan text() const { return {text_, text_bytes_}; } ///< executable; empty for `reference`
+  ByteSpan text() const { return {text_, text_ == nullptr ? 0 : code_bytes_}; } ///< executable; empty for `reference`
   const void* entry() const { return entry_; }
+  cuda::Module* cuda_module() const { return module_; } ///< of a GPU kernel, which has neither text nor entry
+  std::size_t code_bytes() const { return code_bytes_; }
   const void* plan() const { return plan_.get(); } ///< the op's own type
   /// For the reader; they live as long as the kernel.
   struct Texts {
@@ -83,7 +96,8 @@ private:
   Digest key_;
   CodeObject code_;
   const std::uint8_t* text_ = nullptr;
-  std::size_t text_bytes_ = 0;
+  std::size_t code_bytes_ = 0;
+  cuda::Module* module_ = nullptr; ///< the driver's: never unloaded
   const void* entry_ = nullptr;
   std::shared_ptr<const void> plan_;
   Texts texts_;

@@ -8,8 +8,9 @@
 namespace kiln {
 
 std::string KeyFields::text() const {
-  return fmt::format("format=2\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\npack_layout={}\n",
-                     generator, desc, isa, name_of(arch), features.text(), vector_bits, pack_layout);
+  return fmt::format(
+      "format=3\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\nsm={}\npack_layout={}\n",
+      generator, desc, isa, name_of(arch), features.text(), vector_bits, sm, pack_layout);
 }
 
 Digest key_of(std::string_view key_text) {
@@ -30,6 +31,7 @@ std::vector<std::string> KeyFields::differences_from(const KeyFields& wanted) co
   compare("arch", std::string(name_of(arch)), std::string(name_of(wanted.arch)));
   compare("features", features.text(), wanted.features.text());
   compare("vector_bits", std::to_string(vector_bits), std::to_string(wanted.vector_bits));
+  compare("sm", std::to_string(sm), std::to_string(wanted.sm));
   compare("pack_layout", pack_layout, wanted.pack_layout);
   return out;
 }
@@ -64,6 +66,7 @@ Result<KeyFields> key_fields_of(const StoreRow& row) {
   fields.arch = code->arch;
   fields.features = code->features;
   fields.vector_bits = code->vector_bits;
+  fields.sm = code->sm;
   if (op->pack_layout != nullptr)
     fields.pack_layout = op->pack_layout(plan->get());
   return fields;

@@ -19,6 +19,7 @@ struct KeyFields {
   Arch arch = Arch::x86_64;
   Features features; ///< that the code uses
   std::int32_t vector_bits = 0;
+  std::int32_t sm = 0;     ///< NVIDIA: of the target
   std::string pack_layout; ///< empty for an op without packs
 
   std::string text() const; ///< one `name=value` a line, for people; the key is its digest

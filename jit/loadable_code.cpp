@@ -1,5 +1,7 @@
 #include "jit/loadable_code.h"
 
+#include "jit/cuda/assemble.h"
+
 namespace kiln {
 
 Result<LoadableCode> LoadableCode::compile(const Implementation& implementation, const KernelDesc& canonical,
@@ -8,6 +10,23 @@ Result<LoadableCode> LoadableCode::compile(const Implementation& implementation,
   if (!code)
     return code.status();
   return LoadableCode(std::move(*code));
+}
+
+Result<LoadableCode> LoadableCode::assemble(const LoadableCode& ptx, cuda::Driver& driver, int device_index,
+                                            std::string& said) {
+  Result<cuda::Assembled> made = cuda::assemble_with_driver(driver, device_index, *ptx);
+  if (!made)
+    return made.status();
+  said = std::move(made->log);
+  return LoadableCode(std::move(made->cubin));
+}
+
+Result<LoadableCode> LoadableCode::assemble(const LoadableCode& ptx, const std::string& ptxas, std::string& said) {
+  Result<cuda::Assembled> made = cuda::assemble_with_ptxas(ptxas, *ptx);
+  if (!made)
+    return made.status();
+  said = std::move(made->log);
+  return LoadableCode(std::move(made->cubin));
 }
 
 Result<LoadableCode> LoadableCode::parse(const VerifiedRow& row) {

@@ -1,4 +1,5 @@
 #pragma once
+#include <string>
 #include <string_view>
 
 #include "cache/store.h"
@@ -7,13 +8,23 @@
 
 namespace kiln {
 
-/// A code object that may be made executable: compiled just now by an implementation of this library, or of a row that
-/// the cache authenticated. There is no other way to make one, and Kernel::load takes nothing else. The code is that of
-/// the very bytes that were authenticated: they are parsed where they are, and never read again.
+namespace cuda {
+class Driver;
+} // namespace cuda
+
+/// A code object that may be made executable: compiled just now by an implementation of this library (and
+/// assembled, for a GPU), or of a row that the cache authenticated. There is no other way to make one, and Kernel::load
+/// takes nothing else. The code is that of the very bytes that were authenticated: they are parsed where they are, and
+/// never read again.
 class LoadableCode {
 public:
   static Result<LoadableCode> compile(const Implementation& implementation, const KernelDesc& canonical,
                                       const Target& target, std::string_view pack_layout);
+  /// The cubin of PTX that was compiled just now, by the driver for its device, or by the program `ptxas`. `said`: what
+  /// the assembler said. Errors as of cuda::assemble_with_driver and cuda::assemble_with_ptxas.
+  static Result<LoadableCode> assemble(const LoadableCode& ptx, cuda::Driver& driver, int device_index,
+                                       std::string& said);
+  static Result<LoadableCode> assemble(const LoadableCode& ptx, const std::string& ptxas, std::string& said);
   /// Code::integrity when the row holds no code object.
   static Result<LoadableCode> parse(const VerifiedRow& row);
 

@@ -33,6 +33,10 @@ struct TensorSpec {
   Dtype (*dtype)(const KernelDesc&);
   /// Row-major extents for this desc.
   std::vector<std::int64_t> (*shape)(const KernelDesc&);
+  /// Whether the desc has this tensor at all; null: always.
+  bool (*present)(const KernelDesc&) = nullptr;
+
+  bool is_present(const KernelDesc& desc) const { return present == nullptr || present(desc); }
 };
 
 /// A range of m that one kernel serves; max is the op's largest m for the unbounded class.

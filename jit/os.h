@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "cache/bytes.h"
 #include "cache/status.h"
@@ -35,6 +36,16 @@ ArmProcessor arm_processor();
 /// Whether the process runs with rights its caller lacks (setuid, file capabilities), so that its environment is not to
 /// be trusted.
 bool runs_privileged();
+
+/// Runs a program with an empty environment and no standard input, and waits for it.
+struct ProgramResult {
+  int exit_status = 0; ///< 128 + signal when one ended it
+  std::string output;  ///< standard output and standard error; of more than 1 MiB the beginning
+};
+/// `words`: its path (absolute) and arguments. Code::unsupported when it cannot be run.
+Result<ProgramResult> run_program(const std::vector<std::string>& words);
+/// Whether a path is a file that this process may run.
+bool is_program(const std::string& path);
 
 /// What holds a path.
 struct FileSystem {

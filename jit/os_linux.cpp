@@ -12,6 +12,7 @@
 #include <linux/membarrier.h>
 #include <memory>
 #include <sched.h>
+#include <spawn.h>
 #include <string_view>
 #include <sys/auxv.h>
 #include <sys/mman.h>
@@ -22,6 +23,7 @@
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/vfs.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <fmt/format.h>
@@ -204,6 +206,54 @@ bool request_amx_tiles() {
 
 bool runs_privileged() {
   return getauxval(AT_SECURE) != 0;
+}
+
+Result<ProgramResult> run_program(const std::vector<std::string>& words) {
+  const auto cannot = [&](int error) {
+    return Status::error(Code::unsupported, fmt::format("{} cannot be run: {}", words.front(), std::strerror(error)));
+  };
+  int ends[2];
+  if (::pipe2(ends, O_CLOEXEC) != 0)
+    return cannot(errno);
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
+  posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO);
+  posix_spawn_file_actions_adddup2(&actions, ends[1], STDERR_FILENO);
+  std::vector<char*> arguments;
+  for (const std::string& word : words)
+    arguments.push_back(const_cast<char*>(word.c_str())); // which posix_spawn does not change
+  arguments.push_back(nullptr);
+  char* const no_environment[] = {nullptr};
+  pid_t child = -1;
+  const int error = posix_spawn(&child, words.front().c_str(), &actions, nullptr, arguments.data(), no_environment);
+  posix_spawn_file_actions_destroy(&actions);
+  ::close(ends[1]);
+  ProgramResult result;
+  constexpr std::size_t kMostOutput = 1 << 20;
+  std::array<char, 4096> piece;
+  for (ssize_t got; error == 0 && (got = ::read(ends[0], piece.data(), piece.size())) != 0;) {
+    if (got < 0 && errno != EINTR)
+      break;
+    if (got > 0 && result.output.size() < kMostOutput)
+      result.output.append(piece.data(), static_cast<std::size_t>(got));
+  }
+  ::close(ends[0]);
+  if (error != 0)
+    return cannot(error);
+  int status = 0;
+  while (::waitpid(child, &status, 0) < 0) {
+    if (errno == EINTR)
+      continue;
+    return cannot(errno); // a host that ignores SIGCHLD has no exit statuses
+  }
+  result.exit_status = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  return result;
+}
+
+bool is_program(const std::string& path) {
+  struct stat info;
+  return ::stat(path.c_str(), &info) == 0 && S_ISREG(info.st_mode) && ::access(path.c_str(), X_OK) == 0;
 }
 
 FileSystem describe_file_system(std::uint32_t number, std::string_view mount_type) {

@@ -120,7 +120,7 @@ Status bad_target(std::string_view text, std::string_view why) {
       Code::invalid_argument,
       fmt::format(
           "target '{}': {}; give ARCH:FEATURE,… with ARCH one of {} (`;sve=BITS` and `;sme=BITS` follow on aarch64, "
-          "nvptx is nvptx:sm_90a), or one of {}",
+          "nvptx is nvptx:sm_90a or sm_90a alone), or one of {}",
           text, why, joined(kArchs, ", ", [](std::string_view name) { return name; }),
           joined(kKnownTargets, ", ", [](const KnownTarget& known) { return known.name; })));
 }
@@ -241,6 +241,8 @@ Result<Target> Target::parse(std::string_view text) {
   for (const KnownTarget& known : kKnownTargets)
     if (text == known.name)
       return parse(known.text);
+  if (text.starts_with("sm_"))
+    return parse(fmt::format("{}:{}", name_of(Arch::nvptx), text));
   const std::size_t colon = text.find(':');
   const auto arch = std::find(std::begin(kArchs), std::end(kArchs), text.substr(0, colon));
   if (colon == std::string_view::npos || arch == std::end(kArchs))

@@ -195,7 +195,8 @@ static void test_descs(kiln_engine* engine) {
   CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "device_index is 1: allowed is 0 to 0");
   desc = the_desc();
   desc.base.device = KILN_DEVICE_CUDA;
-  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_UNSUPPORTED, "another device");
+  desc.base.device_index = 255; /* there is no driver, or no such GPU */
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_UNSUPPORTED, "");
   desc = the_desc();
   desc.n = -4;
   CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "n=-4");
@@ -206,8 +207,12 @@ static void test_descs(kiln_engine* engine) {
   desc.a_dtype = KILN_U8;
   CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "a_dtype");
   desc = the_desc();
+  desc.c_dtype = KILN_F32;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "c_dtype is 3");
   desc.c_dtype = KILN_S8;
-  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "c_dtype");
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_UNSUPPORTED, "c_dtype and rescale: allowed on CPUs");
+  desc.c_dtype = KILN_BF16;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "c_dtype=bf16 rescale=none");
   desc = the_desc();
   desc.b_layout = 3;
   CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "b_layout is 3");

@@ -1,5 +1,6 @@
-/* kiln.h is C11, and every call in it can be made from C. header_test.cpp compiles the same lines as C++. */
+/* The headers are C11, and every call in kiln.h can be made from C. header_test.cpp compiles the same lines as C++. */
 #include <kiln.h>
+#include <kiln_int4pack.h>
 
 #include <stdio.h>
 #include <string.h>

@@ -19,19 +19,23 @@ struct Options {
 };
 
 Result<Exit> disasm(const Options& options) {
-  const Result<KernelDesc> desc = desc_from_words(options.words);
+  Result<KernelDesc> desc = desc_from_words(options.words);
   if (!desc)
     return desc.status();
   const Result<std::optional<Target>> target = parse_target(options.target);
   if (!target)
     return target.status();
+  take_device_of(*target, *desc);
   const Result<std::unique_ptr<Engine>> engine = make_engine({});
   if (!engine)
     return engine.status();
   const Result<Engine::Made> made = (*engine)->code(*desc, *target ? &**target : nullptr);
   if (!made)
     return made.status();
-  const Result<std::string> listing = disassemble(made->code.arch, made->code.image, made->code.entries);
+  const CodeObject& code = made->code;
+  const Result<std::string> listing = code.format == CodeFormat::ptx
+                                          ? Result<std::string>(std::string(code.image.begin(), code.image.end()))
+                                          : disassemble(code.arch, code.image, code.entries);
   if (!listing)
     return listing.status();
   if (options.json) {
@@ -43,8 +47,9 @@ Result<Exit> disasm(const Options& options) {
                 {"listing", *listing}});
     return Exit::ok;
   }
-  print_line(fmt::format("; {} ({}), {} bytes\n; {}", made->canonical.text(), name_of(made->implementation->isa),
-                         made->code.image.size(), made->key.hex()));
+  print_line(fmt::format("{0} {1} ({2}), {3} bytes\n{0} {4}", code.format == CodeFormat::ptx ? "//" : ";",
+                         made->canonical.text(), name_of(made->implementation->isa), made->code.image.size(),
+                         made->key.hex()));
   print_line(listing->ends_with('\n') ? listing->substr(0, listing->size() - 1) : *listing);
   return Exit::ok;
 }
@@ -53,7 +58,7 @@ Result<Exit> disasm(const Options& options) {
 
 Command disasm_command(CLI::App& kiln) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = kiln.add_subcommand("disasm", "Listing of a kernel's code");
+  CLI::App* app = kiln.add_subcommand("disasm", "Listing of a kernel's code, or its PTX");
   app->add_option("OP", options->words, "The op, then field=value")->required();
   app->add_option("--target", options->target, "Another machine, as for warmup; default: this one");
   app->add_flag("--json", options->json, "Print one JSON object");

@@ -8,6 +8,7 @@
 #include "api/cli/doctor.h"
 #include "api/cli/output.h"
 #include "cache/database.h"
+#include "jit/cuda/driver.h"
 #include "jit/os.h"
 
 namespace kiln::cli {
@@ -67,20 +68,23 @@ void check_code_memory(Report& report) {
                             mdwe));
 }
 
-/// Found and asked for its version, no more: to initialise it would make a context for nothing.
-void check_nvidia_driver(Report& report) {
+/// A machine without a GPU is fine, and so is one whose driver serves. Asks for each device's context, as a host would.
+void check_nvidia_driver(Report& report, const Runtime& runtime) {
   const char* const name = "NVIDIA driver";
-  void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr)
+  if (dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL) == nullptr)
     return report.ok(name, "none: kernels run on the CPU");
-  using GetVersion = int (*)(int* version); // cuDriverGetVersion, CUDA Driver API
-  const auto get_version = reinterpret_cast<GetVersion>(dlsym(library, "cuDriverGetVersion"));
-  int version = 0;
-  const int error = get_version != nullptr ? get_version(&version) : -1;
-  if (error != 0 || version <= 0)
-    report.warn(name, "libcuda.so.1 is there but does not tell its version: install the driver of this machine");
-  else
-    report.ok(name, fmt::format("CUDA {}.{}", version / 1000, version % 1000 / 10));
+  const Result<cuda::Driver*> driver = runtime.cuda();
+  if (!driver)
+    return report.warn(name, driver.status().message());
+  report.ok(name, "CUDA " + (*driver)->version_text());
+  for (int i = 0; i < static_cast<int>((*driver)->devices().size()); ++i) {
+    const cuda::DeviceInfo& device = (*driver)->devices()[static_cast<std::size_t>(i)];
+    const Result<cuda::ContextScope> context = cuda::ContextScope::enter(**driver, i, nullptr);
+    if (context)
+      report.ok(fmt::format("cuda:{}", i), fmt::format("{}, {}", device.name, device.target().text()));
+    else
+      report.fail(fmt::format("cuda:{}", i), context.status().message());
+  }
 }
 
 } // namespace
@@ -90,7 +94,7 @@ void check_machine(Report& report, Engine& engine) {
   check_clock(report);
   check_sqlite(report);
   check_code_memory(report);
-  check_nvidia_driver(report);
+  check_nvidia_driver(report, engine.runtime());
 }
 
 } // namespace kiln::cli

@@ -87,12 +87,13 @@ void print_explanation(const KernelDesc& desc, const Explanation& e) {
 }
 
 Result<Exit> explain(const Options& options) {
-  const Result<KernelDesc> desc = desc_from_words(options.words);
+  Result<KernelDesc> desc = desc_from_words(options.words);
   if (!desc)
     return desc.status();
   const Result<std::optional<Target>> target = parse_target(options.target);
   if (!target)
     return target.status();
+  take_device_of(*target, *desc);
   const Result<std::unique_ptr<Engine>> engine = make_engine({});
   if (!engine)
     return engine.status();

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <memory>
 #include <optional>
 
@@ -8,6 +9,7 @@
 #include "api/cli/output.h"
 #include "api/kiln.h"
 #include "api/session.h"
+#include "jit/cuda/driver.h"
 
 namespace kiln::cli {
 namespace {
@@ -22,23 +24,31 @@ struct Availability {
 };
 
 /// For some desc at least: a row may still refuse this or that shape, which `kiln explain` tells.
-Availability availability(const Implementation& row, const Engine& engine) {
-  const Target& target = engine.machine().target;
+Availability availability(const Implementation& row, Engine& engine) {
+  KernelDesc desc;
+  if (const Result<KernelDesc> small = small_desc(*find_op(row.op)))
+    desc = find_op(row.op)->canonical(*small);
+  desc.device.kind = row.device;
+  const Result<Target> found = engine.target_of(desc);
+  if (!found)
+    return {false, found.status().message()};
+  const Target& target = *found;
   if (!row.any_arch && row.arch != target.arch)
     return {false, fmt::format("made for {}", name_of(row.arch))};
   if (const Features missing = row.needs.without(target.features); !missing.empty())
     return {false, fmt::format("the machine lacks {}", missing.text())};
-  if (const Result<KernelDesc> desc = small_desc(*find_op(row.op)); desc && row.supports != nullptr)
-    if (const Status status = row.supports(find_op(row.op)->canonical(*desc), target); !status)
+  if (row.supports != nullptr)
+    if (const Status status = row.supports(desc, target); !status)
       return {false, status.message()};
   if (engine.config().disables(row))
     return {false, "left out by KILN_DISABLE"};
-  if (const auto forced = engine.config().forced_path(row.op, engine.implementations()); forced && *forced != row.isa)
+  if (const auto forced = engine.config().forced_path(row.op, row.device, engine.implementations());
+      forced && *forced != row.isa)
     return {false, fmt::format("KILN_FORCE takes {} only", name_of(*forced))};
   return {true, ""};
 }
 
-Json paths_json(const OpSpec& op, const Engine& engine) {
+Json paths_json(const OpSpec& op, Engine& engine) {
   Json paths = Json::array();
   for (const Implementation& row : engine.implementations()) {
     if (row.op != op.id)
@@ -51,6 +61,7 @@ Json paths_json(const OpSpec& op, const Engine& engine) {
                      {"backend", name_of(row.backend)},
                      {"generator", name_of(row.generator)},
                      {"arch", row.any_arch ? "any" : name_of(row.arch)},
+                     {"device", row.device == DeviceKind::cuda ? "cuda" : "cpu"},
                      {"needs", needs},
                      {"available", state.available},
                      {"reason", state.reason}});
@@ -58,7 +69,7 @@ Json paths_json(const OpSpec& op, const Engine& engine) {
   return paths;
 }
 
-Json ops_json(const Engine& engine) {
+Json ops_json(Engine& engine) {
   Json ops = Json::array();
   for (const OpSpec& op : op_table()) {
     Json fields = Json::array(), tensors = Json::array();
@@ -83,6 +94,26 @@ Json ops_json(const Engine& engine) {
   return ops;
 }
 
+/// Opens the driver, if there is one.
+Json gpus_json(const Engine& engine, const Result<cuda::Driver*>& driver) {
+  if (!driver)
+    return {{"available", false}, {"reason", driver.status().message()}};
+  Json devices = Json::array();
+  for (const cuda::DeviceInfo& device : (*driver)->devices())
+    devices.push_back({{"name", device.name},
+                       {"target", device.target().text()},
+                       {"sms", device.sm_count},
+                       {"memory_bytes", device.memory_bytes}});
+  const bool disabled =
+      std::any_of(engine.implementations().begin(), engine.implementations().end(), [&](const Implementation& row) {
+        return row.device == DeviceKind::cuda && engine.config().disables(row);
+      });
+  return {{"available", true},
+          {"reason", disabled ? "KILN_DISABLE leaves out kernels for them" : ""},
+          {"driver", (*driver)->version_text()},
+          {"devices", devices}};
+}
+
 Json info_json(Engine& engine) {
   const Machine& machine = engine.machine();
   Json environment = Json::array(), targets = Json::array();
@@ -102,6 +133,7 @@ Json info_json(Engine& engine) {
            {{"path", engine.store() ? engine.store()->path() : ""},
             {"system_path", engine.system_cache() ? engine.system_cache()->path() : ""},
             {"remote", engine.remote_cache() ? engine.remote_cache()->url().text() : ""}}},
+          {"gpus", gpus_json(engine, engine.runtime().cuda())},
           {"ops", ops_json(engine)},
           {"environment", environment},
           {"known_targets", targets}};
@@ -126,6 +158,16 @@ void print_info(Engine& engine) {
   facts.row({"caches", fmt::format("L1d {}, L2 {} per core, L3 {} shared", bytes_text(machine.l1d_bytes),
                                    bytes_text(machine.l2_bytes), bytes_text(machine.l3_bytes))});
   facts.row({"target", machine.target.text()});
+  if (const Result<cuda::Driver*> driver = engine.runtime().cuda(); !driver) {
+    facts.row({"GPUs", driver.status().message()});
+  } else {
+    int index = 0;
+    for (const cuda::DeviceInfo& device : (*driver)->devices())
+      facts.row(
+          {fmt::format("cuda:{}", index++),
+           fmt::format("{}, {}, {} SMs, {}; driver for CUDA {}", device.name, device.target().text(), device.sm_count,
+                       bytes_text(static_cast<std::int64_t>(device.memory_bytes)), (*driver)->version_text())});
+  }
   facts.row({"cache", engine.store() ? engine.store()->path() : "off"});
   if (engine.system_cache() != nullptr)
     facts.row({"under it", engine.system_cache()->path()});

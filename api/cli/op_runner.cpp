@@ -6,17 +6,64 @@
 
 #include <fmt/format.h>
 
-#include "jit/ops/int8_mm.h"
+#include "jit/cuda/module.h"
+#include "jit/ops/int4_mm_driver.h"
 #include "jit/ops/int8_mm_driver.h"
 
 namespace kiln::cli {
 namespace {
 
-enum Int8MmTensor { kA, kB, kC };
-
 std::int64_t row_length(const Tensor& matrix) {
   return matrix.shape[1];
 }
+
+// ---------------------------------------------------------------- tensors in GPU memory
+
+/// The tensors of a desc as its kernel sees them: where they are, or copies on the desc's GPU.
+class Operand {
+public:
+  Status place(const KernelDesc& desc, const Runtime& runtime, const Tensor& tensor) {
+    address_ = const_cast<std::uint8_t*>(tensor.buffer.data());
+    if (desc.device.kind == DeviceKind::cpu || tensor.buffer.size() == 0)
+      return {};
+    const Result<cuda::Driver*> driver = runtime.cuda();
+    if (!driver)
+      return driver.status();
+    Result<cuda::Buffer> buffer = cuda::Buffer::allocate(**driver, desc.device.index, tensor.buffer.size());
+    if (!buffer)
+      return buffer.status();
+    gpu_ = std::move(*buffer);
+    address_ = reinterpret_cast<void*>(gpu_.address());
+    return gpu_.write(tensor.buffer.data(), tensor.buffer.size());
+  }
+  template <class T> T* as() const { return static_cast<T*>(address_); }
+  Status bring_back(Tensor& tensor) const {
+    return gpu_.bytes() == 0 ? Status() : gpu_.read(tensor.buffer.data(), tensor.buffer.size());
+  }
+
+private:
+  void* address_ = nullptr;
+  cuda::Buffer gpu_;
+};
+
+/// `call` by itself on a CPU; on a GPU, on the default stream, and then what it put there.
+std::function<Status()> completed(const Kernel& kernel, std::function<Status()> call) {
+  if (kernel.cuda_module() == nullptr)
+    return call;
+  return [&kernel, call = std::move(call)]() -> Status {
+    if (Status s = call(); !s)
+      return s;
+    const cuda::Module& module = *kernel.cuda_module();
+    const Result<cuda::ContextScope> scope = cuda::ContextScope::enter(module.driver(), module.device_index(), nullptr);
+    if (!scope)
+      return scope.status();
+    return module.driver().status(module.driver().api().cuStreamSynchronize(nullptr), "cuStreamSynchronize");
+  };
+}
+
+// ---------------------------------------------------------------- int8_mm
+
+enum Int8MmTensor { kA, kB, kScale, kC };
 
 Result<Invocation> prepare_int8_mm(const Kernel& kernel, const KernelDesc& desc, std::span<Tensor> tensors) {
   const auto& plan = *static_cast<const int8_mm::Plan*>(kernel.plan());
@@ -26,25 +73,94 @@ Result<Invocation> prepare_int8_mm(const Kernel& kernel, const KernelDesc& desc,
                           desc.value[int8_mm::kN], desc.value[int8_mm::kK], kernel.runtime().parallel);
   if (!made)
     return made.status();
-  const auto pack = std::make_shared<const int8_mm::Pack>(std::move(*made));
+  if (desc.device.kind == DeviceKind::cuda)
+    if (Status s = made->move_to(desc.device, kernel.runtime()); !s)
+      return s;
+  struct State {
+    explicit State(int8_mm::Pack p) : pack(std::move(p)) {}
+    int8_mm::Pack pack;
+    Operand a, scale, c;
+  };
+  const auto state = std::make_shared<State>(std::move(*made));
+  for (const auto& [operand, index] : {std::pair{&state->a, kA}, {&state->scale, kScale}, {&state->c, kC}})
+    if (Status s = operand->place(desc, kernel.runtime(), tensors[index]); !s)
+      return s;
+  const bool has_scale = desc.value[int8_mm::kRescale] != 0;
   const int8_mm::Args args = {.m = desc.value[int8_mm::kM],
-                              .a = tensors[kA].as<std::int8_t>(),
+                              .a = state->a.as<const std::int8_t>(),
                               .lda = row_length(tensors[kA]),
-                              .pack = pack.get(),
-                              .c = tensors[kC].as<std::int32_t>(),
-                              .ldc = row_length(tensors[kC])};
-  return Invocation([&kernel, pack, args] { return int8_mm::run(kernel, args); });
+                              .pack = &state->pack,
+                              .c = state->c.as<void>(),
+                              .ldc = row_length(tensors[kC]),
+                              .scale = has_scale ? state->scale.as<const float>() : nullptr};
+  return Invocation{completed(kernel, [&kernel, args] { return int8_mm::run(kernel, args); }),
+                    [state, tensors] { return state->c.bring_back(tensors[kC]); }};
 }
 
 void reference_int8_mm(const KernelDesc& desc, std::span<Tensor> tensors) {
-  int8_mm::reference(desc.value[int8_mm::kM], desc.value[int8_mm::kN], desc.value[int8_mm::kK],
-                     tensors[kA].as<std::int8_t>(), row_length(tensors[kA]), tensors[kB].as<std::int8_t>(),
-                     row_length(tensors[kB]), static_cast<int8_mm::BLayout>(desc.value[int8_mm::kBLayout]),
-                     tensors[kC].as<std::int32_t>(), row_length(tensors[kC]));
+  const std::int64_t m = desc.value[int8_mm::kM], n = desc.value[int8_mm::kN];
+  const auto sums_to = [&](std::int32_t* sums) {
+    int8_mm::reference(m, n, desc.value[int8_mm::kK], tensors[kA].as<std::int8_t>(), row_length(tensors[kA]),
+                       tensors[kB].as<std::int8_t>(), row_length(tensors[kB]),
+                       static_cast<int8_mm::BLayout>(desc.value[int8_mm::kBLayout]), sums, n);
+  };
+  if (desc.value[int8_mm::kRescale] == 0) {
+    sums_to(tensors[kC].as<std::int32_t>());
+    return;
+  }
+  std::vector<std::int32_t> sums(static_cast<std::size_t>(m * n));
+  sums_to(sums.data());
+  int8_mm::rescale_reference(desc, sums.data(), m, tensors[kScale].as<float>(), tensors[kC].as<void>());
+}
+
+// ---------------------------------------------------------------- int4_mm
+
+enum Int4MmTensor { kX, kW, kWPacked, kSz, kY };
+
+Result<Invocation> prepare_int4_mm(const Kernel& kernel, const KernelDesc& desc, std::span<Tensor> tensors) {
+  const auto& plan = *static_cast<const int4_mm::Plan*>(kernel.plan());
+  const std::int64_t tiles = int4_mm::inner_k_tiles_of(desc);
+  const int4_mm::Weights weights = {
+      .w = tensors[tiles != 0 ? kWPacked : kW].as<void>(), .sz = tensors[kSz].as<void>(), .inner_k_tiles = tiles};
+  Result<int4_mm::Pack> made = int4_mm::Pack::make(*plan.layout, weights, desc, kernel.runtime());
+  if (!made)
+    return made.status();
+  struct State {
+    explicit State(int4_mm::Pack p) : pack(std::move(p)) {}
+    int4_mm::Pack pack;
+    Operand x, y;
+  };
+  const auto state = std::make_shared<State>(std::move(*made));
+  for (const auto& [operand, index] : {std::pair{&state->x, kX}, {&state->y, kY}})
+    if (Status s = operand->place(desc, kernel.runtime(), tensors[index]); !s)
+      return s;
+  const int4_mm::Args args = {.m = desc.value[int4_mm::kM],
+                              .x = state->x.as<const std::uint16_t>(),
+                              .ldx = row_length(tensors[kX]),
+                              .pack = &state->pack,
+                              .y = state->y.as<std::uint16_t>(),
+                              .ldy = row_length(tensors[kY])};
+  return Invocation{completed(kernel, [&kernel, args] { return int4_mm::run(kernel, args); }),
+                    [state, tensors] { return state->y.bring_back(tensors[kY]); }};
+}
+
+void reference_int4_mm(const KernelDesc& desc, std::span<Tensor> tensors) {
+  const std::int64_t m = desc.value[int4_mm::kM], n = desc.value[int4_mm::kN], k = desc.value[int4_mm::kK];
+  const std::int64_t tiles = int4_mm::inner_k_tiles_of(desc);
+  std::vector<std::uint8_t> plain;
+  const std::uint8_t* w = tensors[kW].as<std::uint8_t>();
+  if (tiles != 0) {
+    plain.resize(static_cast<std::size_t>(n * k / 2));
+    int4_mm::tensor_core_to_plain(tensors[kWPacked].as<std::int32_t>(), n, k, tiles, plain.data());
+    w = plain.data();
+  }
+  int4_mm::reference(m, n, k, int4_mm::group_of(desc), tensors[kX].as<std::uint16_t>(), k, w,
+                     tensors[kSz].as<std::uint16_t>(), tensors[kY].as<std::uint16_t>(), n);
 }
 
 constexpr OpRunner kRunners[] = {
     {.op = OpId::int8_mm, .prepare = prepare_int8_mm, .reference = reference_int8_mm, .relative_bound = 0},
+    {.op = OpId::int4_mm, .prepare = prepare_int4_mm, .reference = reference_int4_mm, .relative_bound = 4e-3},
 };
 
 } // namespace
@@ -59,7 +175,9 @@ const OpRunner& runner_of(OpId op) {
 Result<std::vector<Tensor>> random_tensors(const KernelDesc& desc) {
   std::vector<Tensor> tensors;
   for (const TensorSpec& spec : find_op(desc.op)->tensors) {
-    Result<Tensor> tensor = make_tensor(spec.dtype(desc), spec.shape(desc));
+    // One that the desc does not have keeps its place, without an element.
+    const std::vector<std::int64_t> shape = spec.is_present(desc) ? spec.shape(desc) : std::vector<std::int64_t>{0};
+    Result<Tensor> tensor = make_tensor(spec.dtype(desc), shape);
     if (!tensor)
       return Status::error(tensor.status().code(),
                            fmt::format("tensor {} of {}: {}", spec.name, desc.text(), tensor.status().message()));

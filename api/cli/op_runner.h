@@ -10,7 +10,10 @@
 namespace kiln::cli {
 
 /// One call of a kernel on fixed tensors. The kernel and the tensors must outlive it.
-using Invocation = std::function<Status()>;
+struct Invocation {
+  std::function<Status()> call;   ///< returns when the result is there, on a GPU too
+  std::function<Status()> finish; ///< brings the outputs from the GPU to their tensors; empty on CPUs
+};
 
 /// What the command must know of an op to run it: one row an op. `tensors` stand in the order of the op's table.
 struct OpRunner {

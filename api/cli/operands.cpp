@@ -91,7 +91,7 @@ Result<KernelDesc> small_desc(const OpSpec& op) {
   NamedTexts fields;
   for (const FieldSpec& field : op.fields)
     if (field.required)
-      fields.emplace_back(field.name, "64");
+      fields.emplace_back(field.name, "256");
   return desc_from_fields(op.name, fields);
 }
 
@@ -102,6 +102,11 @@ Result<std::optional<Target>> parse_target(const std::optional<std::string>& tex
   if (!target)
     return target.status();
   return std::optional<Target>(std::move(*target));
+}
+
+void take_device_of(const std::optional<Target>& target, KernelDesc& desc) {
+  if (target && target->arch == Arch::nvptx && desc.device.kind == DeviceKind::cpu)
+    desc.device = {DeviceKind::cuda, 0};
 }
 
 Result<KernelDesc> desc_from_words(std::span<const std::string> words) {
@@ -153,6 +158,9 @@ Result<KernelDesc> desc_from_shapes(const Operands& operands, const GivenShape& 
   for (std::size_t i = 0; i < op.fields.size(); ++i)
     if (op.fields[i].any_allowed && desc->value[i] == kAny)
       return bad_word(fmt::format("{}: {}=any: to run, give a number", op.name, op.fields[i].name));
+  for (const TensorSpec& tensor : op.tensors)
+    if (given_shape(tensor.name) != nullptr && !tensor.is_present(*desc))
+      return bad_word(fmt::format("{}: tensor {} is given: {} has none", op.name, tensor.name, desc->text()));
   for (const TensorSpec& tensor : op.tensors)
     if (const std::vector<std::int64_t>* given = given_shape(tensor.name);
         given != nullptr && *given != tensor.shape(*desc))

@@ -29,12 +29,15 @@ Result<Operands> parse_operands(std::span<const std::string> words);
 /// For commands that take no tensors.
 Result<KernelDesc> desc_from_words(std::span<const std::string> words);
 
-/// A small problem of the op: every size that must be given is 64, all else its default. With much less, the path that
-/// most calls take may leave it to another (sme does).
+/// A small problem of the op: every size that must be given is 256, all else its default. With much less, the path
+/// that most calls take may leave it to another (sme does), or a group of weights may not fit.
 Result<KernelDesc> small_desc(const OpSpec& op);
 
 /// The machine that an option names: nothing when the option was not given (this machine).
 Result<std::optional<Target>> parse_target(const std::optional<std::string>& text);
+
+/// A target that is a GPU makes a desc without a device one for cuda: no CPU's code would run there.
+void take_device_of(const std::optional<Target>& target, KernelDesc& desc);
 
 /// The shape of the file given for a tensor, or null when none is.
 using GivenShape = std::function<const std::vector<std::int64_t>*(std::string_view tensor)>;

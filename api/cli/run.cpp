@@ -104,6 +104,9 @@ Result<Exit> run(const Options& options) {
   const Result<Timing> timing = time_calls(*invocation, options.repeat, {});
   if (!timing)
     return timing.status();
+  if (invocation->finish)
+    if (Status status = invocation->finish(); !status)
+      return status;
   Check check;
   if (options.check) {
     const Result<Check> checked = check_outputs(*desc, *tensors);

@@ -9,20 +9,41 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "jit/bf16.h"
+
 namespace kiln::cli {
 namespace {
 
 constexpr std::uint64_t kAlignment = 64;
 
-template <class T> Difference integer_difference(const Tensor& actual, const Tensor& expected) {
+template <class T> double value_of(T element) {
+  return static_cast<double>(element);
+}
+/// bfloat16 travels as its bits.
+struct Bf16 {
+  std::uint16_t bits;
+};
+double value_of(Bf16 element) {
+  return static_cast<double>(float_of_bf16(element.bits));
+}
+
+/// Infinite where one side is not a number and the other is.
+template <class T> Difference difference_of(const Tensor& actual, const Tensor& expected) {
   const T* a = actual.as<T>();
   const T* e = expected.as<T>();
   double max_abs = 0, squares_of_difference = 0, squares_of_expected = 0;
   for (std::uint64_t i = 0; i < actual.buffer.size() / sizeof(T); ++i) {
-    const double difference = static_cast<double>(a[i]) - static_cast<double>(e[i]);
-    max_abs = std::max(max_abs, std::abs(difference));
-    squares_of_difference += difference * difference;
-    squares_of_expected += static_cast<double>(e[i]) * static_cast<double>(e[i]);
+    const double there = value_of(a[i]), wanted = value_of(e[i]);
+    if (there == wanted || (std::isnan(there) && std::isnan(wanted)))
+      squares_of_expected += std::isfinite(wanted) ? wanted * wanted : 0;
+    else if (!std::isfinite(there) || !std::isfinite(wanted))
+      return {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::infinity()};
+    else {
+      const double difference = there - wanted;
+      max_abs = std::max(max_abs, std::abs(difference));
+      squares_of_difference += difference * difference;
+      squares_of_expected += wanted * wanted;
+    }
   }
   const double scale = squares_of_expected == 0 ? 1 : std::sqrt(squares_of_expected);
   return {max_abs, std::sqrt(squares_of_difference) / scale};
@@ -75,6 +96,18 @@ Result<Tensor> make_tensor(Dtype dtype, std::vector<std::int64_t> shape) {
 
 void fill_random(Tensor& tensor, std::uint64_t seed) {
   std::mt19937_64 random(seed);
+  // Of the bits: uniform_real_distribution differs between libraries.
+  const auto in_unit = [&] {
+    return static_cast<float>(static_cast<std::int64_t>(random() >> 39) - (1 << 24)) / (1 << 24);
+  };
+  if (tensor.dtype == Dtype::bf16 || tensor.dtype == Dtype::f32) {
+    for (std::uint64_t i = 0; i < tensor.buffer.size() / size_of(tensor.dtype); ++i)
+      if (tensor.dtype == Dtype::bf16)
+        tensor.as<std::uint16_t>()[i] = bf16_of_float(in_unit());
+      else
+        tensor.as<float>()[i] = in_unit();
+    return;
+  }
   for (std::uint64_t i = 0; i < tensor.buffer.size(); i += sizeof(std::uint64_t)) {
     const std::uint64_t bits = random();
     std::memcpy(tensor.buffer.data() + i, &bits, std::min<std::uint64_t>(sizeof bits, tensor.buffer.size() - i));
@@ -82,12 +115,17 @@ void fill_random(Tensor& tensor, std::uint64_t seed) {
 }
 
 Difference difference(const Tensor& actual, const Tensor& expected) {
-  switch (size_of(actual.dtype)) {
-  case 1:
-    return actual.dtype == Dtype::u8 ? integer_difference<std::uint8_t>(actual, expected)
-                                     : integer_difference<std::int8_t>(actual, expected);
+  switch (actual.dtype) {
+  case Dtype::u8:
+    return difference_of<std::uint8_t>(actual, expected);
+  case Dtype::s8:
+    return difference_of<std::int8_t>(actual, expected);
+  case Dtype::bf16:
+    return difference_of<Bf16>(actual, expected);
+  case Dtype::f32:
+    return difference_of<float>(actual, expected);
   default:
-    return integer_difference<std::int32_t>(actual, expected);
+    return difference_of<std::int32_t>(actual, expected);
   }
 }
 

@@ -43,14 +43,15 @@ std::string shape_text(const std::vector<std::int64_t>& shape);
 Result<std::uint64_t> bytes_of(const std::vector<std::int64_t>& shape, std::size_t element_bytes);
 /// Its content is not initialised.
 Result<Tensor> make_tensor(Dtype dtype, std::vector<std::int64_t> shape);
-/// Every bit pattern of the type is equally likely; the same seed gives the same bytes everywhere.
+/// Integers: every bit pattern of the type is equally likely. Floating point: uniform in [−1, 1). The same seed gives
+/// the same bytes everywhere.
 void fill_random(Tensor& tensor, std::uint64_t seed);
 
 struct Difference {
   double max_abs = 0; ///< largest |actual − expected|
   double relative = 0; ///< ‖actual − expected‖ / ‖expected‖, or ‖actual − expected‖ where expected is all zero
 };
-/// Of two integer tensors of one shape and type.
+/// Of two tensors of one shape and type.
 Difference difference(const Tensor& actual, const Tensor& expected);
 
 } // namespace kiln::cli

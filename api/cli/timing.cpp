@@ -17,11 +17,11 @@ double per_nanosecond(double amount, double us) {
 Result<Timing> time_calls(const Invocation& invocation, std::size_t calls, std::chrono::microseconds duration) {
   using Clock = std::chrono::steady_clock;
   std::vector<double> us;
-  if (Status status = invocation(); !status)
+  if (Status status = invocation.call(); !status)
     return status;
   const auto start = Clock::now();
   for (auto before = start; us.size() < calls || before - start < duration;) {
-    if (Status status = invocation(); !status)
+    if (Status status = invocation.call(); !status)
       return status;
     const auto after = Clock::now();
     us.push_back(std::chrono::duration<double, std::micro>(after - before).count());

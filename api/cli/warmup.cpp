@@ -113,9 +113,11 @@ Result<Exit> warmup(const Options& options) {
   if (!parsed)
     return parsed.status();
   const std::optional<Target>& target = *parsed;
-  const Result<std::vector<KernelDesc>> descs = asked_descs(options);
+  Result<std::vector<KernelDesc>> descs = asked_descs(options);
   if (!descs)
     return descs.status();
+  for (KernelDesc& desc : *descs)
+    take_device_of(target, desc);
   const Result<std::unique_ptr<Engine>> engine = make_engine({});
   if (!engine)
     return engine.status();

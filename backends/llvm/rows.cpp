@@ -4,6 +4,7 @@
 
 #include "backends/llvm/int8_mm_layout.h"
 #include "backends/llvm/shared_object.h"
+#include "jit/ops/int8_mm.h"
 #include <llvm_generator_id.h>
 
 namespace kiln::portable {
@@ -27,9 +28,7 @@ Status supports(const KernelDesc& desc, const Target& target) {
   if (target.arch != Arch::x86_64 && target.arch != Arch::aarch64)
     return Status::error(Code::unsupported,
                          fmt::format("portable generates x86_64 and aarch64 code, not {}", name_of(target.arch)));
-  if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
-    return Status::error(Code::unsupported, "portable multiplies a_dtype=s8 only");
-  return {};
+  return int8_mm::check_s8(desc, INT64_MAX);
 }
 
 std::string pack_layout(const KernelDesc&, const Target& target) {

@@ -25,9 +25,7 @@ void multiply(const Call* call) {
 }
 
 Status supports(const KernelDesc& desc, const Target&) {
-  if (desc.value[kADtype] != static_cast<std::int64_t>(ADtype::s8))
-    return Status::error(Code::unsupported, "a_dtype=u8 is not served yet");
-  return {};
+  return check_s8(desc, INT64_MAX);
 }
 
 /// Its own packs: the layout that most other paths read too.

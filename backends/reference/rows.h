@@ -5,5 +5,6 @@
 namespace kiln::reference {
 
 Implementation int8_mm();
+Implementation int4_mm();
 
 } // namespace kiln::reference

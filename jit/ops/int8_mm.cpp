@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstring>
 
 #include <fmt/format.h>
+
+#include "jit/bf16.h"
 
 namespace kiln::int8_mm {
 namespace {
@@ -15,7 +18,9 @@ constexpr std::int64_t kMaxSize = (std::int64_t{1} << 31) - 1;
 
 constexpr std::string_view kBLayoutNames[] = {"kn", "nk"};
 constexpr std::string_view kADtypeNames[] = {"s8", "u8"};
-constexpr std::string_view kCDtypeNames[] = {"s32"};
+constexpr std::string_view kCDtypeNames[] = {"s32", "s8", "bf16"};
+constexpr std::string_view kRescaleNames[] = {"none", "scale"};
+constexpr std::string_view kRescalePerNames[] = {"tensor", "channel"};
 
 constexpr FieldSpec kFields[] = {
     {.name = "m", .min = 0, .max = kMaxSize, .required = true, .any_allowed = true},
@@ -24,6 +29,10 @@ constexpr FieldSpec kFields[] = {
     {.name = "b_layout", .default_value = static_cast<std::int64_t>(BLayout::nk), .choices = kBLayoutNames},
     {.name = "a_dtype", .choices = kADtypeNames},
     {.name = "c_dtype", .choices = kCDtypeNames},
+    {.name = "rescale", .choices = kRescaleNames},
+    {.name = "rescale_per",
+     .default_value = static_cast<std::int64_t>(RescalePer::channel),
+     .choices = kRescalePerNames},
 };
 static_assert(std::size(kFields) == kFieldCount);
 
@@ -35,6 +44,13 @@ std::int64_t n_of(const KernelDesc& d) {
 }
 std::int64_t k_of(const KernelDesc& d) {
   return d.value[kK];
+}
+
+bool has_scale(const KernelDesc& d) {
+  return d.value[kRescale] == static_cast<std::int64_t>(Rescale::scale);
+}
+std::int64_t scales_of(const KernelDesc& d) {
+  return d.value[kRescalePer] == static_cast<std::int64_t>(RescalePer::channel) ? n_of(d) : 1;
 }
 
 const TensorSpec kTensors[] = {
@@ -54,9 +70,24 @@ const TensorSpec kTensors[] = {
            return d.value[kBLayout] == static_cast<std::int64_t>(BLayout::kn) ? std::vector{k_of(d), n_of(d)}
                                                                               : std::vector{n_of(d), k_of(d)};
          }},
+    {.name = "scale",
+     .dtype = [](const KernelDesc&) { return Dtype::f32; },
+     .shape = [](const KernelDesc& d) { return std::vector{scales_of(d)}; },
+     .present = has_scale},
     {.name = "c",
      .output = true,
-     .dtype = [](const KernelDesc&) { return Dtype::s32; },
+     .dtype =
+         [](const KernelDesc& d) {
+           switch (static_cast<CDtype>(d.value[kCDtype])) {
+           case CDtype::s8:
+             return Dtype::s8;
+           case CDtype::bf16:
+             return Dtype::bf16;
+           case CDtype::s32:
+             break;
+           }
+           return Dtype::s32;
+         },
      .shape =
          [](const KernelDesc& d) {
            return std::vector{m_of(d), n_of(d)};
@@ -69,25 +100,36 @@ Status check(const KernelDesc& d) {
   if (4.0 * static_cast<double>(m_of(d)) * static_cast<double>(n_of(d)) > kMostBytes)
     return Status::error(Code::invalid_argument,
                          fmt::format("int8_mm: m={} n={}: allowed is a C of at most 2^61 bytes", m_of(d), n_of(d)));
+  if (d.value[kCDtype] == static_cast<std::int64_t>(CDtype::bf16) && !has_scale(d))
+    return Status::error(Code::invalid_argument, "int8_mm: c_dtype=bf16 rescale=none: allowed is rescale=scale");
   return {};
+}
+
+/// The classes of m of the kernels that serve this desc.
+std::span<const std::int64_t> m_classes(const KernelDesc& d) {
+  if (d.device.kind == DeviceKind::cuda)
+    return kGpuMClasses;
+  return kMClasses;
 }
 
 KernelDesc canonical(const KernelDesc& d) {
   KernelDesc out = d;
   out.value[kM] = kAny;
-  for (const std::int64_t bound : kMClasses)
+  for (const std::int64_t bound : m_classes(d))
     if (m_of(d) != kAny && m_of(d) <= bound) {
       out.value[kM] = bound;
       break;
     }
   // Packed or packed on the fly: a kernel only ever sees panels.
   out.value[kBLayout] = static_cast<std::int64_t>(BLayout::nk);
+  if (!has_scale(d))
+    out.value[kRescalePer] = static_cast<std::int64_t>(RescalePer::channel);
   return out;
 }
 
 MRange m_range(const KernelDesc& d) {
   std::int64_t previous = 0;
-  for (const std::int64_t bound : kMClasses) {
+  for (const std::int64_t bound : m_classes(d)) {
     if (m_of(d) != kAny && bound != kAny && m_of(d) <= bound)
       return {previous == 0 ? 0 : previous + 1, bound};
     if (bound != kAny)
@@ -99,6 +141,9 @@ MRange m_range(const KernelDesc& d) {
 KernelDesc pack_desc(const KernelDesc& d) {
   KernelDesc out = d;
   out.value[kM] = kAny;
+  // Whatever becomes of the sums.
+  out.value[kCDtype] = static_cast<std::int64_t>(CDtype::s32);
+  out.value[kRescale] = static_cast<std::int64_t>(Rescale::none);
   return canonical(out);
 }
 
@@ -144,12 +189,16 @@ KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, BLayout b_l
   d.value[kN] = n;
   d.value[kK] = k;
   d.value[kBLayout] = static_cast<std::int64_t>(b_layout);
+  d.value[kRescalePer] = static_cast<std::int64_t>(RescalePer::channel);
   return d;
 }
 
 Status check_s8(const KernelDesc& desc, std::int64_t max_k) {
   if (desc.value[kADtype] != static_cast<std::int64_t>(ADtype::s8))
     return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
+  if (desc.value[kCDtype] != static_cast<std::int64_t>(CDtype::s32) ||
+      desc.value[kRescale] != static_cast<std::int64_t>(Rescale::none))
+    return Status::error(Code::unsupported, "c_dtype and rescale: allowed on CPUs is c_dtype=s32 without rescale");
   if (k_of(desc) > max_k)
     return Status::error(Code::unsupported, fmt::format("k={}: allowed is at most {}", k_of(desc), max_k));
   return {};
@@ -187,7 +236,37 @@ void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t
     }
 }
 
+void rescale_reference(const KernelDesc& desc, const std::int32_t* sums, std::int64_t m, const float* scale, void* c) {
+  const std::int64_t n = n_of(desc);
+  const bool per_channel = scales_of(desc) == n && desc.value[kRescalePer] != 0;
+  for (std::int64_t i = 0; i < m; ++i)
+    for (std::int64_t j = 0; j < n; ++j) {
+      const float y = static_cast<float>(sums[i * n + j]) * scale[per_channel ? j : 0]; // each rounded to nearest even
+      // The integers round once, half to even, and saturate.
+      const auto integer = [&](double lo, double hi) {
+        return std::clamp(std::nearbyint(static_cast<double>(y)), lo, hi);
+      };
+      switch (static_cast<CDtype>(desc.value[kCDtype])) {
+      case CDtype::s32:
+        static_cast<std::int32_t*>(c)[i * n + j] = static_cast<std::int32_t>(integer(-0x1p31, 0x1p31 - 1));
+        break;
+      case CDtype::s8:
+        static_cast<std::int8_t*>(c)[i * n + j] = static_cast<std::int8_t>(integer(-128, 127));
+        break;
+      case CDtype::bf16:
+        static_cast<std::uint16_t*>(c)[i * n + j] = bf16_of_float(y);
+        break;
+      }
+    }
+}
+
 std::vector<std::pair<std::string, std::int64_t>> Plan::values() const {
+  if (launch) {
+    std::vector<std::pair<std::string, std::int64_t>> values = {{"n_block", layout.n_block},
+                                                                {"k_block", layout.k_block}};
+    launch->append_to(values);
+    return values;
+  }
   return {{"n_block", layout.n_block}, {"k_block", layout.k_block},          {"m_step", m_step},
           {"n_step", n_step},          {"workspace_fixed", workspace_fixed}, {"workspace_per_row", workspace_per_row}};
 }
@@ -210,10 +289,19 @@ Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> va
   };
   take("n_block", plan.layout.n_block, 256);
   take("k_block", plan.layout.k_block, 64);
-  take("m_step", plan.m_step, 1 << 16);
-  take("n_step", plan.n_step, 1 << 16);
-  take("workspace_fixed", plan.workspace_fixed, kMaxWorkspaceFixed);
-  take("workspace_per_row", plan.workspace_per_row, kMaxWorkspacePerRow);
+  const bool for_gpu = std::any_of(values.begin(), values.end(), [](const auto& v) { return v.first == "tile_m"; });
+  if (for_gpu) {
+    const Result<cuda::LaunchPlan> launch = cuda::LaunchPlan::from(values);
+    if (!launch)
+      return Status::error(Code::integrity, fmt::format("int8_mm: {}", launch.status().message()));
+    plan.launch = *launch;
+    plan.n_step = plan.layout.n_block;
+  } else {
+    take("m_step", plan.m_step, 1 << 16);
+    take("n_step", plan.n_step, 1 << 16);
+    take("workspace_fixed", plan.workspace_fixed, kMaxWorkspaceFixed);
+    take("workspace_per_row", plan.workspace_per_row, kMaxWorkspacePerRow);
+  }
   if (!fine || plan.layout.n_block < 1 || plan.layout.k_block < 1 || plan.m_step < 1 || plan.n_step < 1 ||
       plan.n_step % plan.layout.n_block != 0)
     return Status::error(Code::integrity, "int8_mm: a launch plan with missing, repeated or impossible values");

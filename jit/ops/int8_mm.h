@@ -1,6 +1,7 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -9,25 +10,31 @@
 
 #include "cache/bytes.h"
 #include "cache/status.h"
+#include "jit/cuda/launch_plan.h"
 #include "jit/desc.h"
 #include "jit/op.h"
 
-/// int8_mm: C[M,N] = A[M,K] · B[K,N], s8 × s8 → s32, exact sums that wrap.
-/// Typed view of its desc, the layout of packed weights, and the interface between its driver and every CPU kernel of
-/// it.
+/// int8_mm: C[M,N] = A[M,K] · B[K,N], s8 × s8, exact s32 sums that wrap, and the epilogue's `scale` stage (GPU so far).
+/// Typed view of its desc, the layout of packed weights, and the interface between its drivers and every kernel of it.
 namespace kiln::int8_mm {
 
 /// Order of the field table: KernelDesc::value[…].
-enum Field : int { kM, kN, kK, kBLayout, kADtype, kCDtype, kFieldCount };
+enum Field : int { kM, kN, kK, kBLayout, kADtype, kCDtype, kRescale, kRescalePer, kFieldCount };
 enum class BLayout : std::int64_t { kn, nk };
 enum class ADtype : std::int64_t { s8, u8 };
-enum class CDtype : std::int64_t { s32 };
+enum class CDtype : std::int64_t { s32, s8, bf16 };
+/// The epilogue's third stage. `scale`: y = f32(acc) · scale[n], each rounded to nearest even; then bf16, or rounded
+/// half to even and saturated to s8.
+enum class Rescale : std::int64_t { none, scale };
+enum class RescalePer : std::int64_t { tensor, channel };
 
 const OpSpec& op();
 KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, BLayout b_layout = BLayout::nk);
 
 /// The classes of m, by their upper bounds: one kernel each per (N, K). m = 0 belongs to the first.
 inline constexpr std::int64_t kMClasses[] = {1, 2, 4, 8, 16, 32, kAny};
+/// Likewise of GPU kernels, whose tiles are 16 rows at least.
+inline constexpr std::int64_t kGpuMClasses[] = {16, 32, 64, kAny};
 
 /// How B lies in a pack: b[⌈N/n_block⌉][⌈K/k_block⌉][n_block][k_block] s8, zero beyond N and K, each n-panel and the
 /// whole 64-byte aligned, followed by Σ_k b[k,n] as s32 [⌈N/n_block⌉·n_block].
@@ -84,13 +91,32 @@ struct Plan {
   std::int32_t n_step = 16; ///< columns likewise; a multiple of layout.n_block
   std::int64_t workspace_fixed = 0, workspace_per_row = 0;
   std::int64_t workspace_bytes(std::int64_t m) const { return workspace_fixed + m * workspace_per_row; }
+  /// Of GPU kernels; then the steps and workspaces above say nothing.
+  std::optional<cuda::LaunchPlan> launch;
 
   std::vector<std::pair<std::string, std::int64_t>> values() const;
   static Result<Plan> from(std::span<const std::pair<std::string, std::int64_t>> values);
 };
 
+/// How GPU kernels read B: a pack of one column a panel, which is row-major [N][ldb] with ldb =
+/// kGpuLayout.panel_bytes(K), zero from K on.
+inline constexpr PackLayout kGpuLayout = {.n_block = 1, .k_block = 8};
+
+/// Parameters of a GPU kernel, in this order: addresses are u64 in device memory, all else u32. N and K are constants
+/// of the kernel. Entry `main` (and `reduce`, see LaunchPlan). a, b, and rows of both, are 16-byte aligned (the driver
+/// checks); c is aligned to its elements. B is [N][ldb] from a pack or raw: bytes from K on are zero in a pack, and
+/// anything in a raw B, as those of A are.
+struct GpuParameters {
+  std::uint64_t a, b, c, scale; ///< scale: f32 [N] or one f32; 0 without the stage
+  std::uint64_t workspace;
+  std::uint32_t m, lda, ldb, ldc; ///< strides in elements
+  static constexpr int kCount = 9;
+};
+
 /// What the reference op gives (plain C++, s32 wrap-around), for any strides.
 void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a, std::int64_t lda,
                const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int32_t* c, std::int64_t ldc);
+/// The desc's `scale` stage by its definition: sums [m][n] to c [m][n] of the desc's c_dtype, both dense.
+void rescale_reference(const KernelDesc& desc, const std::int32_t* sums, std::int64_t m, const float* scale, void* c);
 
 } // namespace kiln::int8_mm

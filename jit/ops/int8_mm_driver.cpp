@@ -3,12 +3,13 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstdio>
 #include <cstring>
+#include <tuple>
 
 #include <fmt/format.h>
 
-#include "cache/file.h"
+#include "jit/cuda/call.h"
+#include "jit/pack_file.h"
 #include "jit/pages.h"
 
 namespace kiln::int8_mm {
@@ -33,7 +34,13 @@ Status check_matrix(std::string_view name, std::string_view stride_name, const v
   return {};
 }
 
-Status check_pack(const Plan& plan, const Pack& pack, std::int64_t n, std::int64_t k) {
+Status check_pack(const Plan& plan, const Pack& pack, Device device, std::int64_t n, std::int64_t k) {
+  const auto place = [](Device d) {
+    return d.kind == DeviceKind::cpu ? std::string("a pack in host memory")
+                                     : fmt::format("a pack in memory of cuda:{}", d.index);
+  };
+  if (!(pack.device() == device))
+    return bad("b_pack", place(pack.device()), place(device));
   if (pack.n() != n || pack.k() != k)
     return bad("b_pack", fmt::format("a pack of n={} k={}", pack.n(), pack.k()), fmt::format("one of n={} k={}", n, k));
   if (!(pack.layout() == plan.layout))
@@ -62,7 +69,8 @@ Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std:
   if (args.threads < 0)
     return bad("threads", std::to_string(args.threads), "0 or more");
   if (args.pack != nullptr)
-    return args.b == nullptr ? check_pack(plan, *args.pack, n, k) : bad("b", "given beside b_pack", "one of the two");
+    return args.b == nullptr ? check_pack(plan, *args.pack, kernel.desc().device, n, k)
+                             : bad("b", "given beside b_pack", "one of the two");
   if (args.b == nullptr && n > 0 && k > 0)
     return bad("b", "null, and so is b_pack", "one of the two");
   const bool nk = args.b_layout == BLayout::nk;
@@ -173,7 +181,7 @@ struct Run {
                          .lda = args.lda,
                          .b = b,
                          .b_sums = sums,
-                         .c = args.c + row * args.ldc + columns.begin,
+                         .c = static_cast<std::int32_t*>(args.c) + row * args.ldc + columns.begin,
                          .ldc = args.ldc,
                          .m = block.size(),
                          .n = columns.size(),
@@ -219,6 +227,85 @@ struct Run {
   }
 };
 
+// ---------------------------------------------------------------- GPU
+
+/// 16 bytes: what a thread loads at once.
+constexpr int kGpuAlignment = 16;
+/// Blocks along y (CUDA C++ Programming Guide, technical specifications per compute capability).
+constexpr std::int64_t kMaxGridY = 65535;
+
+Status check_gpu_args(const Args& args, const KernelDesc& desc) {
+  constexpr std::int64_t kMaxStride = (std::int64_t{1} << 31) - 1;
+  const bool raw = args.pack == nullptr;
+  if (raw && args.b_layout != BLayout::nk)
+    return bad("b_layout", "kn", "nk for a raw b on a GPU: pack it");
+  for (const auto& [name, stride, step] :
+       {std::tuple{"lda", args.lda, std::int64_t{kGpuAlignment}}, std::tuple{"ldc", args.ldc, std::int64_t{1}},
+        std::tuple{"ldb", raw ? args.ldb : 0, std::int64_t{kGpuAlignment}}})
+    if (stride % step != 0 || stride > kMaxStride)
+      return bad(name, std::to_string(stride), fmt::format("a multiple of {} up to 2^31 - 1 on a GPU", step));
+  if (desc.value[kRescale] == static_cast<std::int64_t>(Rescale::scale) && args.scale == nullptr)
+    return bad("scale", "null",
+               desc.value[kRescalePer] == static_cast<std::int64_t>(RescalePer::channel)
+                   ? fmt::format("{} floats", desc.value[kN])
+                   : std::string("one float"));
+  return {};
+}
+
+std::int64_t gpu_rows_at_once(const cuda::LaunchPlan& plan, std::int64_t m) {
+  return plan.blocks_per_sm > 0 ? m : std::min(m, kMaxGridY * plan.tile_m);
+}
+
+Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
+  const KernelDesc& desc = kernel.desc();
+  if (Status s = check_gpu_args(args, desc); !s)
+    return s;
+  if (!plan.launch)
+    return Status::error(Code::internal, "int8_mm: a GPU kernel without a launch plan");
+  const std::int64_t n = desc.value[kN], k = desc.value[kK];
+  const auto c_dtype = static_cast<CDtype>(desc.value[kCDtype]);
+  const int c_bytes = c_dtype == CDtype::s32 ? 4 : c_dtype == CDtype::bf16 ? 2 : 1;
+  const std::uint64_t b = args.pack != nullptr ? args.pack->gpu_address() : reinterpret_cast<std::uintptr_t>(args.b);
+  const std::int64_t ldb = args.pack != nullptr ? plan.layout.panel_bytes(k) : args.ldb;
+  const std::int64_t rows_at_once = gpu_rows_at_once(*plan.launch, args.m);
+  for (std::int64_t row = 0; row < args.m; row += rows_at_once) {
+    const std::int64_t rows = std::min(rows_at_once, args.m - row);
+    std::array<cuda::PointerArgument, 4> pointers;
+    std::size_t count = 0;
+    void* const c = static_cast<std::uint8_t*>(args.c) + row * args.ldc * c_bytes;
+    const std::int8_t* const a = args.a + row * args.lda;
+    pointers[count++] = {"c", c, c_bytes};
+    if (k > 0)
+      pointers[count++] = {"a", a, kGpuAlignment};
+    if (args.pack == nullptr && k > 0)
+      pointers[count++] = {"b", args.b, kGpuAlignment};
+    if (args.scale != nullptr)
+      pointers[count++] = {"scale", args.scale, 4};
+    GpuParameters p = {.a = reinterpret_cast<std::uintptr_t>(a),
+                       .b = b,
+                       .c = reinterpret_cast<std::uintptr_t>(c),
+                       .scale = reinterpret_cast<std::uintptr_t>(args.scale),
+                       .workspace = 0,
+                       .m = static_cast<std::uint32_t>(rows),
+                       .lda = static_cast<std::uint32_t>(args.lda),
+                       .ldb = static_cast<std::uint32_t>(ldb),
+                       .ldc = static_cast<std::uint32_t>(args.ldc)};
+    void* parameters[GpuParameters::kCount] = {&p.a, &p.b, &p.c, &p.scale, &p.workspace, &p.m, &p.lda, &p.ldb, &p.ldc};
+    const cuda::Call call = {.op = "int8_mm",
+                             .module = *kernel.cuda_module(),
+                             .plan = *plan.launch,
+                             .m = rows,
+                             .n = n,
+                             .stream = static_cast<cuda::CUstream>(args.stream),
+                             .pointers = {pointers.data(), count},
+                             .workspace = args.workspace,
+                             .workspace_bytes = args.workspace_bytes};
+    if (Status s = cuda::run(call, parameters, p.workspace); !s)
+      return s;
+  }
+  return {};
+}
+
 } // namespace
 
 Status run(const Kernel& kernel, const Args& args) {
@@ -228,6 +315,8 @@ Status run(const Kernel& kernel, const Args& args) {
     return status;
   if (args.m == 0 || n == 0)
     return {};
+  if (kernel.cuda_module() != nullptr)
+    return run_on_gpu(kernel, plan, args);
   Run run = {plan, args, reinterpret_cast<Entry>(reinterpret_cast<std::uintptr_t>(kernel.entry())),
              n,    k,    cut_call(kernel, plan, args, n, k)};
   if (args.workspace != nullptr) {
@@ -254,39 +343,20 @@ Result<std::uint64_t> workspace_bytes(const Kernel& kernel, const Args& args) {
   const Plan& plan = *static_cast<const Plan*>(kernel.plan());
   if (Status s = check_m(kernel, args.m); !s)
     return s;
+  if (kernel.cuda_module() != nullptr)
+    return args.m == 0 || !plan.launch
+               ? 0
+               : static_cast<std::uint64_t>(plan.launch->workspace_bytes(gpu_rows_at_once(*plan.launch, args.m),
+                                                                         kernel.desc().value[kN],
+                                                                         kernel.cuda_module()->device().sm_count));
   const Cut cut = cut_call(kernel, plan, args, kernel.desc().value[kN], kernel.desc().value[kK]);
   return static_cast<std::uint64_t>(cut.tasks() * cut.task_bytes());
 }
 
 // ---------------------------------------------------------------- packs
 
-namespace {
-constexpr std::array<char, 8> kPackMagic = {'K', 'I', 'L', 'N', 'P', 'A', 'C', 'K'};
-constexpr std::uint32_t kPackVersion = 1;
 /// Panels packed by one task: enough to hide its hand-over, few enough to balance.
 constexpr std::int64_t kPanelsPerTask = 16;
-
-Bytes pack_header(const PackLayout& layout, std::int64_t n, std::int64_t k, const Digest& digest) {
-  Writer w;
-  for (const char c : kPackMagic)
-    w.u8(static_cast<std::uint8_t>(c));
-  w.u32(kPackVersion);
-  w.string("int8_mm");
-  w.string(layout.id());
-  w.i64(n);
-  w.i64(k);
-  w.blob(digest.bytes);
-  return w.take();
-}
-
-/// Over the header with a zero digest and the data, so that neither can be exchanged alone.
-Digest pack_digest(const PackLayout& layout, std::int64_t n, std::int64_t k, ByteSpan data) {
-  Writer w;
-  w.blob(pack_header(layout, n, k, {}));
-  w.blob(digest_of(data).bytes);
-  return digest_of(w.bytes());
-}
-} // namespace
 
 void Pack::Free::operator()(std::int8_t* p) const {
   free_pages(p);
@@ -339,43 +409,48 @@ Result<Pack> Pack::make(PackLayout layout, const std::int8_t* b, std::int64_t ld
   return pack;
 }
 
+Status Pack::move_to(Device device, Runtime& runtime) {
+  const Result<cuda::Driver*> driver = runtime.cuda();
+  if (!driver)
+    return driver.status();
+  const std::uint64_t size = static_cast<std::uint64_t>(bytes());
+  Result<cuda::Buffer> buffer = cuda::Buffer::allocate(**driver, device.index, size);
+  if (!buffer)
+    return Status::error(buffer.status().code(), fmt::format("int8_mm: a pack: {}", buffer.status().message()));
+  if (size > 0)
+    if (Status s = buffer->write(data_.get(), size); !s)
+      return s;
+  gpu_ = std::move(*buffer);
+  device_ = device;
+  sums_ = nullptr;
+  data_.reset();
+  return {};
+}
+
 Status Pack::save(const std::string& path) const {
-  const ByteSpan data = {reinterpret_cast<const std::uint8_t*>(data_.get()), static_cast<std::size_t>(bytes())};
-  const Bytes header = pack_header(layout_, n_, k_, pack_digest(layout_, n_, k_, data));
-  return write_file_atomically(path, {header, data});
+  Bytes copy;
+  ByteSpan data = {reinterpret_cast<const std::uint8_t*>(data_.get()), static_cast<std::size_t>(bytes())};
+  if (device_.kind == DeviceKind::cuda) {
+    copy.resize(static_cast<std::size_t>(bytes()));
+    if (!copy.empty())
+      if (Status s = gpu_.read(copy.data(), copy.size()); !s)
+        return s;
+    data = copy;
+  }
+  return save_pack_file(path, op().name, layout_.id(), n_, k_, data);
 }
 
 Result<Pack> Pack::load(const std::string& path) {
-  Result<Bytes> file = read_file(path);
+  const Result<PackFile> file =
+      load_pack_file(path, op().name, [](std::string_view id, std::int64_t n, std::int64_t k) -> std::int64_t {
+        const Result<PackLayout> layout = PackLayout::parse(id);
+        return layout ? layout->bytes(n, k) : -1;
+      });
   if (!file)
     return file.status();
-  const auto damaged = [&](std::string_view why) {
-    return Status::error(Code::integrity, fmt::format("{}: not a pack of Kiln, or damaged: {}", path, why));
-  };
-  Reader r(*file);
-  for (const char c : kPackMagic)
-    if (r.u8() != static_cast<std::uint8_t>(c))
-      return damaged("it does not begin with KILNPACK");
-  if (const std::uint32_t version = r.u32(); version != kPackVersion)
-    return damaged(fmt::format("format version {}, known is {}", version, kPackVersion));
-  const std::string op_name = r.string(), layout_id = r.string();
-  const std::int64_t n = r.i64(), k = r.i64();
-  const ByteSpan digest = r.blob();
-  const Result<PackLayout> layout = PackLayout::parse(layout_id);
-  if (!r.ok() || op_name != op().name || !layout || n < 0 || k < 0 || n > op().fields[kN].max ||
-      k > op().fields[kK].max || digest.size() != sizeof(Digest::bytes))
-    return damaged("its header");
-  const std::size_t header_bytes = pack_header(*layout, n, k, {}).size();
-  const ByteSpan data = ByteSpan(*file).subspan(header_bytes);
-  if (static_cast<std::int64_t>(data.size()) != layout->bytes(n, k))
-    return damaged(fmt::format("{} bytes of data, expected {}", data.size(), layout->bytes(n, k)));
-  Digest stored;
-  std::copy(digest.begin(), digest.end(), stored.bytes.begin());
-  if (!(stored == pack_digest(*layout, n, k, data)))
-    return damaged("its checksum");
-  Result<Pack> pack = allocate(*layout, n, k);
-  if (pack)
-    std::memcpy(pack->data_.get(), data.data(), data.size());
+  Result<Pack> pack = allocate(*PackLayout::parse(file->layout), file->n, file->k);
+  if (pack && !file->data.empty())
+    std::memcpy(pack->data_.get(), file->data.data(), file->data.size());
   return pack;
 }
 

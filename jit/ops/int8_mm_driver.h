@@ -4,10 +4,11 @@
 #include <string>
 
 #include "cache/status.h"
+#include "jit/cuda/driver.h"
 #include "jit/kernel.h"
 #include "jit/ops/int8_mm.h"
 
-/// int8_mm's driver: packs weights, checks a call, and cuts it into ranges for the kernel.
+/// int8_mm's driver: packs weights, checks a call, and cuts it into ranges for a CPU kernel or puts it on a stream.
 namespace kiln::int8_mm {
 
 /// B rearranged once. Immutable; one pack serves every m of its (n, k).
@@ -16,7 +17,9 @@ public:
   /// Packs B on the caller's threads (`parallel`). Code::out_of_memory when it does not fit.
   static Result<Pack> make(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n,
                            std::int64_t k, Parallel& parallel);
-  /// File image: magic, version, op, layout, n, k, BLAKE2b digest of all, data.
+  /// The same pack in memory of a GPU, there when it returns. Code::unsupported, Code::out_of_memory.
+  Status move_to(Device device, Runtime& runtime);
+  /// See jit/pack_file.h.
   Status save(const std::string& path) const;
   /// Code::io, Code::integrity (a damaged file, another format).
   static Result<Pack> load(const std::string& path);
@@ -25,8 +28,10 @@ public:
   std::int64_t n() const { return n_; }
   std::int64_t k() const { return k_; }
   std::int64_t bytes() const { return layout_.bytes(n_, k_); }
-  const std::int8_t* panels() const { return data_.get(); }
+  Device device() const { return device_; }
+  const std::int8_t* panels() const { return data_.get(); } ///< in host memory, as sums()
   const std::int32_t* sums() const { return sums_; }
+  std::uint64_t gpu_address() const { return gpu_.address(); } ///< of the panels
 
 private:
   struct Free {
@@ -35,6 +40,8 @@ private:
   static Result<Pack> allocate(PackLayout layout, std::int64_t n, std::int64_t k);
   PackLayout layout_;
   std::int64_t n_ = 0, k_ = 0;
+  Device device_;
+  cuda::Buffer gpu_;
   std::int32_t* sums_ = nullptr;              ///< into data_
   std::unique_ptr<std::int8_t[], Free> data_; ///< 64-byte aligned; on huge pages where the system has them
 };
@@ -47,14 +54,17 @@ struct Args {
   const std::int8_t* b = nullptr; ///< a raw B, packed piece by piece into workspace
   std::int64_t ldb = 0;
   BLayout b_layout = BLayout::nk;
-  std::int32_t* c = nullptr;
+  void* c = nullptr; ///< of c_dtype
   std::int64_t ldc = 0;
-  int threads = 0;           ///< 0: the engine's
-  void* workspace = nullptr; ///< null: the threads' own scratch
+  const float* scale = nullptr; ///< [N] or one, with rescale=scale
+  int threads = 0;              ///< CPU: 0: the engine's
+  void* stream = nullptr;       ///< GPU: CUstream
+  void* workspace = nullptr;    ///< null: the threads' own scratch; on a GPU memory of the stream's own
   std::uint64_t workspace_bytes = 0;
 };
 
-/// C = A · B by this kernel. Checks every argument first; writes nothing when it returns an error.
+/// C = A · B by this kernel. Checks every argument first; writes nothing when it returns an error. On a GPU the product
+/// is on the stream when it returns.
 Status run(const Kernel& kernel, const Args& args);
 /// What run() would use of Args::workspace.
 Result<std::uint64_t> workspace_bytes(const Kernel& kernel, const Args& args);

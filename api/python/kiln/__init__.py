@@ -1,0 +1,204 @@
+"""Kiln for Python: int4 and int8 products on arrays of torch, NumPy and CuPy, in host memory or on NVIDIA GPUs.
+
+    import kiln
+    engine = kiln.Engine()
+    weights = engine.pack_int4(w, sz, group=128, device="cuda")   # w uint8 [n, k/2] or torch's int32 layout, sz bf16 [k/group, n, 2]
+    engine.int4_mm(x, weights, out=y)                             # on torch's current stream; returns before the GPU is done
+
+Arrays are anything with data_ptr() (torch) or an array interface (NumPy, CuPy); bfloat16 is torch's type, or uint16 bits. Nothing is copied.
+libkiln.so.0 is found as KILN_LIBRARY says, beside this package, or by the system's loader. kiln.h is the manual of all behind it.
+"""
+from ctypes import byref, c_void_p
+
+from . import _library as c
+from ._arrays import as_array, current_stream, parse_device
+from ._library import Error
+
+__all__ = ["Engine", "Pack", "Error", "version", "int4_to_tensor_core", "int4_from_tensor_core"]
+
+_loaded = None
+
+
+def _lib():
+    global _loaded
+    if _loaded is None:
+        _loaded = c.Library()
+    return _loaded
+
+
+def version():
+    return _lib().version()
+
+
+def _dtype_code(dtype):
+    return {"s8": c.S8, "s32": c.S32, "bf16": c.BF16}[dtype]
+
+
+class Pack:
+    """Weights rearranged once for a device. Immutable; any thread."""
+
+    def __init__(self, handle, fields, device):
+        self._handle, self.fields, self.device = handle, fields, device
+
+    def __del__(self):
+        if self._handle:
+            _lib().kiln_pack_release(self._handle)
+
+    def save(self, path):
+        _lib().call("kiln_pack_save", self._handle, str(path).encode())
+
+    def info(self):
+        info = c.PackInfo()
+        _lib().call("kiln_pack_get_info", self._handle, byref(info))
+        return {"op": info.op.decode(), "layout": info.layout.decode(), "n": info.n, "k": info.k, "bytes": info.bytes}
+
+
+class Kernel:
+    """One kernel, for whoever calls it often: Engine.int4_mm and int8_mm look it up on each call."""
+
+    def __init__(self, handle):
+        self._handle = handle
+
+    def __del__(self):
+        if self._handle:
+            _lib().kiln_kernel_release(self._handle)
+
+    def info(self):
+        info = c.KernelInfo()
+        _lib().call("kiln_kernel_get_info", self._handle, byref(info))
+        text = {name: getattr(info, name).decode() for name in ("op", "desc", "isa", "backend", "generator", "key", "pack_layout")}
+        return {**text, "source": c.SOURCES[info.source], "code_bytes": info.code_bytes, "m_min": info.m_min, "m_max": info.m_max,
+                "compile_us": info.compile_us, "load_us": info.load_us}
+
+
+class Engine:
+    """An engine of kiln.h. Any thread."""
+
+    def __init__(self, cache_dir=None, cache=None, threads=0):
+        options = c.EngineOptions(cache_dir=cache_dir and str(cache_dir).encode(), cache_mode=cache and cache.encode(), threads=threads)
+        self._handle = c_void_p()
+        _lib().call("kiln_engine_create", byref(options), byref(self._handle))
+
+    def __del__(self):
+        if getattr(self, "_handle", None):
+            _lib().kiln_engine_destroy(self._handle)
+
+    # ---- int4_mm
+
+    def pack_int4(self, w, sz, group, device=None, stream=None):
+        """w: uint8 [n, k/2], the even k in the high nibble, or the tensor-core layout int32 [n/8, k/(T·16), 32, T/2]; sz: bf16
+        [k/group, n, 2]. On the host, or on the GPU that the pack is for. device: default that of w. Returns when the pack is there."""
+        w, sz = as_array(w, "w").expect_dense("w"), as_array(sz, "sz").expect_dense("sz")
+        tiles = 0
+        if w.dtype == "s32":
+            w.expect("w", "s32", (-1, -1, 32, -1))
+            tiles = 2 * w.shape[3]
+            n, k = 8 * w.shape[0], 16 * tiles * w.shape[1]
+        else:
+            w.expect("w", "u8", (-1, -1))
+            n, k = w.shape[0], 2 * w.shape[1]
+        if group <= 0 or k % group:
+            raise ValueError(f"group is {group}: allowed is 32, 64, 128 or 256, and a divisor of k = {k}")
+        sz.expect("sz", "bf16", (k // group, n, 2), w.device)
+        target = w.device if device is None else parse_device(device)
+        desc = self._int4_desc(c.ANY, n, k, group, target, False, tiles)
+        weights = c.Int4MmWeights(w=w.pointer, sz=sz.pointer, device=w.device[0], stream=current_stream(w) if stream is None else stream)
+        handle = c_void_p()
+        _lib().call("kiln_int4_mm_pack_create", self._handle, byref(desc), byref(weights), byref(handle))
+        return Pack(handle, {"n": n, "k": k, "group": group}, target)
+
+    def int4_mm(self, x, weights, out, batch_invariant=False, stream=None):
+        """out[m, n] = x[m, k] · weights, bf16. On a GPU the product is on `stream` (a CUstream; default torch's current one) when it
+        returns. Returns `out`."""
+        n, k, group = weights.fields["n"], weights.fields["k"], weights.fields["group"]
+        xa = as_array(x, "x").expect("x", "bf16", (-1, k), weights.device)
+        ya = as_array(out, "out").expect("out", "bf16", (xa.shape[0], n), weights.device)
+        stream = current_stream(xa) if stream is None else stream
+        kernel = self._get(self._int4_desc(xa.shape[0], n, k, group, weights.device, batch_invariant, 0), weights.device, stream)
+        args = c.make_args(c.Int4MmArgs, c.OP_INT4_MM, m=xa.shape[0], x=xa.pointer, ldx=xa.row_stride("x"), w_pack=weights._handle,
+                           y=ya.pointer, ldy=ya.row_stride("out"), stream=stream)
+        _lib().call("kiln_run", kernel._handle, byref(args))
+        return out
+
+    def int4_kernel(self, m, weights, batch_invariant=False):
+        f = weights.fields
+        return self._get(self._int4_desc(m, f["n"], f["k"], f["group"], weights.device, batch_invariant, 0), weights.device, 0)
+
+    # ---- int8_mm
+
+    def pack_int8(self, b, layout="nk", device="cpu"):
+        """b: int8 [n, k] (nk) or [k, n] (kn), on the host."""
+        b = as_array(b, "b").expect("b", "s8", (-1, -1), (c.CPU, 0))
+        if layout not in ("nk", "kn"):
+            raise ValueError(f"layout is '{layout}': allowed is nk or kn")
+        n, k = b.shape if layout == "nk" else b.shape[::-1]
+        target = parse_device(device)
+        desc = self._int8_desc(c.ANY, n, k, target, c.B_NK if layout == "nk" else c.B_KN, "s32", None)
+        handle = c_void_p()
+        _lib().call("kiln_pack_create", self._handle, byref(desc), b.pointer, b.row_stride("b"), byref(handle))
+        return Pack(handle, {"n": n, "k": k}, target)
+
+    def int8_mm(self, a, weights, out, scale=None, stream=None):
+        """out[m, n] = a[m, k] · weights: s32, or with `scale` (f32 [n] or [1]) s8 or bf16. Stream and return as in int4_mm."""
+        n, k = weights.fields["n"], weights.fields["k"]
+        aa = as_array(a, "a").expect("a", "s8", (-1, k), weights.device)
+        ca = as_array(out, "out")
+        if ca.dtype not in ("s32", "s8", "bf16"):
+            raise TypeError(f"out is {ca.dtype}: allowed is s32, s8 or bf16")
+        ca.expect("out", ca.dtype, (aa.shape[0], n), weights.device)
+        sa = None
+        if scale is not None:
+            sa = as_array(scale, "scale").expect_dense("scale")
+            sa.expect("scale", "f32", (1 if sa.shape == (1,) else n,), weights.device)
+        stream = current_stream(aa) if stream is None else stream
+        kernel = self._get(self._int8_desc(aa.shape[0], n, k, weights.device, c.B_NK, ca.dtype, sa), weights.device, stream)
+        args = c.make_args(c.Int8MmArgs, c.OP_INT8_MM, m=aa.shape[0], a=aa.pointer, lda=aa.row_stride("a"), b_pack=weights._handle,
+                           c=ca.pointer, ldc=ca.row_stride("out"), scale=sa.pointer if sa else None, stream=stream)
+        _lib().call("kiln_run", kernel._handle, byref(args))
+        return out
+
+    # ---- inside
+
+    @staticmethod
+    def _int4_desc(m, n, k, group, device, batch_invariant, tiles):
+        return c.make_desc(c.Int4MmDesc, c.OP_INT4_MM, device, m=m, n=n, k=k, group=group, inner_k_tiles=tiles,
+                           batch_invariant=int(batch_invariant))
+
+    @staticmethod
+    def _int8_desc(m, n, k, device, b_layout, c_dtype, scale):
+        return c.make_desc(c.Int8MmDesc, c.OP_INT8_MM, device, m=m, n=n, k=k, b_layout=b_layout, a_dtype=c.S8,
+                           c_dtype=_dtype_code(c_dtype), rescale=int(scale is not None),
+                           rescale_per=0 if scale is not None and scale.shape == (1,) and n != 1 else 1)
+
+    def _get(self, desc, device, stream):
+        handle = c_void_p()
+        if device[0] == c.CUDA:
+            _lib().call("kiln_get_for_stream", self._handle, byref(desc), stream, byref(handle))
+        else:
+            _lib().call("kiln_get", self._handle, byref(desc), byref(handle))
+        return Kernel(handle)
+
+
+def _convert(function, source, name, out, shape_to, dtype_to, n, k, tiles):
+    source.expect_dense(name)
+    target = as_array(out, "out").expect("out", dtype_to, shape_to, (c.CPU, 0)).expect_dense("out")
+    _lib().call(function, source.pointer, n, k, tiles, target.pointer)
+    return out
+
+
+def int4_to_tensor_core(plain, inner_k_tiles, out):
+    """uint8 [n, k/2] → int32 [n/8, k/(T·16), 32, T/2], both on the host. Returns `out`."""
+    source = as_array(plain, "plain").expect("plain", "u8", (-1, -1), (c.CPU, 0))
+    n, k = source.shape[0], 2 * source.shape[1]
+    if inner_k_tiles not in (2, 4, 8):
+        raise ValueError(f"inner_k_tiles is {inner_k_tiles}: allowed is 2, 4 or 8")
+    shape = (n // 8, k // (16 * inner_k_tiles), 32, inner_k_tiles // 2)
+    return _convert("kiln_int4_to_tensor_core", source, "plain", out, shape, "s32", n, k, inner_k_tiles)
+
+
+def int4_from_tensor_core(packed, out):
+    """The way back."""
+    source = as_array(packed, "packed").expect("packed", "s32", (-1, -1, 32, -1), (c.CPU, 0))
+    tiles = 2 * source.shape[3]
+    n, k = 8 * source.shape[0], 16 * tiles * source.shape[1]
+    return _convert("kiln_int4_from_tensor_core", source, "packed", out, (n, k // 2), "u8", n, k, tiles)

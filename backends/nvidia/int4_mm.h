@@ -1,0 +1,69 @@
+#pragma once
+#include <array>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "backends/nvidia/ptx.h"
+#include "cache/status.h"
+
+/// int4_mm on the tensor cores' mma.sync. Weights are the 16-row operand and tokens its 8 columns, so that D comes out
+/// transposed and few tokens waste nothing; weights go from memory straight into registers as fragments
+/// (int4_mm::FragmentLayout), and are dequantised there.
+namespace kiln::nvidia::int4 {
+
+/// What a kernel is made for; m is free, in steps of `tokens()` of its configuration.
+struct Shape {
+  std::int64_t n = 0, k = 0, group = 0;
+};
+
+/// Few tokens: bound by reading the weights. A block computes `row_tiles` tiles of 16 rows; its warps, and the blocks
+/// of its cluster, take turns along K (blocks of 64), each with all tokens and all rows in its own registers, and add
+/// up at the end in a fixed order. Nothing but that last sum goes through shared memory.
+struct SkinnyConfig {
+  int token_tiles = 1; ///< of 8 tokens: 1, 2 or 4
+  int row_tiles = 4;   ///< of 16 rows, per block; at most ⌈n/16⌉
+  int warps = 16;      ///< a power of two
+  int cluster = 1;     ///< blocks that share the rows and split K: 1, 2, 4 or 8; above 1 from sm_90 on
+  int depth = 1;       ///< K blocks of weights in flight per warp beyond the one in use: 1, 2 or 4
+
+  std::string text() const; ///< `t1r4w16c1d1`
+  std::int64_t tokens() const { return 8 * token_tiles; }
+  std::int64_t blocks(const Shape& shape) const;
+  std::int64_t shared_bytes() const {
+    return std::int64_t{warps} * token_tiles * (row_tiles < 4 ? 2048 : row_tiles * 512); // x of two K blocks; sums
+  }
+  int threads() const { return 32 * warps; }
+};
+Result<std::string> emit_skinny(ptx::Sm sm, const Shape& shape, const SkinnyConfig& config);
+
+/// More tokens: a block computes a tile of rows × tokens. Tokens, weights and scales of a K block of 64 go through a
+/// ring in shared memory by cp.async; each warp multiplies `row_tiles` × `token_tiles` fragments and dequantises its
+/// weights to bf16 once for all its tokens. `warps_k` groups of warps, and the blocks of a cluster, take turns along K
+/// and add up at the end in a fixed order. With `wgmma` (sm_90a), warpgroups of four warps along the rows multiply all
+/// tokens of the tile, the weights as register operand: row_tiles, warps_m and warps_k are 1, warps_n a multiple of 4.
+struct TileConfig {
+  int row_tiles = 4, token_tiles = 8;        ///< of 16 and 8, per warp
+  int warps_n = 2, warps_m = 4, warps_k = 1; ///< of the block: along rows, tokens, K
+  int cluster = 1;                           ///< blocks that share a tile and split K; above 1 from sm_90 on
+  int stages = 4;                            ///< K blocks; at least 2, with wgmma 3 · step_blocks
+  bool wgmma = false;
+  int step_blocks = 1;   ///< with wgmma: K blocks between two barriers
+  int blocks_per_sm = 1; ///< for which registers are to suffice
+  /// As how many bf16 operands a weight goes in. 1: (q − 8)·scale + zero, rounded; where tokens and rows are few, such
+  /// roundings do not average out to what OPS.md allows. 2: (q − 8)·scale rounded, and what that lost plus the zero. 3:
+  /// the zero apart, and nothing is lost. Products cost as many times more.
+  int operands = 1;
+
+  std::string text() const; ///< `r4t8n2m4k1c1s4b1`, `g` and step_blocks behind for wgmma, `e` and operands
+  std::int64_t rows() const { return 16 * row_tiles * warps_n; }
+  std::int64_t tokens() const { return 8 * token_tiles * warps_m; }
+  std::int64_t shared_bytes(const Shape& shape) const;
+  int threads() const { return 32 * warps_n * warps_m * warps_k; }
+};
+Result<std::string> emit_tile(ptx::Sm sm, const Shape& shape, const TileConfig& config);
+
+/// Four bf16x2 of q − 8, exact, from a word of the pack: the A operand of one mma.
+std::array<ptx::B32, 4> unpack(ptx::Writer& w, ptx::B32 word);
+
+} // namespace kiln::nvidia::int4

@@ -1,0 +1,218 @@
+#include <algorithm>
+#include <bit>
+
+#include <fmt/format.h>
+
+#include "backends/nvidia/int4_mm.h"
+#include "backends/nvidia/rows.h"
+#include "jit/ops/int4_mm.h"
+#include "jit/ops/int4_mm_fragments.h"
+#include <nvidia_generator_id.h>
+
+/// int4_mm on mma.sync and wgmma: which kernel serves a desc, and its launch plan. What stands here as a constant was
+/// measured on an H200 (scripts/gpu-verify).
+namespace kiln::nvidia {
+namespace {
+
+using namespace kiln::int4_mm;
+
+/// bf16 mma and cp.async came with sm_80 (PTX ISA, "mma", "cp.async").
+constexpr int kFirstSm = 80;
+/// wgmma is in this architecture alone (PTX ISA, "wgmma.mma_async").
+constexpr int kWgmmaSm = 90;
+/// Blocks that keep a GPU of this kind busy: the key has the SM's version, not how many there are.
+constexpr std::int64_t kManyBlocks = 128;
+/// Below so many columns a row's roundings of weights may not average out to what OPS.md allows; likewise few tokens a
+/// column's.
+constexpr std::int64_t kManyColumns = 512, kManyTokens = 64;
+
+Status supports_mma_sync(const KernelDesc&, const Target& target) {
+  if (target.sm < kFirstSm)
+    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{} or later", target.sm, kFirstSm));
+  return {};
+}
+/// Few tokens need no tiles, and a row whose bits do not depend on the others has one way for all.
+bool takes_skinny(const KernelDesc& desc) {
+  return desc.value[kBatchInvariant] != 0 || (desc.value[kM] != kAny && desc.value[kM] <= 16);
+}
+Status supports_wgmma(const KernelDesc& desc, const Target& target) {
+  if (target.sm != kWgmmaSm)
+    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{}a", target.sm, kWgmmaSm));
+  if (takes_skinny(desc))
+    return Status::error(Code::unsupported, "m <= 16, or batch_invariant=1: mma_sync serves them");
+  return {};
+}
+
+/// The desc's shape; of an empty one, whose kernel is never launched, the smallest that there is a kernel for.
+int4::Shape shape_of(const KernelDesc& desc) {
+  const std::int64_t group = group_of(desc);
+  return {std::max<std::int64_t>(desc.value[kN], 8), std::max(desc.value[kK], group), group};
+}
+
+std::int64_t floor_power_of_two(std::int64_t value) {
+  return static_cast<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(std::max<std::int64_t>(value, 1))));
+}
+std::int64_t k_blocks(const int4::Shape& shape) {
+  return (shape.k + 63) / 64;
+}
+
+/// Row tiles that leave enough blocks; where even one is too many, clusters that split K.
+int4::SkinnyConfig choose_skinny(const int4::Shape& shape, std::int64_t m, bool clusters) {
+  const std::int64_t tiles = (shape.n + 15) / 16;
+  int4::SkinnyConfig config;
+  config.token_tiles = m != kAny && m <= 8 ? 1 : 2;
+  if (config.token_tiles == 2) { // 16 warps leave 128 registers a thread: too few for the second token tile
+    config.warps = 8;
+    config.depth = shape.group == 32 ? 1 : 2; // two scales a K block take the registers of the second step
+  }
+  const int most = shape.group == 32 && config.token_tiles == 2 ? 2 : 4;
+  config.row_tiles = static_cast<int>(std::min<std::int64_t>(floor_power_of_two(tiles / kManyBlocks), most));
+  // 14336 rows: seven row tiles a block fill the GPU once, four would twice, the second time by half.
+  if (config.token_tiles == 1 && shape.group != 32 && tiles > 4 * kManyBlocks && tiles <= 7 * kManyBlocks)
+    config.row_tiles = static_cast<int>((tiles + kManyBlocks - 1) / kManyBlocks);
+  while (config.warps > 4 && config.warps > k_blocks(shape))
+    config.warps /= 2;
+  if (config.row_tiles > 4)
+    config.warps = std::min(config.warps, 8);
+  while (clusters && config.cluster < 8 && config.blocks(shape) * 2 <= kManyBlocks &&
+         2 * config.cluster * config.warps <= k_blocks(shape))
+    config.cluster *= 2;
+  // A deep K: half the blocks along the rows, each with half of K, read half the tokens in all.
+  while (clusters && config.cluster < 4 && config.row_tiles <= 2 && 2 * config.row_tiles <= most &&
+         config.cluster * config.warps * 8 <= k_blocks(shape)) {
+    config.row_tiles *= 2;
+    config.cluster *= 2;
+  }
+  return config;
+}
+
+/// Operands of a weight: roundings of weights average out over many tokens and columns only (OPS.md, accuracy).
+int operands_for(const int4::Shape& shape, std::int64_t m) {
+  if (shape.n < kManyColumns)
+    return 3;
+  return m != kAny && m <= kManyTokens ? 2 : 1;
+}
+
+int4::TileConfig choose_mma_sync(const int4::Shape& shape, std::int64_t m, const Target& target) {
+  int4::TileConfig config = {
+      .row_tiles = 2, .token_tiles = 8, .warps_n = 4, .warps_m = 1, .stages = 3, .blocks_per_sm = 2};
+  config.operands = operands_for(shape, m);
+  if (m != kAny && m <= 32)
+    config.token_tiles = 4;
+  if (m != kAny && m <= 64) {
+    config.warps_k = 2;
+    config.blocks_per_sm = 1;
+    const std::int64_t blocks = (shape.n + config.rows() - 1) / config.rows();
+    if (target.sm >= 90 && 2 * blocks <= kManyBlocks && k_blocks(shape) >= 16)
+      config.cluster = 2;
+  }
+  return config;
+}
+
+int4::TileConfig choose_wgmma(const int4::Shape& shape, std::int64_t m) {
+  int4::TileConfig config = {.row_tiles = 1, .warps_n = 8, .warps_m = 1, .stages = 12, .wgmma = true, .step_blocks = 2};
+  config.operands = operands_for(shape, m);
+  const auto count = [&] { return (shape.n + config.rows() - 1) / config.rows(); };
+  const std::int64_t blocks = count();
+  if (m == kAny) {
+    config.token_tiles = config.operands > 1 ? 16 : 32;
+    config.stages = 5;
+    config.step_blocks = 1;
+    // Where one tile of tokens leaves half the GPU idle, and K is deep enough to pay for the sum.
+    config.cluster = 2 * blocks <= kManyBlocks && shape.k >= 4096 ? 2 : 1;
+    return config;
+  }
+  config.token_tiles = static_cast<int>((m + 7) / 8);
+  if (m == 128) {
+    config.stages = 6;
+    config.step_blocks = 1;
+  }
+  if (4 * blocks <=
+      kManyBlocks) // lower blocks rather than clusters of four, of which fewer fit than the GPU has room for
+    config.warps_n = 4;
+  while (config.cluster < 4 && 2 * count() * config.cluster <= kManyBlocks / config.cluster &&
+         32 * config.cluster <= k_blocks(shape))
+    config.cluster *= 2;
+  return config;
+}
+
+Result<CodeObject> code_object(Result<std::string> text, const cuda::LaunchPlan& launch, const Target& target,
+                               std::string_view pack_layout) {
+  if (!text)
+    return text.status();
+  CodeObject code;
+  code.format = CodeFormat::ptx;
+  code.arch = Arch::nvptx;
+  code.sm = target.sm;
+  code.image.assign(text->begin(), text->end());
+  code.entries = {{"main", 0}};
+  code.plan = Plan{.layout = find_pack_layout(pack_layout), .launch = launch}.values();
+  return code;
+}
+
+ptx::Sm sm_of(const Target& target) {
+  return {.number = target.sm, .architecture_specific = target.sm >= 90};
+}
+
+Result<CodeObject> compile_tile(const int4::Shape& shape, const int4::TileConfig& config, const Target& target,
+                                std::string_view pack_layout) {
+  cuda::LaunchPlan launch;
+  launch.tile_m = static_cast<std::int32_t>(config.tokens());
+  launch.tile_n = static_cast<std::int32_t>(config.rows());
+  launch.grid_n = static_cast<std::int32_t>((shape.n + config.rows() - 1) / config.rows() * config.cluster);
+  launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
+  launch.threads = config.threads();
+  launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes(shape));
+  return code_object(int4::emit_tile(sm_of(target), shape, config), launch, target, pack_layout);
+}
+
+Result<CodeObject> compile_wgmma(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
+  const int4::Shape shape = shape_of(desc);
+  return compile_tile(shape, choose_wgmma(shape, desc.value[kM]), target, pack_layout);
+}
+
+Result<CodeObject> compile_mma_sync(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
+  const int4::Shape shape = shape_of(desc);
+  if (!takes_skinny(desc))
+    return compile_tile(shape, choose_mma_sync(shape, desc.value[kM], target), target, pack_layout);
+  const int4::SkinnyConfig config = choose_skinny(shape, desc.value[kM], target.sm >= 90);
+  cuda::LaunchPlan launch;
+  launch.tile_m = static_cast<std::int32_t>(config.tokens());
+  launch.tile_n = 16 * config.row_tiles;
+  launch.grid_n = static_cast<std::int32_t>(config.blocks(shape));
+  launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
+  launch.threads = config.threads();
+  launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes());
+  return code_object(int4::emit_skinny(sm_of(target), shape, config), launch, target, pack_layout);
+}
+
+Implementation row_of(IsaPath isa) {
+  Implementation row;
+  row.op = OpId::int4_mm;
+  row.isa = isa;
+  row.backend = BackendId::nvidia;
+  row.generator = GeneratorId::ptx;
+  row.generator_digest = k_nvidia_generator_digest;
+  row.device = DeviceKind::cuda;
+  row.arch = Arch::nvptx;
+  row.pack_layout = [](const KernelDesc&, const Target&) { return std::string(FragmentLayout::kId); };
+  return row;
+}
+
+} // namespace
+
+Implementation int4_mm_wgmma() {
+  Implementation row = row_of(IsaPath::wgmma);
+  row.supports = supports_wgmma;
+  row.compile = compile_wgmma;
+  return row;
+}
+
+Implementation int4_mm_mma_sync() {
+  Implementation row = row_of(IsaPath::mma_sync);
+  row.supports = supports_mma_sync;
+  row.compile = compile_mma_sync;
+  return row;
+}
+
+} // namespace kiln::nvidia

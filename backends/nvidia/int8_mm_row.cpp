@@ -1,0 +1,163 @@
+#include <algorithm>
+
+#include <fmt/format.h>
+
+#include "backends/nvidia/int8_mm.h"
+#include "backends/nvidia/rows.h"
+#include "jit/ops/int8_mm.h"
+#include <nvidia_generator_id.h>
+
+/// int8_mm on mma.sync and wgmma: which kernel serves a desc, and its launch plan.
+namespace kiln::nvidia {
+namespace {
+
+using namespace kiln::int8_mm;
+
+/// s8 mma and cp.async came with sm_80 (PTX ISA, "mma", "cp.async").
+constexpr int kFirstSm = 80;
+/// wgmma is in this architecture alone (PTX ISA, "wgmma.mma_async").
+constexpr int kWgmmaSm = 90;
+/// Blocks that keep a GPU of this kind busy: the key has the SM's version, not how many there are.
+constexpr std::int64_t kManyBlocks = 128;
+/// K that one step of a group of warps takes.
+constexpr std::int64_t kBlockK = 128;
+
+Status supports_fields(const KernelDesc& desc) {
+  if (desc.value[kADtype] != static_cast<std::int64_t>(ADtype::s8))
+    return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
+  const bool scaled = desc.value[kRescale] == static_cast<std::int64_t>(Rescale::scale);
+  if (scaled == (desc.value[kCDtype] == static_cast<std::int64_t>(CDtype::s32)))
+    return Status::error(Code::unsupported, "c_dtype and rescale: allowed on GPUs is c_dtype=s32 without rescale, or "
+                                            "c_dtype=s8 or bf16 with rescale=scale");
+  return {};
+}
+
+Status supports_mma_sync(const KernelDesc& desc, const Target& target) {
+  if (target.sm < kFirstSm)
+    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{} or later", target.sm, kFirstSm));
+  return supports_fields(desc);
+}
+Status supports_wgmma(const KernelDesc& desc, const Target& target) {
+  if (target.sm != kWgmmaSm)
+    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{}a", target.sm, kWgmmaSm));
+  return supports_fields(desc);
+}
+
+int8::Shape shape_of(const KernelDesc& desc) {
+  const auto c_dtype = static_cast<CDtype>(desc.value[kCDtype]);
+  return {.n = std::max<std::int64_t>(desc.value[kN], 1),
+          .k = desc.value[kK],
+          .output = c_dtype == CDtype::s32  ? int8::Output::s32
+                    : c_dtype == CDtype::s8 ? int8::Output::s8
+                                            : int8::Output::bf16,
+          .scaled = desc.value[kRescale] == static_cast<std::int64_t>(Rescale::scale),
+          .scale_per_channel = desc.value[kRescalePer] == static_cast<std::int64_t>(RescalePer::channel)};
+}
+
+/// Blocks of a cluster that split K, where tiles alone leave few blocks.
+int cluster_for(const int8::Shape& shape, const int8::TileConfig& config) {
+  const std::int64_t blocks = (shape.n + config.columns() - 1) / config.columns();
+  // Each block of a cluster stores as many of a warp's fragments.
+  const auto divides = [&](int cluster) { return config.column_tiles * config.row_tiles % cluster == 0; };
+  int cluster = 1;
+  while (cluster < 4 && divides(2 * cluster) && 2 * blocks * cluster <= kManyBlocks &&
+         2 * cluster * config.warps_k * kBlockK <= shape.k)
+    cluster *= 2;
+  return cluster;
+}
+
+/// Tiles as high as the class of m.
+int8::TileConfig choose_mma_sync(const int8::Shape& shape, std::int64_t m, const Target& target) {
+  int8::TileConfig config = {.column_tiles = 4, .row_tiles = 8, .warps_n = 2, .warps_m = 2, .stages = 3};
+  if (target.sm < 90) { // the same tile by twice the warps: ptxas for sm_80 spills otherwise
+    config.row_tiles = 4;
+    config.warps_m = 4;
+  }
+  if (m == kAny)
+    return config;
+  config = {.column_tiles = 2,
+            .row_tiles = static_cast<int>((m + 7) / 8),
+            .warps_n = 2,
+            .warps_m = 1,
+            .warps_k = 4,
+            .stages = 2};
+  if (m == 64)
+    config.warps_k = 2;
+  if (target.sm >= 90)
+    config.cluster = cluster_for(shape, config);
+  return config;
+}
+
+int8::TileConfig choose_wgmma(const int8::Shape& shape, std::int64_t m, const Target&) {
+  int8::TileConfig config = {
+      .column_tiles = 1, .row_tiles = 32, .warps_n = 8, .warps_m = 1, .stages = 4, .wgmma = true};
+  if (m == kAny)
+    return config;
+  config.row_tiles = static_cast<int>((m + 7) / 8);
+  config.warps_n = 4;
+  config.stages = 8;
+  config.cluster = cluster_for(shape, config);
+  return config;
+}
+
+template <auto choose>
+Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
+  const int8::Shape shape = shape_of(desc);
+  const int8::TileConfig config = choose(shape, desc.value[kM], target);
+  const Result<std::string> text =
+      int8::emit_tile({.number = target.sm, .architecture_specific = target.sm >= 90}, shape, config);
+  if (!text)
+    return text.status();
+  const Result<PackLayout> layout = PackLayout::parse(pack_layout);
+  if (!layout)
+    return layout.status();
+  cuda::LaunchPlan launch;
+  launch.tile_m = static_cast<std::int32_t>(config.rows());
+  launch.tile_n = static_cast<std::int32_t>(config.columns());
+  launch.grid_n = static_cast<std::int32_t>((shape.n + config.columns() - 1) / config.columns() * config.cluster);
+  launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
+  launch.threads = config.threads();
+  launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes());
+  Plan plan;
+  plan.layout = *layout;
+  plan.launch = launch;
+  CodeObject code;
+  code.format = CodeFormat::ptx;
+  code.arch = Arch::nvptx;
+  code.sm = target.sm;
+  code.image.assign(text->begin(), text->end());
+  code.entries = {{"main", 0}};
+  code.plan = plan.values();
+  return code;
+}
+
+Implementation row_of(IsaPath isa) {
+  Implementation row;
+  row.op = OpId::int8_mm;
+  row.isa = isa;
+  row.backend = BackendId::nvidia;
+  row.generator = GeneratorId::ptx;
+  row.generator_digest = k_nvidia_generator_digest;
+  row.device = DeviceKind::cuda;
+  row.arch = Arch::nvptx;
+  row.pack_layout = [](const KernelDesc&, const Target&) { return kGpuLayout.id(); };
+  return row;
+}
+
+} // namespace
+
+Implementation int8_mm_wgmma() {
+  Implementation row = row_of(IsaPath::wgmma);
+  row.supports = supports_wgmma;
+  row.compile = compile<choose_wgmma>;
+  return row;
+}
+
+Implementation int8_mm_mma_sync() {
+  Implementation row = row_of(IsaPath::mma_sync);
+  row.supports = supports_mma_sync;
+  row.compile = compile<choose_mma_sync>;
+  return row;
+}
+
+} // namespace kiln::nvidia
