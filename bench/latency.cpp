@@ -31,6 +31,7 @@
 #include "api/kiln.h"
 #include "backends/table.h"
 #include "bench/calibration.h"
+#include "bench/host.h"
 #include "bench/machine.h"
 #include "bench/measure.h"
 #include "bench/report.h"
@@ -39,51 +40,6 @@
 
 namespace kiln::bench {
 namespace {
-
-/// Removed with its contents at the end. In memory where the system has such a file system: thousands of rows are
-/// stored with an fsync or two each, while a hit reads the page cache on any file system.
-struct TemporaryDirectory {
-  std::string path;
-  explicit TemporaryDirectory(const std::string& in = "/dev/shm") {
-    for (const std::string& parent : {in, std::filesystem::temp_directory_path().string()}) {
-      path = parent + "/kiln-bench-XXXXXX";
-      if (mkdtemp(path.data()) != nullptr)
-        return;
-    }
-    fmt::print(stderr, "bench_latency: no temporary directory can be made in {} or {}\n", in,
-               std::filesystem::temp_directory_path().string());
-    std::exit(1);
-  }
-  TemporaryDirectory(const TemporaryDirectory&) = delete;
-  TemporaryDirectory& operator=(const TemporaryDirectory&) = delete;
-  ~TemporaryDirectory() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path, ignored);
-  }
-};
-
-[[noreturn]] void fail(const std::string& message) {
-  fmt::print(stderr, "bench_latency: {}\n", message);
-  std::exit(1);
-}
-
-void check(kiln_status status, const char* what) {
-  if (status != KILN_OK)
-    fail(fmt::format("{}: {}: {}", what, kiln_status_name(status), kiln_last_error()));
-}
-
-template <class T> T take(Result<T> result) {
-  if (!result)
-    fail(result.status().message());
-  return std::move(*result);
-}
-
-template <auto release> struct Releaser {
-  template <class T> void operator()(T* handle) const { release(handle); }
-};
-using EngineHandle = std::unique_ptr<kiln_engine, Releaser<kiln_engine_destroy>>;
-using KernelHandle = std::unique_ptr<kiln_kernel, Releaser<kiln_kernel_release>>;
-using PackHandle = std::unique_ptr<kiln_pack, Releaser<kiln_pack_release>>;
 
 /// Null: no cache on disk.
 EngineHandle make_engine(const char* cache_dir) {

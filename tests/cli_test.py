@@ -80,6 +80,10 @@ class CommandTest(unittest.TestCase):
         return path
 
 
+# What reads files, keys and words is the same code on every architecture, and each of these starts the command some dozens of times.
+not_emulated = unittest.skipIf(os.environ.get("TEST_EMULATOR"), "not of one architecture: the tests of this machine's own build have it")
+
+
 class Info(CommandTest):
     def test_json(self):
         info = self.json("info")
@@ -634,6 +638,7 @@ class Cache(CommandTest):
             self.refused("cache", "list", env={"KILN_CACHE_DIR": str(self.dir / "foreign")}, says="uid 12345", expect=FAILED)
 
 
+@not_emulated
 class Places(CommandTest):
     """Where the cache lies when nobody says so: homes as they are found."""
 
@@ -747,6 +752,7 @@ class Places(CommandTest):
         self.assertFalse((self.dir / "planted").exists() or (self.dir / "dump").exists())
 
 
+@not_emulated
 class Bundle(CommandTest):
     """Bundles between two caches: this one, and that of another machine."""
     HEADER, INDEX_ENTRY, DIGEST = 50, 72, 32  # api/doc/bundle.md
@@ -910,6 +916,7 @@ class Bundle(CommandTest):
         self.assertFalse((self.dir / "x").exists())
 
 
+@not_emulated
 class SystemCache(CommandTest):
     """A bundle under the user's cache, as an image or an administrator provides it."""
 
@@ -973,6 +980,7 @@ class SystemCache(CommandTest):
 
 
 @unittest.skipUnless(REDIS, "redis-tools is not installed")
+@not_emulated
 class RemoteCache(CommandTest):
     """Redis behind the caches on disk: the CI fills it, the fleet reads it."""
 
@@ -1136,6 +1144,7 @@ class Doctor(CommandTest):
         self.assertIn({"state": "warn", "name": "run int8_mm"}, [{name: check[name] for name in ("state", "name")} for check in report["checks"]])
 
 
+@not_emulated
 class DoctorFindings(CommandTest):
     """Each thing that doctor looks at, made wrong: the line that says so, and what to do."""
 
@@ -1225,6 +1234,7 @@ class DoctorFindings(CommandTest):
         self.finds("warn", "NVIDIA driver", "cuGetProcAddress", env={"LD_LIBRARY_PATH": str(self.dir)})
 
 
+@not_emulated
 class BadCalls(CommandTest):
     def test_commands(self):
         self.refused(says=["no command given", "warmup"])

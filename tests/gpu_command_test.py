@@ -21,7 +21,7 @@ class Gpu(unittest.TestCase):
         self.folder = pathlib.Path(folder.name)
 
     def kiln(self, *words, driver=True, expect=0, **env):
-        environment = {"PATH": "/nowhere", "HOME": str(self.folder), "KILN_CACHE_DIR": str(self.folder / "cache"),
+        environment = {"PATH": "/usr/bin:/bin" if EMULATOR else "/nowhere", "HOME": str(self.folder), "KILN_CACHE_DIR": str(self.folder / "cache"),
                        **{name: os.environ[name] for name in ("QEMU_LD_PREFIX", "QEMU_CPU", "ASAN_OPTIONS") if name in os.environ}, **env}
         if driver:
             environment["LD_LIBRARY_PATH"] = FAKE
