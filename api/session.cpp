@@ -22,6 +22,7 @@ Result<std::unique_ptr<Engine>> make_engine(const HostOptions& host) {
   options.parallel_context = host.parallel_context;
   if (host.max_code_bytes > 0)
     options.max_code_bytes = static_cast<std::size_t>(host.max_code_bytes);
+  options.gpu_target = host.gpu_target;
   options.disassemble = [](const CodeObject& code) { return disassemble(code.arch, code.image, code.entries); };
   return Engine::create(std::move(options));
 }

@@ -17,6 +17,7 @@ struct HostOptions {
   Log::Sink log_sink = nullptr;
   void* log_context = nullptr;
   std::uint64_t max_code_bytes = 0; ///< 0: the engine's default
+  std::optional<Target> gpu_target; ///< see EngineOptions
 };
 
 Result<std::unique_ptr<Engine>> make_engine(const HostOptions& host);

@@ -325,7 +325,17 @@ Result<Target> Engine::State::target_of(const KernelDesc& canonical) const {
   if (!driver)
     return driver.status();
   const Result<const cuda::DeviceInfo*> device = (*driver)->device(canonical.device.index);
-  return device ? Result<Target>((*device)->target()) : device.status();
+  if (!device)
+    return device.status();
+  const Target target = (*device)->target();
+  const std::optional<Target>& wanted = options.gpu_target;
+  if (!wanted || *wanted == target)
+    return target;
+  constexpr std::int32_t hopper = 90; // whose own features (sm_90a) no other SM has
+  if (wanted->arch != Arch::nvptx || wanted->sm >= hopper || wanted->sm > target.sm)
+    return Status::error(Code::unsupported, fmt::format("cuda:{} is {}, which cannot run kernels for {}",
+                                                        canonical.device.index, target.text(), wanted->text()));
+  return *wanted;
 }
 
 /// L1 again, under its lock; then one thread makes the kernel and the others wait for it.

@@ -34,6 +34,9 @@ struct EngineOptions {
   /// Listing of a code object for KILN_DUMP_DIR; may be null.
   std::function<Result<std::string>(const CodeObject&)> disassemble;
   std::string cuda_library = "libcuda.so.1"; ///< as for dlopen; tests name a driver of their own
+  /// GPUs get the kernels of this SM, which theirs is to run too: to see what an older one computes. PTX is still
+  /// assembled for the GPU that is there, so the configuration must have the cache off.
+  std::optional<Target> gpu_target;
 };
 
 struct EngineStats {

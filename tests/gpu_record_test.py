@@ -29,6 +29,14 @@ class Record(unittest.TestCase):
                     self.assertTrue(recorded[desc]["ok"], recorded[desc])
                     self.assertEqual(recorded[desc]["ptx_sha256"], gpu_kernels.digest(emitted[desc]),
                                      "its PTX has changed since it was verified: run scripts/gpu-verify on a GPU")
+            older = {row["desc"]: row for row in record["sm_80"]}
+            shapes = [desc for purpose, desc in gpu_kernels.listed() if purpose == "shape"]
+            for desc, text in gpu_kernels.all_ptx(KILN, "sm_80", shapes).items():
+                with self.subTest(target="sm_80", desc=desc):
+                    self.assertIn(desc, older, "was never verified: run scripts/gpu-verify on a GPU")
+                    self.assertTrue(older[desc]["ok"], older[desc])
+                    self.assertEqual(older[desc]["ptx_sha256"], gpu_kernels.digest(text),
+                                     "its PTX has changed since it was verified: run scripts/gpu-verify on a GPU")
 
     def test_emission_is_deterministic_and_for_its_target(self):
         _, desc = gpu_kernels.listed()[0]

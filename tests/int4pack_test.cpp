@@ -70,6 +70,8 @@ void* gpu_memory(std::size_t bytes) {
   reinterpret_cast<int (*)(kiln::cuda::CUdeviceptr*, std::size_t)>(entry("cuMemAlloc"))(&address, bytes);
   fake().capture_mode = mode;
   reinterpret_cast<int (*)(kiln::cuda::CUcontext*)>(entry("cuCtxPopCurrent"))(&context);
+  static auto& kept = *new std::vector<std::uint64_t>; // for the life of the process, as a runtime's pool
+  kept.push_back(address);
   if (stream == nullptr)
     stream = reinterpret_cast<kiln::test::fake_cuda::StreamFunction>(find("fake_cuda_stream"))(context);
   return reinterpret_cast<void*>(address);

@@ -1,5 +1,6 @@
 #include <map>
 #include <memory>
+#include <optional>
 
 #include <fmt/format.h>
 
@@ -16,6 +17,7 @@ namespace {
 
 struct Options {
   std::vector<std::string> words;
+  std::optional<std::string> target;
   std::size_t repeat = 3;
   bool check = false, json = false;
 };
@@ -86,7 +88,21 @@ Result<Exit> run(const Options& options) {
   });
   if (!desc)
     return desc.status();
-  const Result<std::unique_ptr<Engine>> engine = make_engine({});
+  const Result<std::optional<Target>> target = parse_target(options.target);
+  if (!target)
+    return target.status();
+  HostOptions host;
+  if (*target) {
+    if (desc->device.kind != DeviceKind::cuda || (*target)->arch != Arch::nvptx)
+      return Status::error(
+          Code::invalid_argument,
+          fmt::format("--target {}: run takes the target of an older GPU than device=cuda names; other "
+                      "machines' kernels run on those machines",
+                      *options.target));
+    host.gpu_target = **target;
+    host.settings.cache = CacheMode::off;
+  }
+  const Result<std::unique_ptr<Engine>> engine = make_engine(host);
   if (!engine)
     return engine.status();
   const Result<KernelRef> kernel = (*engine)->get(*desc);
@@ -133,6 +149,8 @@ Command run_command(CLI::App& kiln) {
   const auto options = std::make_shared<Options>();
   CLI::App* app = kiln.add_subcommand("run", "Get a kernel and run it, on files or on random tensors");
   app->add_option("OP", options->words, "The op, then field=value, tensor=@in.npy, out=@out.npy")->required();
+  app->add_option("--target", options->target,
+                  "With device=cuda: the kernel of an older GPU (sm_80), on the one that is there; without the cache");
   app->add_flag("--check", options->check, "Compare with the reference op");
   app->add_option("--repeat", options->repeat, "Timed calls, after one that is not timed")
       ->check(CLI::Range(1, 1'000'000))

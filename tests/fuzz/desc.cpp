@@ -40,11 +40,12 @@ void expect_sizes_from_shapes(const OpSpec& op, const KernelDesc& desc) {
   std::vector<std::vector<std::int64_t>> shapes;
   for (const TensorSpec& tensor : op.tensors)
     shapes.push_back(tensor.shape(desc));
-  const Result<KernelDesc> found = cli::desc_from_shapes(operands, [&](std::string_view name) {
-    const auto tensor =
-        std::find_if(op.tensors.begin(), op.tensors.end(), [&](const auto& t) { return t.name == name; });
-    return &shapes[static_cast<std::size_t>(tensor - op.tensors.begin())];
-  });
+  const Result<KernelDesc> found =
+      cli::desc_from_shapes(operands, [&](std::string_view name) -> const std::vector<std::int64_t>* {
+        const auto tensor =
+            std::find_if(op.tensors.begin(), op.tensors.end(), [&](const auto& t) { return t.name == name; });
+        return tensor->is_present(desc) ? &shapes[static_cast<std::size_t>(tensor - op.tensors.begin())] : nullptr;
+      });
   expect(found && *found == desc, "shapes give the sizes");
 }
 
@@ -80,6 +81,10 @@ std::vector<Seed> seeds() {
   return {accepted("int8_mm m=16 n=4096 k=4096 b_layout=nk a_dtype=s8 c_dtype=s32"),
           accepted("int8_mm m=any n=1 k=0 b_layout=kn a_dtype=u8 device=cuda:7"),
           accepted("int8_mm m=2147483647 n=0 k=2147483647"),
+          accepted("int8_mm m=3 n=16 k=16 c_dtype=bf16 rescale=scale rescale_per=tensor device=cuda"),
+          accepted("int4_mm m=1 n=8 k=256 group=64 device=cuda"),
+          accepted("int4_mm m=any n=16 k=512 group=128 inner_k_tiles=8 batch_invariant=1"),
+          refused("int4_mm m=1 n=8 k=100 group=64"),
           refused("int8_mm m=2147483647 n=2147483647 k=1"),
           refused("int8_mm m=1 n=1 k=-1"),
           refused("int8_mm m=1 n=any k=1 b=@file.npy"),
