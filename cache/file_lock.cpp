@@ -50,8 +50,10 @@ Result<FileLock> FileLock::take_at(int directory, const char* name, const std::s
   if (!lock.file_)
     return failed("open", errno);
   struct stat info;
-  if (::fstat(lock.file_.get(), &info) != 0 || !S_ISREG(info.st_mode) || info.st_uid != ::geteuid())
-    return Status::error(Code::io, fmt::format("{}: needed is a file of uid {}", path, ::geteuid()));
+  if (::fstat(lock.file_.get(), &info) != 0 || !S_ISREG(info.st_mode) || info.st_uid != ::geteuid() ||
+      (info.st_mode & (S_IWGRP | S_IWOTH)) != 0)
+    return Status::error(
+        Code::io, fmt::format("{}: needed is a file of uid {} that group and others may not write", path, ::geteuid()));
   auto pause = std::chrono::microseconds(250);
   for (;;) {
     const int error = try_lock(lock.file_.get(), byte, kind);

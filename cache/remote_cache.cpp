@@ -1,7 +1,5 @@
 #include "cache/remote_cache.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <condition_variable>
 #include <fmt/format.h>
@@ -10,6 +8,7 @@
 #include <utility>
 
 #include "cache/circuit_breaker.h"
+#include "cache/process.h"
 #include "cache/remote_row.h"
 #include "cache/trusted_file.h"
 
@@ -37,7 +36,7 @@ Status left_alone() {
 struct RemoteCache::Session {
   explicit Session(const RemoteOptions& options) : resolver(options.url, options.lookup) {}
 
-  const pid_t process = ::getpid();
+  const ProcessId process = current_process();
   Resolver resolver;
   std::atomic<std::size_t> first_address = 0; ///< which of several is tried first
   std::mutex mutex;
@@ -66,13 +65,13 @@ RemoteCache::RemoteCache(RemoteOptions options, const Log& log)
     : options_(std::move(options)), log_(log), session_(new Session(options_)) {}
 
 RemoteCache::~RemoteCache() {
-  if (Session* session = session_; session->process == ::getpid())
+  if (Session* session = session_; session->process == current_process())
     delete session;
 }
 
 RemoteCache::Session& RemoteCache::current_session() {
   Session* session = session_.load();
-  while (session->process != ::getpid()) {
+  while (session->process != current_process()) {
     auto fresh = std::make_unique<Session>(options_);
     if (session_.compare_exchange_strong(session, fresh.get()))
       session = fresh.release();

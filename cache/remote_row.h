@@ -15,7 +15,7 @@ namespace kiln {
 /// (cache/entry.h). api/doc/remote.md describes it byte by byte.
 struct RemoteRowLimits {
   static constexpr std::size_t header_bytes = 8 + 4 + 32 + 64;
-  static constexpr std::size_t bytes = 1 << 20; ///< of a row with its header
+  static constexpr std::size_t bytes = 512 << 10; ///< of a row with its header
 };
 
 /// The name under which a remote tier holds the kernel: `kiln:1:` and its key in hexadecimal.

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <array>
@@ -149,6 +150,15 @@ struct Place {
   }
 };
 
+/// Where others may write, an entry of the user's is one that he made. Not so a mounted file system whose owners and
+/// modes are what its server says: any user may mount one over a directory of his own (fusermount, `allow_other`).
+bool is_mounted_by_anybody(const Place& place, const struct stat& above) {
+  constexpr std::uint32_t fuse = 0x65735546; // statfs(2)
+  struct statfs file_system;
+  return (above.st_mode & others_write) != 0 && place.info.st_dev != above.st_dev &&
+         ::fstatfs(place.directory.get(), &file_system) == 0 && static_cast<std::uint32_t>(file_system.f_type) == fuse;
+}
+
 /// Of a directory on the way to another.
 Status check_above(const Place& place) {
   const struct stat& info = place.info;
@@ -215,8 +225,14 @@ Result<TrustedDirectory> TrustedDirectory::open(const std::string& path, Owner o
     if (Status status = check_above(place); !status)
       return status;
     const std::string next = place.path_of(part);
+    const struct stat above = place.info;
     if (place.enter(part)) {
       made = false;
+      if (is_mounted_by_anybody(place, above))
+        return Status::error(Code::io, fmt::format("{} is not trusted: it is a file system in user space, which any of "
+                                                   "those who may write the directory above may have mounted; needed "
+                                                   "is a directory",
+                                                   next));
       continue;
     }
     const int error = errno;

@@ -15,8 +15,9 @@ namespace kiln {
 ///
 /// It was reached from the root one part at a time, each opened relative to the one before and looked at while it was
 /// open. Every directory on the way belongs to the superuser or the user, and group and others may not write it. One
-/// with the sticky bit, such as /tmp, may be written by others: nobody can rename there what is not his. A symbolic
-/// link is followed when it belongs to the superuser or the user and lies in a directory that others may not write
+/// with the sticky bit, such as /tmp, may be written by others: nobody can rename there what is not his; but nothing is
+/// mounted in it that a user may have mounted (FUSE). A symbolic link is followed when it belongs to the superuser or
+/// the user and lies in a directory that others may not write
 /// (/home → /usr/home, ~/.cache → /scratch/me/cache); what it points to is walked by the same rules. The last part is
 /// never a link.
 ///

@@ -20,7 +20,7 @@ struct UsageCounts {
   std::int64_t fallbacks = 0; ///< a built-in kernel served where there was no compiled one
   std::int64_t puts = 0, put_bytes = 0;
   std::int64_t evictions = 0, evicted_bytes = 0;
-  std::int64_t refused = 0;          ///< rows not used; those below are its parts
+  std::int64_t refused = 0;          ///< rows not used; those named refused_ are its parts
   std::int64_t refused_mac = 0;      ///< changed since it was stored, or stored under another key
   std::int64_t refused_key_file = 0; ///< authenticated with another key file: a copied cache, or a new key
   std::int64_t refused_code = 0;     ///< authentic, but no code object or plan that this build understands
@@ -30,6 +30,8 @@ struct UsageCounts {
   std::int64_t busy = 0;             ///< calls that went without the cache because others held its lock
   std::int64_t errors = 0;           ///< calls that went without it for another reason
   std::int64_t remote_hits = 0;      ///< in KILN_REMOTE
+  std::int64_t refused_remote = 0;   ///< rows of KILN_REMOTE that are not trusted, or not what they say
+  std::int64_t remote_errors = 0;    ///< calls to KILN_REMOTE that failed
 
   UsageCounts& operator+=(const UsageCounts& more);
   bool operator==(const UsageCounts&) const = default;
@@ -64,6 +66,8 @@ inline constexpr UsageField usage_fields[] = {
     {"busy", &UsageCounts::busy},
     {"errors", &UsageCounts::errors},
     {"remote_hits", &UsageCounts::remote_hits},
+    {"refused_remote", &UsageCounts::refused_remote},
+    {"remote_errors", &UsageCounts::remote_errors},
 };
 
 /// When each kernel was last used, and UsageCounts summed over all processes: a file of fixed size, `kernels.usage`,

@@ -436,6 +436,8 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   if (on_miss == MissPolicy::error) {
     if (std::optional<KernelTable::Made> fetched = look_afar(Store::Call::plain))
       return std::move(*fetched);
+    if (!on_gpu && has_no_executable_memory())
+      return stand_in(*choice, canonical, Stay::resident);
     return may_not_compile(canonical, *choice->implementation);
   }
   // Where the toggles leave nothing to fall back on (KILN_FORCE, KILN_DISABLE), the kernel is compiled now.
@@ -452,6 +454,8 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   const Store::Call call = turn.held() ? Store::Call::in_turn : Store::Call::plain;
   if (std::optional<KernelTable::Made> fetched = look_afar(call))
     return std::move(*fetched);
+  if (!on_gpu && has_no_executable_memory())
+    return stand_in(*choice, canonical, Stay::resident);
   std::int64_t us = 0;
   Result<LoadableCode> code = compile(*choice, canonical, *target, us);
   if (code && on_gpu)
@@ -558,7 +562,8 @@ void Engine::State::count(const UsageCounts& counts) const {
     store->count(counts);
 }
 
-/// What is counted where no call may wait: hits in memory, and what the system cache refused.
+/// What is counted where no call may wait, or outside of the store: hits in memory, what the system cache and the
+/// remote tier refused, and calls there that failed.
 void Engine::State::tell_store(std::chrono::steady_clock::duration at_most_every) {
   if (!store)
     return;
@@ -569,8 +574,12 @@ void Engine::State::tell_store(std::chrono::steady_clock::duration at_most_every
     told_at = now;
     const auto hits = static_cast<std::int64_t>(table.stats().hits);
     const std::int64_t refused = system ? system->stats().refused : 0;
+    const RemoteCache::Stats afar = remote ? remote->stats() : RemoteCache::Stats();
     news.memory_hits = hits - std::exchange(told.memory_hits, hits);
-    news.refused = news.refused_system = refused - std::exchange(told.refused_system, refused);
+    news.refused_system = refused - std::exchange(told.refused_system, refused);
+    news.refused_remote = afar.refused - std::exchange(told.refused_remote, afar.refused);
+    news.refused = news.refused_system + news.refused_remote;
+    news.remote_errors = afar.errors - std::exchange(told.remote_errors, afar.errors);
   }
   telling = false;
   if (news != UsageCounts())
@@ -791,6 +800,7 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
   if (state_->remote)
     if (const std::optional<StoreRow> row = state_->remote->get(choice->key, RemoteCache::Patience::batch);
         serves(row)) {
+      state_->count({.misses = -1, .remote_hits = 1}); // the store has counted a miss
       if (const Status kept = state_->keep_patiently(*row); !kept)
         return not_kept(kept, "fetched");
       return Warmed::hit;

@@ -506,7 +506,7 @@ class Cache(CommandTest):
         self.assertTrue(began <= usage.pop("since") <= time.time())
         self.assertEqual((4, 2, 2, 2, 1, 1), tuple(usage[name] for name in ("disk_hits", "misses", "compiles", "puts", "refused", "refused_mac")))
         self.assertGreater(usage["compile_us"], 0)
-        for name in ("system_hits", "compile_failures", "fallbacks", "evictions", "evicted_bytes", "refused_key_file", "refused_code", "refused_features", "refused_size", "refused_system", "busy", "errors"):
+        for name in ("system_hits", "compile_failures", "fallbacks", "evictions", "evicted_bytes", "refused_key_file", "refused_code", "refused_features", "refused_size", "refused_system", "refused_remote", "busy", "errors", "remote_hits", "remote_errors"):
             self.assertEqual(0, usage[name], name)
         shown = self.kiln("cache", "stats").stdout
         for text in ("4 on disk", "misses         2", "compiles       2 in", "refused        1 (1 changed or of another key)", "0 times busy, 0 errors"):
@@ -1017,6 +1017,29 @@ class RemoteCache(CommandTest):
         self.redis.kill()
         self.assertEqual("disk", self.json("run", *SHAPE)["source"])
         self.assertEqual(1, self.json("cache", "verify")["ok"])
+
+    def test_is_counted(self):
+        self.json("warmup", *SHAPE, env=self.ci)
+        stranger = {"KILN_TRUSTED_KEYS": str(self.write("others", self.kiln("cache", "keygen", "other").stdout))}
+        self.kiln("run", *SHAPE, env=stranger)
+        shutil.rmtree(self.dir / "cache")
+        self.assertEqual("remote", self.json("run", *SHAPE)["source"])
+        shutil.rmtree(self.dir / "cache")
+        self.kiln("run", *SHAPE, env=stranger)
+        usage = self.json("cache", "stats")["usage"]
+        names = ("remote_hits", "misses", "compiles", "refused", "refused_remote", "remote_errors")
+        self.assertEqual((0, 1, 1, 1, 1, 0), tuple(usage[name] for name in names))
+        other = ["int8_mm", "m=5", "n=34", "k=70"]
+        self.json("warmup", *other, env=self.ci)
+        self.json("run", *other)
+        self.redis.kill()
+        self.redis.wait()
+        self.json("run", "int8_mm", "m=5", "n=35", "k=70")
+        usage = self.json("cache", "stats")["usage"]
+        self.assertEqual((1, 2, 2, 1, 1, 1), tuple(usage[name] for name in names))
+        shown = self.kiln("cache", "stats").stdout
+        for text in ("1 in the remote tier", "1 (1 of the remote tier)", "0 errors, 1 in the remote tier"):
+            self.assertIn(text, shown)
 
     def test_is_shown(self):
         self.json("warmup", *SHAPE, env=self.ci)

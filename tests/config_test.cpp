@@ -4,14 +4,20 @@
 #include <algorithm>
 #include <filesystem>
 #include <map>
+#include <sched.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <doctest/doctest.h>
 
 #include "jit/op.h"
+#include "tests/child_process.h"
+#include "tests/emulator.h"
+#include "tests/fuse_mount.h"
 
 using namespace kiln;
+using namespace kiln::test;
 
 namespace {
 
@@ -352,6 +358,36 @@ TEST_CASE("the first directory of this machine is the one that outlives a restar
   struct stat info;
   if (stat("/var/tmp", &info) == 0 && access("/var/tmp", W_OK) == 0 && (info.st_mode & 01000) != 0)
     CHECK(config->cache_dir == var + "/cache");
+}
+
+TEST_CASE("a mounted file system in user space is told by its type, and moves the cache" *
+          doctest::skip(is_emulated())) {
+  std::string pattern = (std::filesystem::temp_directory_path() / "kiln_config_test.XXXXXX").string();
+  REQUIRE(mkdtemp(pattern.data()) != nullptr);
+  const int status = exit_status_in_child([&] {
+    if (unshare(CLONE_NEWNS) != 0 || mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0)
+      return 77;
+    {
+      const FuseMount remote(pattern, "fuse.sshfs", geteuid());
+      if (!remote.is_mounted())
+        return 77;
+      const os::FileSystem found = os::file_system_of(pattern + "/.cache/kiln"); // does not exist yet
+      if (found.name != "fuse.sshfs" || !found.over_network)
+        return 1;
+      const auto config = config_of({{"HOME", pattern}});
+      if (!config || config->warnings.size() != 1 || config->cache_dir.starts_with(pattern) ||
+          !contains(config->warnings[0], pattern + "/.cache/kiln is on fuse.sshfs"))
+        return 2;
+    }
+    const FuseMount local(pattern, "fuse.fuse-overlayfs", geteuid());
+    const os::FileSystem found = os::file_system_of(pattern);
+    return found.name == "fuse.fuse-overlayfs" && !found.over_network ? 0 : 3;
+  });
+  std::filesystem::remove(pattern);
+  if (status == 77)
+    MESSAGE("nothing in user space can be mounted here: not run");
+  else
+    CHECK(status == 0);
 }
 
 TEST_CASE("file systems over a network are known by their numbers, those in user space by their types") {

@@ -13,6 +13,7 @@
 #include "cache/trusted_directory.h"
 #include "tests/child_process.h"
 #include "tests/emulator.h"
+#include "tests/fuse_mount.h"
 #include "tests/store_fixture.h"
 
 /// Where a cache and its key may lie: every directory above them counts.
@@ -188,6 +189,34 @@ TEST_CASE("trusted directory: other users' directories and links") {
             return 1;
           return says(path).find("the superuser's `chmod go-w") != std::string::npos ? 0 : 2;
         }) == 0);
+}
+
+TEST_CASE("trusted directory: a file system of another user's in a directory for all, which says it is the user's own" *
+          doctest::skip(is_emulated())) {
+  const TemporaryDirectory root;
+  fs::create_directories(root.path() / "tmp/kiln");
+  fs::create_directories(root.path() / "home/kiln");
+  const int status = exit_status_in_child([&] {
+    if (::unshare(CLONE_NEWNS) != 0 || ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0)
+      return 77;
+    const std::string planted = root.path() / "tmp/kiln", own = root.path() / "home/kiln";
+    const FuseMount first(planted, "fuse", ::geteuid()), second(own, "fuse", ::geteuid());
+    if (!first.is_mounted() || !second.is_mounted())
+      return 77;
+    if (says(planted) != "opened " + planted) // nobody else could have mounted it there
+      return 1;
+    if (::chmod((root.path() / "tmp").c_str(), 01777) != 0)
+      return 2;
+    const std::string why = says(planted);
+    std::fprintf(stderr, "%s\n", why.c_str());
+    if (why.find("is a file system in user space") == std::string::npos || says(planted + "/cache").find(why) != 0)
+      return 3;
+    return says(own) == "opened " + own ? 0 : 4;
+  });
+  if (status == 77)
+    MESSAGE("nothing in user space can be mounted here: not run");
+  else
+    CHECK(status == 0);
 }
 
 TEST_CASE("trusted directory: in a user namespace that does not map the superuser, his directories still count as his" *

@@ -65,10 +65,9 @@ Json remote_json(Engine& engine) {
   if (engine.remote_cache() == nullptr)
     return {};
   const Result<RemoteCache::Probe> probe = engine.remote_cache()->probe(0);
-  const EngineStats stats = engine.stats();
-  return {{"url", engine.remote_cache()->url().text()},     {"names", probe ? Json(probe->names) : Json()},
-          {"error", probe ? "" : probe.status().message()}, {"remote_hits", stats.remote_hits},
-          {"remote_refused", stats.remote_refused},         {"remote_errors", stats.remote_errors}};
+  return {{"url", engine.remote_cache()->url().text()},
+          {"names", probe ? Json(probe->names) : Json()},
+          {"error", probe ? "" : probe.status().message()}};
 }
 
 std::string remote_text(RemoteCache& remote) {
@@ -96,6 +95,7 @@ std::string refused_text(const UsageCounts& counts) {
       {&UsageCounts::refused_features, "for another machine"},
       {&UsageCounts::refused_size, "too large"},
       {&UsageCounts::refused_system, "of the system cache"},
+      {&UsageCounts::refused_remote, "of the remote tier"},
   };
   std::string parts;
   for (const auto& [count, text] : reasons)
@@ -120,7 +120,8 @@ void usage_rows(const UsageFile::Totals& totals, Columns& columns) {
   columns.row(
       {"evicted", fmt::format("{}, {}", count_text(counts.evictions, "kernel"), bytes_text(counts.evicted_bytes))});
   columns.row({"refused", refused_text(counts)});
-  columns.row({"gone without", fmt::format("{} times busy, {} errors", counts.busy, counts.errors)});
+  columns.row({"gone without", fmt::format("{} times busy, {} errors, {} in the remote tier", counts.busy,
+                                           counts.errors, counts.remote_errors)});
 }
 
 Result<Exit> stats(Engine& engine, const Options& options) {
