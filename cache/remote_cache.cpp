@@ -118,7 +118,7 @@ public:
   /// Waits for it. `host` waits for other calls until `time` is over, and not for a pause.
   static Status wait(Session& session, std::unique_lock<std::mutex>& lock, Patience patience, Clock::duration time) {
     const Clock::time_point give_up =
-        Clock::now() + time + (patience == Patience::batch ? CircuitBreaker::first_pause : std::chrono::seconds(0));
+        Clock::now() + time + (patience != Patience::host ? CircuitBreaker::first_pause : std::chrono::seconds(0));
     for (;;) {
       const Clock::time_point now = Clock::now(), open_until = session.breaker.open_until();
       if (!session.breaker.admits(now)) {
@@ -204,7 +204,7 @@ Result<RedisReply> RemoteCache::call_once(Session& session, std::initializer_lis
     session.breaker.worked();
     turn->told();
   } else if (is_verdict) {
-    ++session.counts.errors;
+    session.counts.errors += patience != Patience::probe;
     ++session.first_address;
     session.resolver.forget(); // it may have moved
     session.breaker.failed(Clock::now());
@@ -329,7 +329,7 @@ Status RemoteCache::put(const StoreRow& row, Patience patience) {
 Result<RemoteCache::Probe> RemoteCache::probe(int samples) {
   Session& session = current_session();
   const auto ask = [&](std::initializer_list<std::string_view> words, Kind wanted) {
-    return call(session, words, {wanted, Kind::nil, Kind::error}, Patience::batch, batch_time);
+    return call(session, words, {wanted, Kind::nil, Kind::error}, Patience::probe, batch_time);
   };
   Probe out;
   for (int i = 0; i < 2; ++i) { // the second on an open connection

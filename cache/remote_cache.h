@@ -47,9 +47,9 @@ public:
   RemoteCache& operator=(const RemoteCache&) = delete;
 
   /// For how long a call may take. `host`: the URL's time-out for a look, two thirds of it for a write. `batch`: a
-  /// second, and as much again for the end of the server's first pause, for whoever fills a cache or asks what is
-  /// wrong.
-  enum class Patience : std::uint8_t { host, batch };
+  /// second, and as much again for the end of the server's first pause, for whoever fills a cache. `probe`: like
+  /// that, for whoever asks what is wrong, and what he finds is not counted.
+  enum class Patience : std::uint8_t { host, batch, probe };
 
   /// The row with this key, authenticated, or nothing: it is not there, is refused, or the server does not answer.
   std::optional<VerifiedRow> get(const Digest& key, Patience patience);
