@@ -7,8 +7,8 @@
 #include "backends/nvidia/ptx.h"
 #include "cache/status.h"
 
-/// int4_mm on the tensor cores' mma.sync. Weights are the 16-row operand and tokens its 8 columns, so that D comes out
-/// transposed and few tokens waste nothing; weights go from memory straight into registers as fragments
+/// int4_mm on the tensor cores' mma.sync and wgmma. Weights are the 16-row operand and tokens its 8 columns, so that D
+/// comes out transposed and few tokens waste nothing; weights go from memory straight into registers as fragments
 /// (int4_mm::FragmentLayout), and are dequantised there.
 namespace kiln::nvidia::int4 {
 
@@ -62,6 +62,30 @@ struct TileConfig {
   int threads() const { return 32 * warps_n * warps_m * warps_k; }
 };
 Result<std::string> emit_tile(ptx::Sm sm, const Shape& shape, const TileConfig& config);
+
+/// Up to 128 tokens on wgmma (sm_90a): one product a weight, and nothing lost. q − 8 is exact as bf16, the scale is
+/// applied to a group's f32 sum, and the zero multiplies the group's sum of x, three bf16 of it, as one product more.
+/// Steps of K come through a ring in shared memory, weights and scales by the copy engine, tokens by all warps;
+/// warpgroups take turns along K in `warps_k` groups, as do the blocks of a cluster, and add up at the end in a fixed
+/// order.
+struct GroupedConfig {
+  int token_tiles = 8; ///< of 8 tokens: a power of two to 16
+  int warps_n = 16;    ///< along the rows, 16 each: 4, 8 or 16
+  int warps_k = 1;     ///< groups of so many warps that take turns along K
+  int cluster = 1;     ///< blocks that share a tile and split K
+  int stages = 4;      ///< steps of max(64, group) of K in the ring: a multiple of warps_k, > turns_in_use() · warps_k
+
+  std::string text() const; ///< `t8n16k1c4s6`
+  std::int64_t rows() const { return 16 * warps_n; }
+  std::int64_t tokens() const { return 8 * token_tiles; }
+  /// Steps of a group after which a slot is filled anew: the other warpgroups of it have then most likely left it.
+  int turns_in_use() const { return warps_n == 4 ? 1 : 2; }
+  std::int64_t fixed_bytes() const; ///< of shared memory beside the ring
+  std::int64_t stage_bytes(const Shape& shape) const;
+  std::int64_t shared_bytes(const Shape& shape) const;
+  int threads() const { return 32 * warps_n * warps_k; }
+};
+Result<std::string> emit_grouped(ptx::Sm sm, const Shape& shape, const GroupedConfig& config);
 
 /// Four bf16x2 of q − 8, exact, from a word of the pack: the A operand of one mma.
 std::array<ptx::B32, 4> unpack(ptx::Writer& w, ptx::B32 word);

@@ -22,6 +22,11 @@ constexpr int kFirstSm = 80;
 constexpr int kWgmmaSm = 90;
 /// Blocks that keep a GPU of this kind busy: the key has the SM's version, not how many there are.
 constexpr std::int64_t kManyBlocks = 128;
+/// Shared memory that a block of sm_90 may have (CUDA C++ Programming Guide, "Compute Capability 9.x"), and the most
+/// steps of a ring.
+constexpr std::int64_t kSm90Shared = 227 * 1024, kMostStages = 32;
+/// An H200 has room for 30 clusters of four blocks at once, each block an SM's.
+constexpr std::int64_t kManyClustersOfFour = 28;
 /// Below so many columns a row's roundings of weights may not average out to what OPS.md allows; likewise few tokens a
 /// column's.
 constexpr std::int64_t kManyColumns = 512, kManyTokens = 64;
@@ -35,11 +40,18 @@ Status supports_mma_sync(const KernelDesc&, const Target& target) {
 bool takes_skinny(const KernelDesc& desc) {
   return desc.value[kBatchInvariant] != 0 || (desc.value[kM] != kAny && desc.value[kM] <= 16);
 }
+/// 17 to 64 tokens: enough for products to matter, too few for a weight's roundings to average out. From 9 on where
+/// rows are too many for one round of the blocks of few tokens.
+bool takes_grouped(const KernelDesc& desc) {
+  if (desc.value[kBatchInvariant] != 0)
+    return false;
+  return desc.value[kM] == 32 || desc.value[kM] == 64 || (desc.value[kM] == 16 && desc.value[kN] > 64 * kManyBlocks);
+}
 Status supports_wgmma(const KernelDesc& desc, const Target& target) {
   if (target.sm != kWgmmaSm)
     return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{}a", target.sm, kWgmmaSm));
-  if (takes_skinny(desc))
-    return Status::error(Code::unsupported, "m <= 16, or batch_invariant=1: mma_sync serves them");
+  if (takes_skinny(desc) && !takes_grouped(desc))
+    return Status::error(Code::unsupported, "few tokens, or batch_invariant=1: mma_sync serves them");
   return {};
 }
 
@@ -109,30 +121,49 @@ int4::TileConfig choose_mma_sync(const int4::Shape& shape, std::int64_t m, const
   return config;
 }
 
+/// More than 64 tokens.
 int4::TileConfig choose_wgmma(const int4::Shape& shape, std::int64_t m) {
-  int4::TileConfig config = {.row_tiles = 1, .warps_n = 8, .warps_m = 1, .stages = 12, .wgmma = true, .step_blocks = 2};
+  int4::TileConfig config = {.row_tiles = 1, .warps_n = 8, .warps_m = 1, .stages = 6, .wgmma = true};
   config.operands = operands_for(shape, m);
   const auto count = [&] { return (shape.n + config.rows() - 1) / config.rows(); };
   const std::int64_t blocks = count();
   if (m == kAny) {
     config.token_tiles = config.operands > 1 ? 16 : 32;
     config.stages = 5;
-    config.step_blocks = 1;
     // Where one tile of tokens leaves half the GPU idle, and K is deep enough to pay for the sum.
     config.cluster = 2 * blocks <= kManyBlocks && shape.k >= 4096 ? 2 : 1;
     return config;
   }
   config.token_tiles = static_cast<int>((m + 7) / 8);
-  if (m == 128) {
-    config.stages = 6;
-    config.step_blocks = 1;
-  }
   if (4 * blocks <=
       kManyBlocks) // lower blocks rather than clusters of four, of which fewer fit than the GPU has room for
     config.warps_n = 4;
   while (config.cluster < 4 && 2 * count() * config.cluster <= kManyBlocks / config.cluster &&
          32 * config.cluster <= k_blocks(shape))
     config.cluster *= 2;
+  return config;
+}
+
+/// Sixteen warps. Blocks as high as leave enough of them: each reads its tokens anew. The rest of the warps, and a
+/// cluster of two, of which as many fit as the GPU has room for, split K.
+int4::GroupedConfig choose_grouped(const int4::Shape& shape, std::int64_t m) {
+  int4::GroupedConfig config = {.token_tiles = static_cast<int>(m / 8), .warps_n = 16, .warps_k = 1};
+  const std::int64_t steps = shape.k / std::max<std::int64_t>(shape.group, 64);
+  const auto count = [&] { return (shape.n + config.rows() - 1) / config.rows(); };
+  while (config.warps_n > 4 && 2 * count() < kManyBlocks * 3 / 4) {
+    config.warps_n /= 2;
+    config.warps_k *= 2;
+  }
+  while (config.cluster < 4 && 2 * count() * config.cluster <= kManyBlocks &&
+         (config.cluster == 1 || count() <= kManyClustersOfFour) && 2 * config.cluster * config.warps_k <= steps)
+    config.cluster *= 2;
+  const auto fitting = [&] {
+    const std::int64_t stages = std::min((kSm90Shared - config.fixed_bytes()) / config.stage_bytes(shape), kMostStages);
+    return static_cast<int>(stages / config.warps_k * config.warps_k);
+  };
+  while (config.warps_k > 1 && fitting() < 3 * config.warps_k) // copies come late with fewer
+    config.warps_k /= 2;
+  config.stages = fitting();
   return config;
 }
 
@@ -168,7 +199,17 @@ Result<CodeObject> compile_tile(const int4::Shape& shape, const int4::TileConfig
 
 Result<CodeObject> compile_wgmma(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
   const int4::Shape shape = shape_of(desc);
-  return compile_tile(shape, choose_wgmma(shape, desc.value[kM]), target, pack_layout);
+  if (!takes_grouped(desc))
+    return compile_tile(shape, choose_wgmma(shape, desc.value[kM]), target, pack_layout);
+  const int4::GroupedConfig config = choose_grouped(shape, desc.value[kM]);
+  cuda::LaunchPlan launch;
+  launch.tile_m = static_cast<std::int32_t>(config.tokens());
+  launch.tile_n = static_cast<std::int32_t>(config.rows());
+  launch.grid_n = static_cast<std::int32_t>((shape.n + config.rows() - 1) / config.rows() * config.cluster);
+  launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
+  launch.threads = config.threads();
+  launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes(shape));
+  return code_object(int4::emit_grouped(sm_of(target), shape, config), launch, target, pack_layout);
 }
 
 Result<CodeObject> compile_mma_sync(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {

@@ -275,12 +275,15 @@ private:
         const B32 at = w_.mad(index, 16, shared);
         Fragment sum = w_.make<F32, 4>();
         w_.load_shared(std::span<const F32>(sum), SharedAddress{at});
+        std::vector<Fragment> others; // all on their way before the first is needed
         for (int other = 1; other < c_.warps; ++other) {
-          const Fragment v = w_.make<F32, 4>();
-          w_.load_shared(std::span<const F32>(v), SharedAddress{at, std::int64_t{other} * fragments * kAccumulator});
+          others.push_back(w_.make<F32, 4>());
+          w_.load_shared(std::span<const F32>(others.back()),
+                         SharedAddress{at, std::int64_t{other} * fragments * kAccumulator});
+        }
+        for (const Fragment& v : others)
           for (std::size_t e = 0; e < 4; ++e)
             sum[e] = w_.add(sum[e], v[e]);
-        }
         w_.store_shared(SharedAddress{at}, std::span<const F32>(sum));
       };
       if (first + threads <= lanes)
@@ -309,7 +312,7 @@ private:
     }
     if (c_.cluster > 1) {
       w_.comment("no block leaves while another reads its sums");
-      w_.barrier_cluster_arrive();
+      w_.barrier_cluster_arrive_relaxed();
       w_.barrier_cluster_wait();
     }
   }
@@ -325,19 +328,21 @@ private:
       const B32 in_fragment =
           w_.mad(w_.shr(w_.and_(token, 7), 1), 16, w_.mad(w_.and_(octet, 1), 8, w_.mul(w_.and_(token, 1), 4)));
       const B32 at = w_.mad(fragment, kAccumulator, w_.add(in_fragment, shared));
-      std::array<F32, 8> sum;
+      std::vector<std::array<F32, 1>> v; // by rank and row; all on their way before the first is needed
       for (int rank = 0; rank < c_.cluster; ++rank) {
         const SharedAddress from = c_.cluster > 1 ? w_.in_block(at, rank) : SharedAddress{at};
-        for (std::size_t r = 0; r < 8; ++r) {
-          const std::array<F32, 1> v = w_.make<F32, 1>();
-          const SharedAddress place{from.base, static_cast<std::int64_t>(r) * 64}; // four lanes on
+        for (int r = 0; r < 8; ++r) {
+          v.push_back(w_.make<F32, 1>());
+          const SharedAddress place{from.base, std::int64_t{r} * 64}; // four lanes on
           if (c_.cluster > 1)
-            w_.load_cluster(v, place);
+            w_.load_cluster(std::span<const F32>(v.back()), place);
           else
-            w_.load_shared(std::span<const F32>(v), place);
-          sum[r] = rank == 0 ? v[0] : w_.add(sum[r], v[0]);
+            w_.load_shared(std::span<const F32>(v.back()), place);
         }
       }
+      std::array<F32, 8> sum;
+      for (std::size_t i = 0; i < v.size(); ++i)
+        sum[i % 8] = i < 8 ? v[i][0] : w_.add(sum[i % 8], v[i][0]);
       std::array<B32, 4> out;
       for (std::size_t i = 0; i < 4; ++i)
         out[i] = w_.to_bf16x2(sum[2 * i + 1], sum[2 * i]);

@@ -379,7 +379,7 @@ private:
         }
       }
     });
-    w_.barrier_cluster_arrive(); // no block leaves while another reads its sums
+    w_.barrier_cluster_arrive_relaxed(); // no block leaves while another reads its sums
     w_.barrier_cluster_wait();
   }
 

@@ -81,8 +81,13 @@ int8::TileConfig choose_mma_sync(const int8::Shape& shape, std::int64_t m, const
             .warps_m = 1,
             .warps_k = 4,
             .stages = 2};
-  if (m == 64)
+  if (m == 64) {
     config.warps_k = 2;
+    if (target.sm < 90) { // as above
+      config.column_tiles = 1;
+      config.warps_n = 4;
+    }
+  }
   if (target.sm >= 90)
     config.cluster = cluster_for(shape, config);
   return config;

@@ -552,6 +552,21 @@ void Writer::cp_async_stream(SharedAddress to, GlobalAddress from, B64 policy, G
 void Writer::cp_async_commit() {
   emit("cp.async.commit_group", {});
 }
+void Writer::cp_async_mbarrier_arrive(SharedAddress mbarrier) {
+  require(80, 70, "cp.async.mbarrier.arrive");
+  emit("cp.async.mbarrier.arrive.noinc.shared.b64", {mbarrier});
+}
+void Writer::copy_bulk(SharedAddress to, GlobalAddress from, I32 bytes, SharedAddress mbarrier, B64 policy,
+                       Guard guard) {
+  require(90, 80, "cp.async.bulk");
+  check_offset(from.offset);
+  if (to.offset % 16 != 0 || from.offset % 16 != 0)
+    fail(fmt::format("cp.async.bulk: offsets {} and {} must be multiples of 16", to.offset, from.offset));
+  if (bytes.is_immediate && (bytes.immediate <= 0 || bytes.immediate % 16 != 0))
+    fail(fmt::format("cp.async.bulk of {} bytes: allowed are multiples of 16", bytes.immediate));
+  emit("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint",
+       {to, from, bytes, mbarrier, policy}, guard);
+}
 void Writer::cp_async_wait(int groups_left) {
   emit("cp.async.wait_group", {I32(groups_left)});
 }
@@ -581,6 +596,10 @@ void Writer::barrier_warp() {
 void Writer::barrier_cluster_arrive() {
   require(90, 80, "barrier.cluster");
   emit("barrier.cluster.arrive.release.aligned", {});
+}
+void Writer::barrier_cluster_arrive_relaxed() {
+  require(90, 80, "barrier.cluster");
+  emit("barrier.cluster.arrive.relaxed.aligned", {});
 }
 void Writer::barrier_cluster_wait() {
   require(90, 80, "barrier.cluster");
@@ -675,6 +694,16 @@ void Writer::wgmma_bf16(std::span<const F32> d, std::span<const B32, 4> a, B64 b
   }
   emit(fmt::format("wgmma.mma_async.sync.aligned.m64n{}k16.f32.bf16.bf16", n),
        {Operand(d), Operand(std::span<const B32>(a)), b_descriptor, accumulate, I32(1), I32(1), I32(0)});
+}
+void Writer::wgmma_bf16(std::span<const F32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate) {
+  require_specific("wgmma.mma_async");
+  if (n < 8 || n > 256 || n % 8 != 0 || d.size() != static_cast<std::size_t>(n / 2)) {
+    fail(fmt::format("wgmma m64n{}k16 with {} accumulators: n is a multiple of 8 to 256, with n/2 accumulators", n,
+                     d.size()));
+    return;
+  }
+  emit(fmt::format("wgmma.mma_async.sync.aligned.m64n{}k16.f32.bf16.bf16", n),
+       {Operand(d), a_descriptor, b_descriptor, accumulate, I32(1), I32(1), I32(0), I32(0)});
 }
 void Writer::wgmma_s8(std::span<const B32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate) {
   require_specific("wgmma.mma_async");

@@ -203,6 +203,11 @@ public:
   /// 16 bytes that are read once: by `policy` first to leave L2.
   void cp_async_stream(SharedAddress to, GlobalAddress from, B64 policy, Guard guard = {});
   void cp_async_commit();
+  /// Arrives at the mbarrier once this thread's copies so far are done: one of the arrivals that it was made for.
+  void cp_async_mbarrier_arrive(SharedAddress mbarrier);
+  /// A multiple of 16 bytes, 16-byte aligned on both sides, by the copy engine ("cp.async.bulk"), counted by the
+  /// mbarrier. From sm_90 on.
+  void copy_bulk(SharedAddress to, GlobalAddress from, I32 bytes, SharedAddress mbarrier, B64 policy, Guard guard = {});
   void cp_async_wait(int groups_left);
 
   /// Dynamic shared memory (`extern .shared`), aligned to 1024 bytes: its address. Once per kernel.
@@ -213,8 +218,9 @@ public:
   void barrier(int id, int threads); ///< those that name it; `threads` a multiple of 32
   void barrier_warp();               ///< all lanes; orders their memory accesses
   void barrier_cluster_arrive();     ///< release
-  void barrier_cluster_wait();       ///< acquire
-  void fence_device();               ///< fence.acq_rel.gpu
+  void barrier_cluster_arrive_relaxed();
+  void barrier_cluster_wait(); ///< acquire
+  void fence_device();         ///< fence.acq_rel.gpu
   B32 atomic_add_device(GlobalAddress at, I32 a);
   void mbarrier_init(SharedAddress at, int arrivals);
   void mbarrier_arrive(SharedAddress at, Guard guard = {});
@@ -243,6 +249,8 @@ public:
   /// D[64×n] (+)= A[64×16] · B[16×n], bf16, A from registers, B K-major by descriptor. d has n/2 registers; n a
   /// multiple of 8 to 256. `accumulate` false: D is overwritten.
   void wgmma_bf16(std::span<const F32> d, std::span<const B32, 4> a, B64 b_descriptor, int n, Pred accumulate);
+  /// The same with A in shared memory, K-major by descriptor.
+  void wgmma_bf16(std::span<const F32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate);
   /// D[64×n] (+)= A[64×32] · B[32×n], s8, both K-major by descriptor, s32 sums that wrap. n: 8, 16, 24, 32, or a
   /// multiple of 16 from 48 to 256.
   void wgmma_s8(std::span<const B32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate);
