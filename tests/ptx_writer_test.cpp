@@ -191,6 +191,11 @@ TEST_CASE("kernels: the same text each time, within a millisecond, and refused w
              kSm90a, {8192, 8192, 128},
              {.row_tiles = 1, .token_tiles = 32, .warps_n = 8, .warps_m = 1, .cluster = 2, .stages = 5, .wgmma = true});
        }},
+      {"int4 grouped",
+       [] {
+         return int4::emit_grouped(kSm90a, {8192, 8192, 128},
+                                   {.token_tiles = 8, .warps_n = 8, .warps_k = 2, .cluster = 2, .stages = 8});
+       }},
       {"int8 tile",
        [] {
          return int8::emit_tile(kSm80, {4096, 4096}, {});
@@ -228,5 +233,8 @@ TEST_CASE("kernels: the same text each time, within a millisecond, and refused w
   CHECK_FALSE(int4::emit_skinny(kSm80, {8192, 8192, 128}, {.cluster = 2})); // no clusters before sm_90
   CHECK_FALSE(int4::emit_tile(kSm90, {8192, 8192, 128}, {.row_tiles = 1, .warps_n = 4, .warps_m = 1, .wgmma = true}));
   CHECK_FALSE(int4::emit_tile(kSm80, {8192, 8192, 128}, {.stages = 1}));
-  CHECK_FALSE(int8::emit_tile(kSm80, {.n = 64, .k = 64, .output = int8::Output::s8}, {})); // needs the scale
+  CHECK_FALSE(int4::emit_grouped(kSm90, {8192, 8192, 128}, {})); // wgmma is sm_90a's
+  CHECK_FALSE(
+      int4::emit_grouped(kSm90a, {8192, 8192, 128}, {.warps_n = 8, .warps_k = 2, .stages = 7})); // phases would alias
+  CHECK_FALSE(int8::emit_tile(kSm80, {.n = 64, .k = 64, .output = int8::Output::s8}, {}));       // needs the scale
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cstring>
 #include <memory>
 
 #include <fmt/format.h>
@@ -22,20 +23,33 @@ std::int64_t row_length(const Tensor& matrix) {
 /// The tensors of a desc as its kernel sees them: where they are, or copies on the desc's GPU.
 class Operand {
 public:
-  Status place(const KernelDesc& desc, const Runtime& runtime, const Tensor& tensor) {
+  /// A copy's rows begin at multiples of `row_bytes_multiple`.
+  Status place(const KernelDesc& desc, const Runtime& runtime, const Tensor& tensor,
+               std::size_t row_bytes_multiple = 1) {
     address_ = const_cast<std::uint8_t*>(tensor.buffer.data());
+    row_bytes_ = tensor.shape.empty() || tensor.shape.front() == 0
+                     ? tensor.buffer.size()
+                     : tensor.buffer.size() / static_cast<std::size_t>(tensor.shape.front());
     if (desc.device.kind == DeviceKind::cpu || tensor.buffer.size() == 0)
       return {};
     const Result<cuda::Driver*> driver = runtime.cuda();
     if (!driver)
       return driver.status();
-    Result<cuda::Buffer> buffer = cuda::Buffer::allocate(**driver, desc.device.index, tensor.buffer.size());
+    const std::size_t row = row_bytes_, rows = tensor.buffer.size() / row;
+    row_bytes_ = (row + row_bytes_multiple - 1) / row_bytes_multiple * row_bytes_multiple;
+    Result<cuda::Buffer> buffer = cuda::Buffer::allocate(**driver, desc.device.index, rows * row_bytes_);
     if (!buffer)
       return buffer.status();
     gpu_ = std::move(*buffer);
     address_ = reinterpret_cast<void*>(gpu_.address());
-    return gpu_.write(tensor.buffer.data(), tensor.buffer.size());
+    if (row_bytes_ == row)
+      return gpu_.write(tensor.buffer.data(), tensor.buffer.size());
+    std::vector<std::uint8_t> padded(rows * row_bytes_);
+    for (std::size_t i = 0; i < rows; ++i)
+      std::memcpy(&padded[i * row_bytes_], tensor.buffer.data() + i * row, row);
+    return gpu_.write(padded.data(), padded.size());
   }
+  std::size_t row_bytes() const { return row_bytes_; } ///< from a row to the next
   template <class T> T* as() const { return static_cast<T*>(address_); }
   Status bring_back(Tensor& tensor) const {
     return gpu_.bytes() == 0 ? Status() : gpu_.read(tensor.buffer.data(), tensor.buffer.size());
@@ -43,6 +57,7 @@ public:
 
 private:
   void* address_ = nullptr;
+  std::size_t row_bytes_ = 0;
   cuda::Buffer gpu_;
 };
 
@@ -82,13 +97,16 @@ Result<Invocation> prepare_int8_mm(const Kernel& kernel, const KernelDesc& desc,
     Operand a, scale, c;
   };
   const auto state = std::make_shared<State>(std::move(*made));
-  for (const auto& [operand, index] : {std::pair{&state->a, kA}, {&state->scale, kScale}, {&state->c, kC}})
+  constexpr std::size_t gpu_row_multiple = 16; // of bytes of A, see kiln.h
+  if (Status s = state->a.place(desc, kernel.runtime(), tensors[kA], gpu_row_multiple); !s)
+    return s;
+  for (const auto& [operand, index] : {std::pair{&state->scale, kScale}, {&state->c, kC}})
     if (Status s = operand->place(desc, kernel.runtime(), tensors[index]); !s)
       return s;
   const bool has_scale = desc.value[int8_mm::kRescale] != 0;
   const int8_mm::Args args = {.m = desc.value[int8_mm::kM],
                               .a = state->a.as<const std::int8_t>(),
-                              .lda = row_length(tensors[kA]),
+                              .lda = std::max(row_length(tensors[kA]), static_cast<std::int64_t>(state->a.row_bytes())),
                               .pack = &state->pack,
                               .c = state->c.as<void>(),
                               .ldc = row_length(tensors[kC]),

@@ -91,8 +91,10 @@ Result<Assembled> assemble_with_driver(Driver& driver, int device_index, const C
     return Status::error(code, fmt::format("the driver (CUDA {}) rejects the PTX: {}{}{}", driver.version_text(),
                                            status.message(), log.empty() ? "" : "; its log: ", log));
   }
-  return Assembled{cubin_of(ptx, std::move(cubin), fmt::format("driver {}", driver.version_text()), driver.version()),
-                   std::move(log)};
+  Assembled made{cubin_of(ptx, std::move(cubin), fmt::format("driver {}", driver.version_text()), driver.version()),
+                 std::move(log)};
+  made.cubin.sm = (*driver.device(device_index))->sm; // the PTX may be an older one's
+  return made;
 }
 
 Result<Assembled> assemble_with_ptxas(const std::string& ptxas, const CodeObject& ptx) {
