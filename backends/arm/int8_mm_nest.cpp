@@ -656,7 +656,7 @@ Status unreadable(IsaPath isa, std::string_view pack_layout, const KernelDesc& d
 }
 
 Status supports_nest(const KernelDesc& desc, const Target&) {
-  return int8_mm::check_s8(desc, std::int64_t{1} << 26);
+  return int8_mm::check_plain(desc, std::int64_t{1} << 26);
 }
 
 } // namespace kiln::arm

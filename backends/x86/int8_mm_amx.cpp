@@ -757,14 +757,7 @@ Implementation int8_mm_amx() {
   row.generator = GeneratorId::asmjit;
   row.generator_digest = k_x86_generator_digest;
   row.needs = Emitter::kNeeds;
-  row.supports = [](const KernelDesc& desc, const Target&) -> Status {
-    if (desc.value[int8_mm::kADtype] != static_cast<std::int64_t>(int8_mm::ADtype::s8))
-      return Status::error(Code::unsupported, "int8_mm on amx: a_dtype=u8, allowed is s8");
-    if (desc.value[int8_mm::kK] > kMaxK)
-      return Status::error(Code::unsupported,
-                           fmt::format("int8_mm on amx: k={}, allowed is at most {}", desc.value[int8_mm::kK], kMaxK));
-    return {};
-  };
+  row.supports = [](const KernelDesc& desc, const Target&) -> Status { return int8_mm::check_plain(desc, kMaxK); };
   row.declines = [](const KernelDesc& desc, const Target&) -> std::string {
     // Measured: equal within 4 % at M = 1…8 with weights in L3, 6 % behind at M = 1 with weights from memory, ahead
     // from M = 2 in L2.

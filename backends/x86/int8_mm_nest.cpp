@@ -22,7 +22,7 @@ std::int64_t workspace_row_stride(std::int64_t bytes) {
 }
 
 Status supports_nest(const KernelDesc& desc, const Target&) {
-  return int8_mm::check_s8(desc, std::int64_t{1} << 26);
+  return int8_mm::check_plain(desc, std::int64_t{1} << 26);
 }
 
 Implementation nest_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cfenv>
 #include <cstring>
 #include <tuple>
 
@@ -34,7 +35,7 @@ Status check_matrix(std::string_view name, std::string_view stride_name, const v
   return {};
 }
 
-Status check_pack(const Plan& plan, const Pack& pack, Device device, std::int64_t n, std::int64_t k) {
+Status check_pack(const Plan& plan, const Pack& pack, Device device, BDtype b_dtype, std::int64_t n, std::int64_t k) {
   const auto place = [](Device d) {
     return d.kind == DeviceKind::cpu ? std::string("a pack in host memory")
                                      : fmt::format("a pack in memory of cuda:{}", d.index);
@@ -43,6 +44,9 @@ Status check_pack(const Plan& plan, const Pack& pack, Device device, std::int64_
     return bad("b_pack", place(pack.device()), place(device));
   if (pack.n() != n || pack.k() != k)
     return bad("b_pack", fmt::format("a pack of n={} k={}", pack.n(), pack.k()), fmt::format("one of n={} k={}", n, k));
+  if (pack.b_dtype() != b_dtype)
+    return bad("b_pack", pack.b_dtype() == BDtype::u8 ? "a pack of u8" : "a pack of s8",
+               b_dtype == BDtype::u8 ? "one of u8, the desc's b_dtype" : "one of s8, the desc's b_dtype");
   if (!(pack.layout() == plan.layout))
     return bad(
         "b_pack", fmt::format("a pack of layout {}", pack.layout().id()),
@@ -69,7 +73,8 @@ Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std:
   if (args.threads < 0)
     return bad("threads", std::to_string(args.threads), "0 or more");
   if (args.pack != nullptr)
-    return args.b == nullptr ? check_pack(plan, *args.pack, kernel.desc().device, n, k)
+    return args.b == nullptr ? check_pack(plan, *args.pack, kernel.desc().device,
+                                          static_cast<BDtype>(kernel.desc().value[kBDtype]), n, k)
                              : bad("b", "given beside b_pack", "one of the two");
   if (args.b == nullptr && n > 0 && k > 0)
     return bad("b", "null, and so is b_pack", "one of the two");
@@ -99,11 +104,11 @@ Range part(std::int64_t size, std::int64_t step, std::int64_t parts, std::int64_
 /// a time. Every cut of rows leaves pieces that the kernel's class of m serves.
 struct Cut {
   std::int64_t n_parts = 1, m_parts = 1;
-  std::int64_t m_blocks = 1;                          ///< of each part
-  std::int64_t chunk_columns = 0;                     ///< of a raw B, 0 for a pack
-  std::int64_t kernel_workspace = 0, chunk_bytes = 0; ///< of one task, multiples of 64
+  std::int64_t m_blocks = 1;                                           ///< of each part
+  std::int64_t chunk_columns = 0;                                      ///< of a raw B, 0 for a pack
+  std::int64_t kernel_workspace = 0, chunk_bytes = 0, terms_bytes = 0; ///< of one task, multiples of 64
   std::int64_t tasks() const { return n_parts * m_parts; }
-  std::int64_t task_bytes() const { return kernel_workspace + chunk_bytes; }
+  std::int64_t task_bytes() const { return kernel_workspace + chunk_bytes + terms_bytes; }
 };
 
 /// A second thread pays when the call takes longer than a few times the pool's hand-over; rates are those of one recent
@@ -152,17 +157,43 @@ Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int6
     rows = (rows + cut.m_blocks - 1) / cut.m_blocks + plan.m_step;
   }
   cut.kernel_workspace = round_up(plan.workspace_bytes(rows), 64);
+  const std::int64_t columns = round_up((n + cut.n_parts - 1) / cut.n_parts, plan.n_step);
   if (args.pack == nullptr) {
     const std::int64_t step_bytes = plan.n_step / plan.layout.n_block * plan.layout.panel_bytes(k);
     const std::int64_t columns_in_cache =
         std::max<std::int64_t>(1, l2 / 2 / std::max<std::int64_t>(step_bytes, 1)) * plan.n_step;
-    cut.chunk_columns = std::min(columns_in_cache, round_up((n + cut.n_parts - 1) / cut.n_parts, plan.n_step));
+    cut.chunk_columns = std::min(columns_in_cache, columns);
     cut.chunk_bytes = plan.layout.bytes(cut.chunk_columns, k);
   }
+  if (const Epilogue epilogue = Epilogue::of(kernel.desc()); !epilogue.is_absent())
+    cut.terms_bytes = round_up(plan.layout.panels(args.pack == nullptr ? cut.chunk_columns : columns) *
+                                   TermsLayout::of(epilogue).panel_bytes(plan.layout),
+                               64);
   return cut;
 }
 
 // ---------------------------------------------------------------- running
+
+/// The processor's default floating-point state, and in the end the caller's.
+class DefaultFloatingPoint {
+public:
+  explicit DefaultFloatingPoint(bool needed) : needed_(needed) {
+    if (needed_) {
+      std::fegetenv(&before_);
+      std::fesetenv(FE_DFL_ENV);
+    }
+  }
+  ~DefaultFloatingPoint() {
+    if (needed_)
+      std::fesetenv(&before_);
+  }
+  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
+  DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
+
+private:
+  const bool needed_;
+  std::fenv_t before_{};
+};
 
 struct Run {
   const Plan& plan;
@@ -170,24 +201,39 @@ struct Run {
   Entry entry;
   std::int64_t n, k;
   Cut cut;
+  Epilogue epilogue;
+  Scalars scalars;
   std::atomic<bool> out_of_memory{false};
 
   /// Columns [columns.begin, columns.end) with their panels at b, for every row block of `rows`.
-  void columns_of(Range rows, Range columns, const std::int8_t* b, const std::int32_t* sums, void* workspace) const {
+  void columns_of(Range rows, Range columns, const std::int8_t* b, const std::int32_t* sums,
+                  std::uint8_t* workspace) const {
+    const bool finishes = cut.terms_bytes > 0;
+    auto* const terms = reinterpret_cast<std::int32_t*>(workspace + cut.kernel_workspace + cut.chunk_bytes);
+    if (finishes)
+      make_terms(epilogue, args.values, plan.layout, k, plan.a_shift, sums, columns.begin, columns.size(), terms);
     for (std::int64_t i = 0; i < cut.m_blocks; ++i) {
       const Range block = part(rows.size(), plan.m_step, cut.m_blocks, i);
       const std::int64_t row = rows.begin + block.begin;
-      const Call call = {.a = args.a + row * args.lda,
+      const Call call = {.a = static_cast<const std::int8_t*>(args.a) + row * args.lda,
                          .lda = args.lda,
                          .b = b,
                          .b_sums = sums,
-                         .c = static_cast<std::int32_t*>(args.c) + row * args.ldc + columns.begin,
+                         .c =
+                             static_cast<std::uint8_t*>(args.c) + (row * args.ldc + columns.begin) * epilogue.c_bytes(),
                          .ldc = args.ldc,
                          .m = block.size(),
                          .n = columns.size(),
                          .workspace = workspace,
+                         .terms = finishes ? terms : nullptr,
+                         .scalars = finishes ? &scalars : nullptr,
+                         .a_zp = epilogue.a_zp == AZp::row ? args.values.a_zp + row : nullptr,
                          .k = k,
-                         .plan = &plan};
+                         .plan = &plan,
+                         .epilogue = finishes ? &epilogue : nullptr,
+                         .values = finishes ? &args.values : nullptr,
+                         .row = row,
+                         .column = columns.begin};
       entry(&call);
     }
   }
@@ -206,6 +252,7 @@ struct Run {
       out_of_memory = true;
       return;
     }
+    const DefaultFloatingPoint floating_point(epilogue.rescale == Rescale::scale);
     if (args.pack != nullptr && columns.begin == 0) { // the whole of a call that is not shared
       columns_of(rows, columns, args.pack->panels(), args.pack->sums(), workspace);
       return;
@@ -221,7 +268,7 @@ struct Run {
     for (std::int64_t begin = columns.begin; begin < columns.end; begin += cut.chunk_columns) {
       const Range chunk = {begin, std::min(columns.end, begin + cut.chunk_columns)};
       pack_panels(plan.layout, args.b, args.ldb, args.b_layout, n, k, chunk.begin / plan.layout.n_block,
-                  plan.layout.panels(chunk.end), panels, sums);
+                  plan.layout.panels(chunk.end), panels, sums, epilogue.b_dtype);
       columns_of(rows, chunk, panels, sums, workspace);
     }
   }
@@ -244,7 +291,7 @@ Status check_gpu_args(const Args& args, const KernelDesc& desc) {
         std::tuple{"ldb", raw ? args.ldb : 0, std::int64_t{kGpuAlignment}}})
     if (stride % step != 0 || stride > kMaxStride)
       return bad(name, std::to_string(stride), fmt::format("a multiple of {} up to 2^31 - 1 on a GPU", step));
-  if (desc.value[kRescale] == static_cast<std::int64_t>(Rescale::scale) && args.scale == nullptr)
+  if (desc.value[kRescale] == static_cast<std::int64_t>(Rescale::scale) && args.values.scale == nullptr)
     return bad("scale", "null",
                desc.value[kRescalePer] == static_cast<std::int64_t>(RescalePer::channel)
                    ? fmt::format("{} floats", desc.value[kN])
@@ -263,8 +310,7 @@ Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
   if (!plan.launch)
     return Status::error(Code::internal, "int8_mm: a GPU kernel without a launch plan");
   const std::int64_t n = desc.value[kN], k = desc.value[kK];
-  const auto c_dtype = static_cast<CDtype>(desc.value[kCDtype]);
-  const int c_bytes = c_dtype == CDtype::s32 ? 4 : c_dtype == CDtype::bf16 ? 2 : 1;
+  const int c_bytes = Epilogue::of(desc).c_bytes();
   const std::uint64_t b = args.pack != nullptr ? args.pack->gpu_address() : reinterpret_cast<std::uintptr_t>(args.b);
   const std::int64_t ldb = args.pack != nullptr ? plan.layout.panel_bytes(k) : args.ldb;
   const std::int64_t rows_at_once = gpu_rows_at_once(*plan.launch, args.m);
@@ -273,18 +319,18 @@ Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
     std::array<cuda::PointerArgument, 4> pointers;
     std::size_t count = 0;
     void* const c = static_cast<std::uint8_t*>(args.c) + row * args.ldc * c_bytes;
-    const std::int8_t* const a = args.a + row * args.lda;
+    const std::int8_t* const a = static_cast<const std::int8_t*>(args.a) + row * args.lda;
     pointers[count++] = {"c", c, c_bytes};
     if (k > 0)
       pointers[count++] = {"a", a, kGpuAlignment};
     if (args.pack == nullptr && k > 0)
       pointers[count++] = {"b", args.b, kGpuAlignment};
-    if (args.scale != nullptr)
-      pointers[count++] = {"scale", args.scale, 4};
+    if (args.values.scale != nullptr)
+      pointers[count++] = {"scale", args.values.scale, 4};
     GpuParameters p = {.a = reinterpret_cast<std::uintptr_t>(a),
                        .b = b,
                        .c = reinterpret_cast<std::uintptr_t>(c),
-                       .scale = reinterpret_cast<std::uintptr_t>(args.scale),
+                       .scale = reinterpret_cast<std::uintptr_t>(args.values.scale),
                        .workspace = 0,
                        .m = static_cast<std::uint32_t>(rows),
                        .lda = static_cast<std::uint32_t>(args.lda),
@@ -317,8 +363,17 @@ Status run(const Kernel& kernel, const Args& args) {
     return {};
   if (kernel.cuda_module() != nullptr)
     return run_on_gpu(kernel, plan, args);
-  Run run = {plan, args, reinterpret_cast<Entry>(reinterpret_cast<std::uintptr_t>(kernel.entry())),
-             n,    k,    cut_call(kernel, plan, args, n, k)};
+  const Epilogue epilogue = Epilogue::of(kernel.desc());
+  if (Status status = check_values(epilogue, args.values, n); !status)
+    return status;
+  Run run = {plan,
+             args,
+             reinterpret_cast<Entry>(reinterpret_cast<std::uintptr_t>(kernel.entry())),
+             n,
+             k,
+             cut_call(kernel, plan, args, n, k),
+             epilogue,
+             scalars_of(epilogue, args.values)};
   if (args.workspace != nullptr) {
     if (reinterpret_cast<std::uintptr_t>(args.workspace) % 64 != 0)
       return bad("workspace", fmt::format("{}", args.workspace), "64-byte aligned memory");
@@ -362,9 +417,19 @@ void Pack::Free::operator()(std::int8_t* p) const {
   free_pages(p);
 }
 
-Result<Pack> Pack::allocate(PackLayout layout, std::int64_t n, std::int64_t k) {
+constexpr std::string_view kU8Suffix = "/u8";
+std::string_view without_suffix(std::string_view id) {
+  return id.ends_with(kU8Suffix) ? id.substr(0, id.size() - kU8Suffix.size()) : id;
+}
+
+std::string Pack::id() const {
+  return layout_.id() + std::string(b_dtype_ == BDtype::u8 ? kU8Suffix : "");
+}
+
+Result<Pack> Pack::allocate(PackLayout layout, BDtype b_dtype, std::int64_t n, std::int64_t k) {
   Pack pack;
   pack.layout_ = layout;
+  pack.b_dtype_ = b_dtype;
   pack.n_ = n;
   pack.k_ = k;
   const std::int64_t bytes = std::max<std::int64_t>(pack.bytes(), 64);
@@ -376,17 +441,17 @@ Result<Pack> Pack::allocate(PackLayout layout, std::int64_t n, std::int64_t k) {
   return pack;
 }
 
-Result<Pack> Pack::make(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n,
-                        std::int64_t k, Parallel& parallel) {
+Result<Pack> Pack::make(PackLayout layout, const void* b, std::int64_t ldb, BLayout b_layout, std::int64_t n,
+                        std::int64_t k, Parallel& parallel, BDtype b_dtype) {
   const bool nk = b_layout == BLayout::nk;
   if (Status s = check_matrix("b", "ldb", b, nk ? n : k, nk ? k : n, ldb); !s)
     return s;
-  Result<Pack> pack = allocate(layout, n, k);
+  Result<Pack> pack = allocate(layout, b_dtype, n, k);
   if (!pack)
     return pack;
   struct Job {
     const Pack& pack;
-    const std::int8_t* b;
+    const void* b;
     std::int64_t ldb;
     BLayout b_layout;
     std::int64_t panels;
@@ -400,7 +465,8 @@ Result<Pack> Pack::make(PackLayout layout, const std::int8_t* b, std::int64_t ld
         const std::int64_t begin = static_cast<std::int64_t>(i) * kPanelsPerTask,
                            end = std::min(j.panels, begin + kPanelsPerTask);
         pack_panels(l, j.b, j.ldb, j.b_layout, j.pack.n_, j.pack.k_, begin, end,
-                    j.pack.data_.get() + begin * l.panel_bytes(j.pack.k_), j.pack.sums_ + begin * l.n_block);
+                    j.pack.data_.get() + begin * l.panel_bytes(j.pack.k_), j.pack.sums_ + begin * l.n_block,
+                    j.pack.b_dtype_);
       },
       &job);
   // The alignment gap after the sums is part of the file and its digest.
@@ -437,18 +503,20 @@ Status Pack::save(const std::string& path) const {
         return s;
     data = copy;
   }
-  return save_pack_file(path, op().name, layout_.id(), n_, k_, data);
+  return save_pack_file(path, op().name, id(), n_, k_, data);
 }
 
 Result<Pack> Pack::load(const std::string& path) {
   const Result<PackFile> file =
       load_pack_file(path, op().name, [](std::string_view id, std::int64_t n, std::int64_t k) -> std::int64_t {
-        const Result<PackLayout> layout = PackLayout::parse(id);
+        const Result<PackLayout> layout = PackLayout::parse(without_suffix(id));
         return layout ? layout->bytes(n, k) : -1;
       });
   if (!file)
     return file.status();
-  Result<Pack> pack = allocate(*PackLayout::parse(file->layout), file->n, file->k);
+  const std::string_view id = without_suffix(file->layout);
+  Result<Pack> pack =
+      allocate(*PackLayout::parse(id), id.size() < file->layout.size() ? BDtype::u8 : BDtype::s8, file->n, file->k);
   if (pack && !file->data.empty())
     std::memcpy(pack->data_.get(), file->data.data(), file->data.size());
   return pack;
