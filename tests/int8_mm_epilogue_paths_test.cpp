@@ -1,6 +1,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +12,9 @@
 #include "jit/engine.h"
 #include "jit/ops/int8_mm_driver.h"
 #include "tests/guarded_buffer.h"
+#if defined(__x86_64__)
+#include "tests/amx_emulator.h"
+#endif
 
 /// int8_mm's epilogue on every path that this machine can run, through engine and driver, bit for bit against the
 /// definition: sampled stages × values × types × shapes, packed and raw B, one and three threads, in buffers that touch
@@ -296,6 +300,26 @@ TEST_CASE("calls that the driver cuts") {
 }
 
 #if defined(__x86_64__)
+TEST_CASE("amx, emulated where the machine has none") {
+  Features features = detect_machine().target.features;
+  if (!features.contains({Feature::avx512bw, Feature::avx512vl, Feature::avx512vnni}))
+    return;
+  std::optional<test::AmxEmulator> emulator;
+  if (!test::amx_available()) {
+    emulator.emplace();
+    features.add(Feature::amx_tile);
+    features.add(Feature::amx_int8);
+  }
+  const std::unique_ptr<Engine> engine = engine_for(IsaPath::amx, 1, false, features);
+  check_sampled(*engine, 700'000, samples());
+  // Pairs of panels, sums that reach C during the next pair, rows copied ahead.
+  unsigned seed = 800'000;
+  for (const auto& [m, n, k] :
+       {std::array<std::int64_t, 3>{70, 100, 256}, {33, 64, 320}, {100, 520, 256}, {65, 1030, 512}})
+    for (int i = 0; i < 6; ++i)
+      check_case(*engine, seed++, m, n, k, Guard::after);
+}
+
 TEST_CASE("portable with narrower vectors than the machine's") {
   if (!detect_machine().target.features.has(Feature::avx2))
     return;

@@ -26,9 +26,10 @@ constexpr std::uint64_t kSignBit = std::uint64_t{1} << 63;
 } // namespace
 
 EpilogueEmitter::EpilogueEmitter(Assembler& assembler, const int8_mm::Epilogue& epilogue, int vector_bytes, int vectors,
-                                 std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp)
+                                 std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp,
+                                 int scratch_at)
     : a_(assembler), epilogue_(epilogue), terms_(int8_mm::TermsLayout::of(epilogue)), vector_bytes_(vector_bytes),
-      vectors_(vectors), temps_{first_temp, second_temp, third_temp} {
+      vectors_(vectors), temps_{first_temp, second_temp, third_temp}, scratch_at_(scratch_at) {
   if (epilogue_.has_lower_bound() || epilogue_.c_dtype == CDtype::u8)
     lo_ = slot(shared_bytes_);
   if (epilogue_.has_upper_bound())
@@ -242,6 +243,10 @@ void EpilogueEmitter::load_offsets(const Vec& sums, int i, const Gp& scratch) {
   load(sums, column(scratch, i, offset_));
 }
 
+void EpilogueEmitter::add_offsets(const Vec& sums, int i, const Gp& scratch) {
+  a_.vpaddd(sums, sums, column(scratch, i, offset_));
+}
+
 void EpilogueEmitter::add_product(const Vec& sums, const Mem& of_row, const Mem& of_columns) {
   a_.vpbroadcastd(temp(0), of_row);
   a_.vpmulld(temp(0), temp(0), of_columns);
@@ -358,8 +363,7 @@ void EpilogueEmitter::apply_scale(const Vec& sums, int i, const Gp& scratch) {
   if (is_512()) {
     a_.vcmpps(kSelect, sums, shared(scratch, limit_), VCmpImm::kGE_OS);
     a_.vcvtps2dq(sums, sums);
-    a_.vpternlogd(other, other, other, 0xFF);
-    a_.k(kSelect).vpxord(sums, sums, other);
+    a_.k(kSelect).vpternlogd(sums, sums, sums, 0x55); // their complement
   } else {
     a_.vmovdqu(mask, shared(scratch, limit_));
     a_.vcmpps(mask, sums, mask, VCmpImm::kGE_OS);

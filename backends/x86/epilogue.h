@@ -22,13 +22,13 @@ public:
   using Mem = asmjit::x86::Mem;
   using KReg = asmjit::x86::KReg;
 
-  /// `vector_bytes` 32 or 64; `vectors` of columns that are prepared at a time. `temps`: three vector registers that
-  /// apply, narrow and store may use.
+  /// `vector_bytes` 32 or 64; `vectors` of columns that are prepared at a time; three vector registers that apply,
+  /// narrow and store may use; how far from the register given as `scratch` the scratch memory begins.
   EpilogueEmitter(Assembler& assembler, const int8_mm::Epilogue& epilogue, int vector_bytes, int vectors,
-                  std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp);
+                  std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp, int scratch_at = 0);
 
   /// Of the scratch memory, which is 64-byte aligned: a multiple of 64.
-  int scratch_bytes() const { return (shared_bytes_ + vectors_ * column_bytes_ + 63) / 64 * 64; }
+  int scratch_bytes() const { return (shared_bytes_ - scratch_at_ + vectors_ * column_bytes_ + 63) / 64 * 64; }
   /// What the code uses beside AVX2, or AVX-512F and BW.
   Features features() const;
 
@@ -39,6 +39,8 @@ public:
   /// registers 0 … 7 and rax.
   void prepare_columns(int i, const Gp& terms, int at, int array_bytes, const Gp& scratch);
   void load_offsets(const Vec& sums, int i, const Gp& scratch);
+  /// For sums that began at 0.
+  void add_offsets(const Vec& sums, int i, const Gp& scratch);
 
   /// Sums, that began at the offsets, of vector `i` of columns. `a_zp` and `row_sum`: the row's s32, read only with
   /// those stages. Results as s32, or as f32 for float outputs, in `sums`.
@@ -89,7 +91,9 @@ private:
   const int8_mm::TermsLayout terms_;
   const int vector_bytes_, vectors_;
   const std::uint32_t temps_[3];
-  int shared_bytes_ = 0, column_bytes_ = 0;
+  const int scratch_at_;
+  int shared_bytes_ = scratch_at_; ///< where the shared part ends
+  int column_bytes_ = 0;           ///< of a vector of columns
   // Slots of the shared part; −1: none.
   int lo_ = -1, hi_ = -1, c_zp_ = -1, slope_ = -1, limit_ = -1, nan_ = -1, bf16_half_ = -1, one_ = -1;
   Wide slope_wide_{};
