@@ -243,6 +243,80 @@ static void test_descs(kiln_engine* engine) {
   CHECK(kernel == NULL);
 }
 
+/* Small enough to follow by hand: u8 weights, both zero points, bias, a rounded halving, relu, an output zero point, a clamp. */
+static void test_epilogue(kiln_engine* engine, const char* directory) {
+  const int8_t x[2][2] = {{1, 2}, {3, 4}};
+  const uint8_t w[3][2] = {{131, 130}, {130, 131}, {131, 131}}; /* less 130: 1 0, 0 1, 1 1 */
+  const int32_t a_zp = 1, b_zp = 130, bias[3] = {10, -20, 5}, mult[3] = {1 << 30, 1 << 30, 1 << 30}, shift[3] = {0, 0, 0};
+  /* Σ (x − 1)(w − 130) + bias = {10, −19, 6}, {12, −17, 10}; halved away from zero {5, −10, 3}, {6, −9, 5}; relu, −100, at most −95. */
+  const int8_t wanted[2][4] = {{-95, -100, -97, 77}, {-95, -100, -95, 77}};
+  int8_t y[2][4];
+  char path[512];
+  kiln_kernel* kernel = NULL;
+  kiln_pack *pack = NULL, *loaded = NULL, *other = NULL;
+  kiln_int8_mm_desc desc = KILN_INT8_MM_DESC_INIT;
+  kiln_int8_mm_args args = KILN_INT8_MM_ARGS_INIT;
+  kiln_pack_info info = KILN_PACK_INFO_INIT;
+  desc.m = 2;
+  desc.n = 3;
+  desc.k = 2;
+  desc.b_dtype = KILN_U8;
+  desc.c_dtype = KILN_S8;
+  desc.a_zp = KILN_ONE;
+  desc.b_zp = KILN_ONE;
+  desc.bias = KILN_EACH;
+  desc.rescale = KILN_RESCALE_Q_SCALE;
+  desc.rounding = KILN_ROUND_AWAY;
+  desc.act = KILN_ACT_RELU;
+  desc.c_zp = KILN_ONE;
+  desc.clamp = KILN_ONE;
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  CHECK(kiln_pack_create(engine, &desc.base, w, 2, &pack) == KILN_OK);
+  CHECK(kiln_pack_get_info(pack, &info) == KILN_OK && strstr(info.layout, "/u8") != NULL);
+  args.m = 2;
+  args.a = x;
+  args.lda = 2;
+  args.b_pack = pack;
+  args.c = y;
+  args.ldc = 4;
+  args.a_zp = &a_zp;
+  args.b_zp = &b_zp;
+  args.bias = bias;
+  args.mult = mult;
+  args.shift = shift;
+  args.c_zp = -100;
+  args.lo = -128;
+  args.hi = -95;
+  memset(y, 77, sizeof y);
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(memcmp(y, wanted, sizeof y) == 0);
+  snprintf(path, sizeof path, "%s/u8.pack", directory);
+  CHECK(kiln_pack_save(pack, path) == KILN_OK);
+  CHECK(kiln_pack_load(engine, &desc.base, path, &loaded) == KILN_OK);
+  args.b_pack = loaded;
+  memset(y, 77, sizeof y);
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(memcmp(y, wanted, sizeof y) == 0);
+
+  memset(y, 77, sizeof y);
+  args.bias = NULL;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "bias is null: allowed is 3 values");
+  args.bias = bias;
+  args.hi = -129;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "hi is -129: allowed is an integer from -128 to 127");
+  CHECK(y[0][0] == 77 && y[1][2] == 77);
+  desc.b_dtype = KILN_S8;
+  CHECK_ERROR(kiln_pack_load(engine, &desc.base, path, &other), KILN_INVALID_ARGUMENT, "/u8");
+  kiln_kernel_release(kernel);
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  args.hi = -95;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "b_pack is a pack of u8: allowed is one of s8");
+  kiln_kernel_release(kernel);
+  kiln_pack_release(loaded);
+  kiln_pack_release(pack);
+  remove(path);
+}
+
 static void test_packs(kiln_engine* engine, const char* directory) {
   kiln_int8_mm_desc desc = the_desc();
   kiln_pack *pack = NULL, *loaded = NULL;
@@ -429,6 +503,7 @@ int main(void) {
   test_run(engine);
   test_descs(engine);
   test_packs(engine, directory);
+  test_epilogue(engine, directory);
   test_pack_of_another_layout(&options);
   test_ahead_of_time(engine);
   test_threads(engine);

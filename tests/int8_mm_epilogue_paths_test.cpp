@@ -14,6 +14,7 @@
 #include "tests/guarded_buffer.h"
 #if defined(__x86_64__)
 #include "tests/amx_emulator.h"
+#include "tests/avxvnni_emulator.h"
 #endif
 
 /// int8_mm's epilogue on every path that this machine can run, through engine and driver, bit for bit against the
@@ -318,6 +319,18 @@ TEST_CASE("amx, emulated where the machine has none") {
        {std::array<std::int64_t, 3>{70, 100, 256}, {33, 64, 320}, {100, 520, 256}, {65, 1030, 512}})
     for (int i = 0; i < 6; ++i)
       check_case(*engine, seed++, m, n, k, Guard::after);
+}
+
+TEST_CASE("avxvnni, emulated where the machine has none") {
+  Features features = detect_machine().target.features;
+  if (!features.contains({Feature::avx2, Feature::f16c}))
+    return;
+  std::optional<test::AvxVnniEmulator> emulator;
+  if (!features.has(Feature::avxvnni)) {
+    emulator.emplace();
+    features.add(Feature::avxvnni);
+  }
+  check_sampled(*engine_for(IsaPath::avxvnni, 1, false, features), 900'000, samples());
 }
 
 TEST_CASE("portable with narrower vectors than the machine's") {

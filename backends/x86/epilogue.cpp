@@ -336,7 +336,7 @@ void EpilogueEmitter::apply_integer(const Vec& sums, int i, const Gp& scratch) {
 }
 
 void EpilogueEmitter::apply_scale(const Vec& sums, int i, const Gp& scratch) {
-  const Vec mask = temp(0), other = temp(1); // `other` with 256 bits
+  const Vec mask = temp(0), other = temp(1);
   a_.vcvtdq2ps(sums, sums);
   a_.vmulps(sums, sums, column(scratch, i, scale_));
   if (epilogue_.has_float_slope()) {
