@@ -1,5 +1,6 @@
 #include "api/c_int8_mm.h"
 
+#include "api/c_int8_pack.h"
 #include "api/c_structs.h"
 #include "jit/ops/int8_mm_driver.h"
 
@@ -93,21 +94,6 @@ Status desc_from_c(const kiln_desc* given, KernelDesc& out) {
   return {};
 }
 
-class CPack final : public AnyPack {
-public:
-  explicit CPack(Pack pack) : pack_(std::move(pack)), layout_(pack_.id()) {}
-  OpId op() const override { return OpId::int8_mm; }
-  Status save(const std::string& path) const override { return pack_.save(path); }
-  Info info() const override {
-    return {"int8_mm", layout_.c_str(), pack_.n(), pack_.k(), static_cast<std::uint64_t>(pack_.bytes())};
-  }
-  const Pack& pack() const { return pack_; }
-
-private:
-  Pack pack_;
-  std::string layout_;
-};
-
 Status args_from_c(const kiln_args* given, Args& out) {
   kiln_int8_mm_args copy;
   const kiln_int8_mm_args* read = nullptr;
@@ -123,11 +109,8 @@ Status args_from_c(const kiln_args* given, Args& out) {
   out.m = a.m;
   out.a = a.a;
   out.lda = a.lda;
-  if (a.b_pack != nullptr) {
-    if (Status s = check_pack_op(*a.b_pack->pack, OpId::int8_mm, "int8_mm: b_pack"); !s)
-      return s;
-    out.pack = &static_cast<const CPack&>(*a.b_pack->pack).pack();
-  }
+  if (Status s = read_int8_pack(a.b_pack, "int8_mm: b_pack", out.pack); !s)
+    return s;
   out.b = a.b;
   out.ldb = a.ldb;
   out.c = a.c;
@@ -165,45 +148,13 @@ Result<std::uint64_t> workspace_from_c(const Kernel& kernel, const kiln_args* gi
   return int8_mm::workspace_bytes(kernel, args);
 }
 
-/// A pack serves every m, so its layout is that of the unbounded class.
-Result<PackLayout> layout_for(Engine& engine, KernelDesc desc) {
-  desc.value[kM] = kAny;
-  const Result<std::string> id = engine.pack_layout(desc);
-  return id ? PackLayout::parse(*id) : Result<PackLayout>(id.status());
-}
-
 Result<std::unique_ptr<AnyPack>> pack_from_c(Engine& engine, const KernelDesc& desc, const void* b, std::int64_t ldb) {
-  const Result<PackLayout> layout = layout_for(engine, desc);
-  if (!layout)
-    return layout.status();
-  Result<Pack> pack = Pack::make(*layout, b, ldb, static_cast<BLayout>(desc.value[kBLayout]), desc.value[kN],
-                                 desc.value[kK], engine.runtime().parallel, static_cast<BDtype>(desc.value[kBDtype]));
-  if (!pack)
-    return pack.status();
-  if (desc.device.kind == DeviceKind::cuda)
-    if (Status s = pack->move_to(desc.device, engine.runtime()); !s)
-      return s;
-  return std::unique_ptr<AnyPack>(std::make_unique<CPack>(std::move(*pack)));
+  return make_int8_pack(engine, desc, b, ldb, static_cast<BLayout>(desc.value[kBLayout]), desc.value[kN],
+                        desc.value[kK], static_cast<BDtype>(desc.value[kBDtype]));
 }
 
 Result<std::unique_ptr<AnyPack>> load_pack_from_c(Engine& engine, const KernelDesc& desc, const std::string& path) {
-  const Result<PackLayout> layout = layout_for(engine, desc);
-  if (!layout)
-    return layout.status();
-  Result<Pack> pack = Pack::load(path);
-  if (!pack)
-    return pack.status();
-  const auto b_dtype = static_cast<BDtype>(desc.value[kBDtype]);
-  if (!(pack->layout() == *layout) || pack->b_dtype() != b_dtype || pack->n() != desc.value[kN] ||
-      pack->k() != desc.value[kK])
-    return Status::error(Code::invalid_argument,
-                         fmt::format("{}: a pack of layout {} n={} k={}: allowed here is layout {}{} n={} k={}", path,
-                                     pack->id(), pack->n(), pack->k(), layout->id(), b_dtype == BDtype::u8 ? "/u8" : "",
-                                     desc.value[kN], desc.value[kK]));
-  if (desc.device.kind == DeviceKind::cuda)
-    if (Status s = pack->move_to(desc.device, engine.runtime()); !s)
-      return s;
-  return std::unique_ptr<AnyPack>(std::make_unique<CPack>(std::move(*pack)));
+  return load_int8_pack(engine, desc, path, desc.value[kN], desc.value[kK], static_cast<BDtype>(desc.value[kBDtype]));
 }
 
 } // namespace

@@ -114,7 +114,7 @@ KILN_API void kiln_engine_destroy(kiln_engine* engine);
 
 typedef enum kiln_op {
   KILN_OP_INT8_MM = 1,
-  KILN_OP_INT8_LINEAR = 2,   /* reserved */
+  KILN_OP_INT8_LINEAR = 2,
   KILN_OP_INT4_MM = 3,
   KILN_OP_FP8_BLOCK_BMM = 4, /* reserved */
   KILN_OP_ATTENTION = 5      /* reserved */
@@ -215,6 +215,24 @@ typedef struct kiln_int8_mm_desc {
   {{sizeof(kiln_int8_mm_desc), KILN_OP_INT8_MM, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, KILN_B_NK, KILN_S8, KILN_S32, 0, KILN_RESCALE_NONE, KILN_PER_CHANNEL, \
    KILN_S8, KILN_ABSENT, KILN_ABSENT, KILN_ABSENT, KILN_ROUND_ZERO, KILN_ACT_NONE, KILN_ABSENT, KILN_ABSENT}
 
+/* int8_linear: Y[M,N] = dequant(quant(X[M,K]) · W[K,N]) + bias: a linear layer with s8 weights and activations that are quantised row by row
+ * as they come. In f32, for each row of X: a = max|x|, s = a / 127, r = 127 / a, q = x · r rounded half to even; where a is 0 or r is not finite,
+ * s and q are 0. Then y = fma(f32(Σ q·w), s · ws[n], bias[n]), with +0 for an absent bias, rounded to Y's type to nearest even. Every operation is
+ * rounded to nearest even without flushing denormals, whatever the caller's floating-point state: the same bits on every path. A row with a NaN or an
+ * infinity is NaN whole, and no other row changes; a NaN is 0x7FC00000 (f32), 0x7FC0 (bf16), 0x7E00 (f16).
+ * Any sizes from 0 to 2^31 − 1; m and its classes as in int8_mm. Packs are those of int8_mm: one made for either op serves the other where both tell the
+ * same kiln_kernel_info.pack_layout. CPUs only. */
+typedef struct kiln_int8_linear_desc {
+  kiln_desc base;
+  int64_t m, n, k;
+  int32_t x_dtype;  /* KILN_BF16, KILN_F16 or KILN_F32 */
+  int32_t y_dtype;  /* likewise */
+  int32_t bias;     /* 0 or 1: whether there is one */
+  int32_t w_layout; /* kiln_b_layout, of the W that is packed */
+} kiln_int8_linear_desc;
+#define KILN_INT8_LINEAR_DESC_INIT \
+  {{sizeof(kiln_int8_linear_desc), KILN_OP_INT8_LINEAR, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, KILN_BF16, KILN_BF16, 0, KILN_B_NK}
+
 /* int4_mm: Y[M,N] = X[M,K] · W; X and Y bf16, sums f32. A weight is w = (q − 8)·scale + zero with q from 0 to 15, and one bf16 scale and zero
  * for each n and `group` elements of K. n is a multiple of 8, k of the group.
  * Weights come in one of two forms of n·k/2 bytes: uint8 [n][k/2] with the even k in the high nibble (inner_k_tiles = 0), or the tensor-core
@@ -282,7 +300,7 @@ KILN_API kiln_status kiln_kernel_get_info(const kiln_kernel* kernel, kiln_kernel
  * to make it; releasing it frees the memory, which waits for the GPU. */
 typedef struct kiln_pack kiln_pack;
 
-/* Packs B of an int8_mm desc (its m is ignored). `b` is host memory, for a pack on a GPU too, and read during the call only; ldb ≥ n (KILN_B_KN)
+/* Packs B of an int8_mm desc, or W of an int8_linear desc (its m is ignored, as what X and Y are). `b` is host memory, for a pack on a GPU too, and read during the call only; ldb ≥ n (KILN_B_KN)
  * or ≥ k (KILN_B_NK). */
 KILN_API kiln_status kiln_pack_create(kiln_engine* engine, const kiln_desc* desc, const void* b, int64_t ldb, kiln_pack** pack);
 
@@ -365,6 +383,23 @@ typedef struct kiln_int8_mm_args {
 #define KILN_INT8_MM_ARGS_INIT \
   {{sizeof(kiln_int8_mm_args), KILN_OP_INT8_MM, 0}, 0, 0, 0, 0, 0, 0, KILN_B_NK, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 /* On a GPU a and a raw b are 16-byte aligned, lda and ldb multiples of 16, and a raw b is KILN_B_NK. */
+
+/* Y[m,n] = dequant(quant(X[m,k]) · W) + bias. Buffers are read and written within m, n, k exactly and must not overlap; each is aligned to its
+ * elements. Nothing is allocated but the arena, which grows to what the largest call needs. */
+typedef struct kiln_int8_linear_args {
+  kiln_args base;
+  int64_t m; /* rows of this call, one of those that the kernel serves; m = 0 does nothing */
+  const void* x; /* of x_dtype */
+  int64_t ldx; /* ≥ k */
+  const kiln_pack* w_pack;
+  const float* ws; /* [n] */
+  const float* bias; /* [n] with a desc of bias = 1, else NULL */
+  void* y; /* of y_dtype */
+  int64_t ldy; /* ≥ n */
+  void* workspace; /* NULL: a per-thread arena of Kiln's. Else 64-byte aligned, for this call alone */
+  uint64_t workspace_bytes; /* ≥ what kiln_workspace_bytes tells for the same args */
+} kiln_int8_linear_args;
+#define KILN_INT8_LINEAR_ARGS_INIT {{sizeof(kiln_int8_linear_args), KILN_OP_INT8_LINEAR, 0}, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
 /* Y[m,n] = X[m,k] · W. Buffers are read and written within m, n, k exactly and must not overlap. On a GPU x and y are 16-byte aligned, ldx and
  * ldy multiples of 8. */

@@ -16,7 +16,7 @@ std::span<const Implementation> implementation_table() {
       arm::int8_mm_sme(),         arm::int8_mm_sve_i8mm(),   arm::int8_mm_i8mm(),     arm::int8_mm_sve_sdot(),
       arm::int8_mm_sdot(),        arm::int8_mm_neon(),       portable::int8_mm(),     nvidia::int8_mm_wgmma(),
       nvidia::int8_mm_mma_sync(), reference::int8_mm(),      nvidia::int4_mm_wgmma(), nvidia::int4_mm_mma_sync(),
-      reference::int4_mm(),
+      reference::int4_mm(),       reference::int8_linear(),
   };
   return table;
 }

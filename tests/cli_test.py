@@ -24,7 +24,8 @@ MODELS = pathlib.Path()
 REDIS = shutil.which("redis-server") or shutil.which("redis-check-rdb")
 OK, FAILED, USAGE, INTEGRITY = 0, 1, 2, 3
 SHAPE = ["int8_mm", "m=5", "n=33", "k=70"]
-SHAPES = {"int8_mm": SHAPE, "int4_mm": ["int4_mm", "m=5", "n=40", "k=192", "group=64"]}
+SHAPES = {"int8_mm": SHAPE, "int8_linear": ["int8_linear", "m=5", "n=33", "k=70", "bias=1"],
+          "int4_mm": ["int4_mm", "m=5", "n=40", "k=192", "group=64"]}
 SEED = int(os.environ.get("KILN_TEST_SEED", "1"))
 
 

@@ -10,7 +10,9 @@
 #include <fmt/format.h>
 
 #include "jit/cuda/module.h"
+#include "jit/floating_point.h"
 #include "jit/ops/int4_mm_driver.h"
+#include "jit/ops/int8_linear_driver.h"
 #include "jit/ops/int8_mm_driver.h"
 
 namespace kiln::cli {
@@ -198,6 +200,39 @@ void reference_int8_mm(const KernelDesc& desc, std::span<Tensor> tensors) {
                      row_length(tensors[kC]));
 }
 
+// ---------------------------------------------------------------- int8_linear
+
+enum Int8LinearTensor { kLinearX, kLinearW, kLinearWs, kLinearBias, kLinearY };
+
+Result<Invocation> prepare_int8_linear(const Kernel& kernel, const KernelDesc& desc, std::span<Tensor> tensors) {
+  const auto& plan = *static_cast<const int8_linear::Plan*>(kernel.plan());
+  Result<int8_mm::Pack> made =
+      int8_mm::Pack::make(plan.layout, tensors[kLinearW].as<std::int8_t>(), row_length(tensors[kLinearW]),
+                          static_cast<int8_linear::WLayout>(desc.value[int8_linear::kWLayout]),
+                          desc.value[int8_linear::kN], desc.value[int8_linear::kK], kernel.runtime().parallel);
+  if (!made)
+    return made.status();
+  const auto pack = std::make_shared<const int8_mm::Pack>(std::move(*made));
+  const int8_linear::Args args = {.m = desc.value[int8_linear::kM],
+                                  .x = tensors[kLinearX].as<void>(),
+                                  .ldx = row_length(tensors[kLinearX]),
+                                  .pack = pack.get(),
+                                  .ws = tensors[kLinearWs].as<float>(),
+                                  .bias = int8_linear::has_bias(desc) ? tensors[kLinearBias].as<float>() : nullptr,
+                                  .y = tensors[kLinearY].as<void>(),
+                                  .ldy = row_length(tensors[kLinearY])};
+  return Invocation{[&kernel, pack, args] { return int8_linear::run(kernel, args); }, {}};
+}
+
+void reference_int8_linear(const KernelDesc& desc, std::span<Tensor> tensors) {
+  const DefaultFloatingPoint scope;
+  int8_linear::reference(desc, desc.value[int8_linear::kM], tensors[kLinearX].as<void>(), row_length(tensors[kLinearX]),
+                         tensors[kLinearW].as<std::int8_t>(), row_length(tensors[kLinearW]),
+                         tensors[kLinearWs].as<float>(),
+                         int8_linear::has_bias(desc) ? tensors[kLinearBias].as<float>() : nullptr,
+                         tensors[kLinearY].as<void>(), row_length(tensors[kLinearY]));
+}
+
 // ---------------------------------------------------------------- int4_mm
 
 enum Int4MmTensor { kX, kW, kWPacked, kSz, kY };
@@ -249,6 +284,7 @@ constexpr OpRunner kRunners[] = {
      .reference = reference_int8_mm,
      .relative_bound = 0,
      .make_sensible = make_sensible_int8_mm},
+    {.op = OpId::int8_linear, .prepare = prepare_int8_linear, .reference = reference_int8_linear, .relative_bound = 0},
     {.op = OpId::int4_mm, .prepare = prepare_int4_mm, .reference = reference_int4_mm, .relative_bound = 4e-3},
 };
 

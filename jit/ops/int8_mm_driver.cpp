@@ -10,6 +10,7 @@
 #include <fmt/format.h>
 
 #include "jit/cuda/call.h"
+#include "jit/ops/int8_cut.h"
 #include "jit/pack_file.h"
 #include "jit/pages.h"
 
@@ -84,22 +85,6 @@ Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std:
 
 // ---------------------------------------------------------------- cutting a call into ranges
 
-constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) {
-  return (v + step - 1) / step * step;
-}
-
-/// Part i of `parts` nearly equal parts of [0, size), cut at multiples of `step`.
-struct Range {
-  std::int64_t begin, end;
-  std::int64_t size() const { return end - begin; }
-};
-Range part(std::int64_t size, std::int64_t step, std::int64_t parts, std::int64_t i) {
-  if (parts == 1) // the usual case, without its divisions
-    return {0, size};
-  const std::int64_t units = (size + step - 1) / step;
-  return {std::min(size, units * i / parts * step), std::min(size, units * (i + 1) / parts * step)};
-}
-
 /// How a call is cut: tasks for threads, row blocks that keep A in the L2 cache, and for a raw B the columns packed at
 /// a time. Every cut of rows leaves pieces that the kernel's class of m serves.
 struct Cut {
@@ -111,38 +96,16 @@ struct Cut {
   std::int64_t task_bytes() const { return kernel_workspace + chunk_bytes + terms_bytes; }
 };
 
-/// A second thread pays when the call takes longer than a few times the pool's hand-over; rates are those of one recent
-/// core.
-constexpr double kOperationsPerMicrosecond = 1e6, kBytesPerMicrosecond = 1e5, kFewestMicroseconds = 8;
-
-bool worth_threads(std::int64_t m, std::int64_t n, std::int64_t k) {
-  const double microseconds_per_weight =
-      std::max(2 * static_cast<double>(m) / kOperationsPerMicrosecond, 1 / kBytesPerMicrosecond);
-  return static_cast<double>(n) * static_cast<double>(k) * microseconds_per_weight > kFewestMicroseconds;
-}
-
-/// The most parts of m rows that all stay within the kernel's class.
-std::int64_t most_row_parts(const Kernel& kernel, const Plan& plan, std::int64_t m) {
-  return std::max<std::int64_t>(1, m / (std::max<std::int64_t>(kernel.m_range().min, 1) + plan.m_step));
-}
-
 Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int64_t n, std::int64_t k) {
   const Runtime& runtime = kernel.runtime();
   Cut cut;
   const int threads =
       args.threads > 0 ? std::min(args.threads, runtime.parallel.threads()) : runtime.parallel.threads();
   if (threads > 1 && worth_threads(args.m, n, k)) {
-    const std::int64_t most_n = std::min<std::int64_t>(threads, (n + plan.n_step - 1) / plan.n_step);
-    const std::int64_t most_m = std::min<std::int64_t>(threads, most_row_parts(kernel, plan, args.m));
-    // What is not cut, every thread goes through: all of B, or all of A, which costs a row's bytes about three times
-    // (read, converted, written to workspace).
-    if (3 * args.m > n) {
-      cut.m_parts = most_m;
-      cut.n_parts = std::min(threads / cut.m_parts, most_n);
-    } else {
-      cut.n_parts = most_n;
-      cut.m_parts = std::min(threads / cut.n_parts, most_m);
-    }
+    const Parts parts =
+        parts_for(threads, args.m, most_row_parts(kernel.m_range(), plan.m_step, args.m), n, plan.n_step);
+    cut.n_parts = parts.n;
+    cut.m_parts = parts.m;
   }
   std::int64_t rows = args.m; // at most, of one call of the kernel
   if (cut.m_parts > 1)
@@ -153,7 +116,7 @@ Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int6
     const std::int64_t rows_in_cache = std::max<std::int64_t>(plan.m_step, l2 / 2 / std::max<std::int64_t>(k, 1));
     cut.m_blocks = std::clamp<std::int64_t>(
         (rows + rows_in_cache - 1) / rows_in_cache, 1,
-        most_row_parts(kernel, plan, cut.m_parts > 1 ? args.m / cut.m_parts - plan.m_step : args.m));
+        most_row_parts(kernel.m_range(), plan.m_step, cut.m_parts > 1 ? args.m / cut.m_parts - plan.m_step : args.m));
     rows = (rows + cut.m_blocks - 1) / cut.m_blocks + plan.m_step;
   }
   cut.kernel_workspace = round_up(plan.workspace_bytes(rows), 64);
