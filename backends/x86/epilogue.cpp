@@ -62,8 +62,46 @@ EpilogueEmitter::EpilogueEmitter(Assembler& assembler, const int8_mm::Epilogue& 
     wide_ = wide_slots(column_bytes_, true);
 }
 
+namespace {
+
+int8_mm::Epilogue output_of(const KernelDesc& linear) {
+  constexpr CDtype types[] = {CDtype::bf16, CDtype::f16, CDtype::f32};
+  int8_mm::Epilogue epilogue;
+  epilogue.c_dtype = types[static_cast<int>(int8_linear::y_of(linear))];
+  epilogue.rescale = Rescale::scale;
+  return epilogue;
+}
+
+int8_mm::TermsLayout terms_of(const KernelDesc& linear) {
+  int8_mm::TermsLayout terms;
+  terms.offset = int8_linear::TermsLayout::kOffset;
+  terms.multiplier = int8_linear::TermsLayout::kWs;
+  terms.count = int8_linear::TermsLayout::count(linear);
+  return terms;
+}
+
+} // namespace
+
+EpilogueEmitter::EpilogueEmitter(Assembler& assembler, const KernelDesc& linear, int vector_bytes, int vectors,
+                                 std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp)
+    : a_(assembler), epilogue_(output_of(linear)), terms_(terms_of(linear)), vector_bytes_(vector_bytes),
+      vectors_(vectors), temps_{first_temp, second_temp, third_temp}, dequantises_(true),
+      has_bias_(int8_linear::has_bias(linear)) {
+  nan_ = slot(shared_bytes_);
+  if (epilogue_.c_dtype == CDtype::bf16) {
+    bf16_half_ = slot(shared_bytes_);
+    one_ = slot(shared_bytes_);
+  }
+  offset_ = slot(column_bytes_);
+  scale_ = slot(column_bytes_);
+  if (has_bias_)
+    bias_ = slot(column_bytes_);
+}
+
 Features EpilogueEmitter::features() const {
   Features features;
+  if (dequantises_ && !is_512())
+    features.add(Feature::fma);
   if (is_512())
     features.add(Feature::avx512vl);
   else if (epilogue_.c_dtype == CDtype::f16)
@@ -179,6 +217,7 @@ void EpilogueEmitter::prepare_columns(int i, const Gp& terms, int at, int array_
   copy(row_sum_, terms_.row_sum);
   copy(scale_, terms_.multiplier);
   copy(left_, terms_.shift);
+  copy(bias_, int8_linear::TermsLayout::kBias);
   if (epilogue_.rounds_wide()) {
     load(reg(0), term(terms_.multiplier));
     load(reg(1), term(terms_.shift));
@@ -295,7 +334,9 @@ void EpilogueEmitter::apply(const Vec& sums, int i, const Gp& scratch, const Mem
     add_product(sums, a_zp, column(scratch, i, a_zp_));
   if (row_sum_ >= 0)
     add_product(sums, row_sum, column(scratch, i, row_sum_));
-  if (epilogue_.rescale == Rescale::scale)
+  if (dequantises_)
+    dequantise(sums, i, scratch, a_zp);
+  else if (epilogue_.rescale == Rescale::scale)
     apply_scale(sums, i, scratch);
   else
     apply_integer(sums, i, scratch);
@@ -369,6 +410,33 @@ void EpilogueEmitter::apply_scale(const Vec& sums, int i, const Gp& scratch) {
     a_.vcmpps(mask, sums, mask, VCmpImm::kGE_OS);
     a_.vcvtps2dq(sums, sums);
     a_.vpxor(sums, sums, mask);
+  }
+}
+
+void EpilogueEmitter::dequantise(const Vec& sums, int i, const Gp& scratch, const Mem& s) {
+  const Vec t = temp(0), other = temp(1);
+  if (is_512()) {
+    load(t, column(scratch, i, scale_));
+    a_.vmulps(t, t, s._1to16());
+  } else {
+    a_.vbroadcastss(t, s);
+    a_.vmulps(t, t, column(scratch, i, scale_));
+  }
+  a_.vcvtdq2ps(sums, sums);
+  if (has_bias_) {
+    a_.vfmadd213ps(sums, t, column(scratch, i, bias_));
+  } else { // a sum of −0 and +0
+    is_512() ? a_.vpxord(other, other, other) : a_.vpxor(other, other, other);
+    a_.vfmadd213ps(sums, t, other);
+  }
+  // Whatever NaN it is becomes ours.
+  if (is_512()) {
+    a_.vcmpps(kSelect, sums, sums, VCmpImm::kUNORD_Q);
+    a_.k(kSelect).vmovaps(sums, shared(scratch, nan_));
+  } else {
+    a_.vcmpps(t, sums, sums, VCmpImm::kUNORD_Q);
+    load(other, shared(scratch, nan_));
+    a_.vblendvps(sums, sums, other, t);
   }
 }
 

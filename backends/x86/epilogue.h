@@ -1,5 +1,6 @@
 #pragma once
 #include "backends/x86/emit.h"
+#include "jit/ops/int8_linear.h"
 #include "jit/ops/int8_mm_epilogue.h"
 
 /// What becomes of finished s32 sums on their way from registers to C: int8_mm's epilogue on vectors of 8 (AVX2) or 16
@@ -27,6 +28,10 @@ public:
   EpilogueEmitter(Assembler& assembler, const int8_mm::Epilogue& epilogue, int vector_bytes, int vectors,
                   std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp, int scratch_at = 0);
 
+  /// int8_linear's stage in place of int8_mm's, for its terms and the types of a desc: y = fma(f32(sum), s · ws, bias).
+  EpilogueEmitter(Assembler& assembler, const KernelDesc& linear, int vector_bytes, int vectors,
+                  std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp);
+
   /// Of the scratch memory, which is 64-byte aligned: a multiple of 64.
   int scratch_bytes() const { return (shared_bytes_ - scratch_at_ + vectors_ * column_bytes_ + 63) / 64 * 64; }
   /// What the code uses beside AVX2, or AVX-512F and BW.
@@ -43,7 +48,7 @@ public:
   void add_offsets(const Vec& sums, int i, const Gp& scratch);
 
   /// Sums, that began at the offsets, of vector `i` of columns. `a_zp` and `row_sum`: the row's s32, read only with
-  /// those stages. Results as s32, or as f32 for float outputs, in `sums`.
+  /// those stages; of int8_linear a_zp is the row's s. Results as s32, or as f32 for float outputs, in `sums`.
   void apply(const Vec& sums, int i, const Gp& scratch, const Mem& a_zp, const Mem& row_sum);
 
   /// 512 bits: 16 results to C at `to`, those of `mask`. Clobbers `results`.
@@ -83,6 +88,7 @@ private:
   void prepare_wide(const Wide& wide, const Gp& scratch, int base);
   void round_wide(const Vec& from, const Vec& to, const Wide& wide, const Gp& scratch, int base);
   void apply_scale(const Vec& sums, int i, const Gp& scratch);
+  void dequantise(const Vec& sums, int i, const Gp& scratch, const Mem& s);
   void apply_integer(const Vec& sums, int i, const Gp& scratch);
   void add_product(const Vec& sums, const Mem& of_row, const Mem& of_columns);
 
@@ -91,14 +97,15 @@ private:
   const int8_mm::TermsLayout terms_;
   const int vector_bytes_, vectors_;
   const std::uint32_t temps_[3];
-  const int scratch_at_;
+  const bool dequantises_ = false, has_bias_ = false; ///< int8_linear
+  const int scratch_at_ = 0;
   int shared_bytes_ = scratch_at_; ///< where the shared part ends
   int column_bytes_ = 0;           ///< of a vector of columns
   // Slots of the shared part; −1: none.
   int lo_ = -1, hi_ = -1, c_zp_ = -1, slope_ = -1, limit_ = -1, nan_ = -1, bf16_half_ = -1, one_ = -1;
   Wide slope_wide_{};
   // Slots of each vector of columns.
-  int offset_ = -1, a_zp_ = -1, row_sum_ = -1, scale_ = -1, left_ = -1;
+  int offset_ = -1, a_zp_ = -1, row_sum_ = -1, scale_ = -1, left_ = -1, bias_ = -1;
   Wide wide_{};
 };
 

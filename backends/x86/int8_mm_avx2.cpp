@@ -77,7 +77,18 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target&, std::string_vi
   return compile_vex<Path>(desc, kLayout, kFeatures, bytes_per_element, false);
 }
 
+Result<CodeObject> compile_linear(const KernelDesc& desc, const Target&, std::string_view) {
+  return compile_linear_vex<Path>(desc, kLayout, kFeatures, QuantisedRows::Form::s16);
+}
+
 } // namespace
+
+Implementation int8_linear_avx2() {
+  return linear_row(
+      IsaPath::avx2, kFeatures,
+      [](const KernelDesc& desc, const Target&) { return linear_vex_features(kFeatures, desc); },
+      [](const KernelDesc&, const Target&) { return kLayout.id(); }, compile_linear);
+}
 
 Implementation int8_mm_avx2() {
   Implementation row = nest_row(

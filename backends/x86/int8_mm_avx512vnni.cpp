@@ -1,5 +1,6 @@
 #include <optional>
 
+#include "backends/x86/int8_linear.h"
 #include "backends/x86/int8_mm_nest.h"
 #include "backends/x86/rows.h"
 
@@ -241,7 +242,7 @@ public:
       a_.embedInt32(lane);
   }
 
-private:
+protected:
   Zmm acc(int row, int panel, int set = 0) const {
     return Zmm((set * shape_.heights.max + row) * tile_.panels + panel);
   }
@@ -257,25 +258,31 @@ private:
   asmjit::Label lanes_;            ///< s32 0 … 15
 };
 
+NestShape shape_for(const Tile& tile, std::int64_t m_class, std::int64_t k) {
+  const int8_mm::Heights heights = int8_mm::heights_for(m_class, 1, tile.rows);
+  return {.heights = heights,
+          .panels = tile.panels,
+          .layout = kLayout,
+          .k = k,
+          .row_stride = workspace_row_stride(k),
+          .row_step = 4,
+          .unroll = tile.unroll,
+          .streams = heights.single_tile,
+          .ahead = !heights.single_tile};
+}
+
+// No row tile has more than 28 accumulators, and B and A are done with.
+constexpr std::uint32_t kTemps[] = {29, 30, 31};
+
 Result<CodeObject> compile(const KernelDesc& desc, const Target&, std::string_view) {
   const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
   const Tile tile = tile_for(m_class, desc.value[int8_mm::kN] * k);
-  const int8_mm::Heights heights = int8_mm::heights_for(m_class, 1, tile.rows);
-  NestShape shape{.heights = heights,
-                  .panels = tile.panels,
-                  .layout = kLayout,
-                  .k = k,
-                  .row_stride = workspace_row_stride(k),
-                  .row_step = 4,
-                  .unroll = tile.unroll,
-                  .streams = heights.single_tile,
-                  .ahead = !heights.single_tile};
+  NestShape shape = shape_for(tile, m_class, k);
   Assembler a;
   const int8_mm::Epilogue epilogue = int8_mm::Epilogue::of(desc);
   std::optional<EpilogueEmitter> emitter;
   if (!epilogue.is_absent()) {
-    // No row tile has more than 28 accumulators, and B and A are done with.
-    emitter.emplace(a, epilogue, 64, tile.panels, 29, 30, 31);
+    emitter.emplace(a, epilogue, 64, tile.panels, kTemps[0], kTemps[1], kTemps[2]);
     shape.add_epilogue(epilogue, emitter->scratch_bytes());
   }
   Path path(a, shape, tile, epilogue, emitter ? &*emitter : nullptr);
@@ -291,7 +298,33 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target&, std::string_vi
   return a.finish(features_for(desc), plan.values());
 }
 
+Features linear_features(const KernelDesc&, const Target&) {
+  Features features = kFeatures;
+  features.add(Feature::avx512vl);
+  return features;
+}
+
+Result<CodeObject> compile_linear(const KernelDesc& desc, const Target& target, std::string_view) {
+  const std::int64_t m_class = desc.value[int8_linear::kM], k = desc.value[int8_linear::kK];
+  const Tile tile = tile_for(m_class, desc.value[int8_linear::kN] * k);
+  NestShape shape = shape_for(tile, m_class, k);
+  constexpr auto form = QuantisedRows::Form::u8;
+  Assembler a;
+  EpilogueEmitter emitter(a, desc, 64, tile.panels, kTemps[0], kTemps[1], kTemps[2]);
+  add_linear(shape, desc, emitter.scratch_bytes());
+  emit_quantiser_512(a, {.form = form, .x = int8_linear::x_of(desc), .k = k, .row_stride = shape.row_stride});
+  LinearPath<Path> path(a, shape, tile, int8_mm::Epilogue(), &emitter);
+  emit_nest(a, shape, path);
+  return a.finish(linear_features(desc, target), linear_plan(shape, form).values());
+}
+
 } // namespace
+
+Implementation int8_linear_avx512vnni() {
+  return linear_row(
+      IsaPath::avx512vnni, kFeatures, linear_features, [](const KernelDesc&, const Target&) { return kLayout.id(); },
+      compile_linear);
+}
 
 Implementation int8_mm_avx512vnni() {
   Implementation row = nest_row(

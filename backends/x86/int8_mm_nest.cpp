@@ -31,7 +31,7 @@ std::int64_t workspace_row_stride(std::int64_t bytes) {
 }
 
 Status supports_nest(const KernelDesc& desc, const Target&) {
-  return int8_mm::check_k(desc, std::int64_t{1} << 26);
+  return int8_mm::check_k(desc, kNestMaxK);
 }
 
 void NestShape::add_epilogue(const int8_mm::Epilogue& epilogue, int epilogue_scratch_bytes) {
@@ -124,7 +124,10 @@ void Nest::load_arguments() {
     a_.shl(role::ldc, log2(shape_.c_bytes));
   a_.mov(role::n_left, ptr(rdi, offsetof(Call, n)));
   a_.mov(rax, ptr(rdi, offsetof(Call, workspace)));
-  if (shape_.terms > 0) {
+  if (shape_.scratch_field > 0) {
+    a_.mov(rbx, ptr(rdi, shape_.scratch_field));
+    a_.mov(ptr(rsp, kScratch), rbx);
+  } else if (shape_.terms > 0) {
     a_.mov(ptr(rsp, kScratch), rax);
     a_.add(rax, shape_.scratch_bytes);
   }

@@ -23,6 +23,9 @@ namespace kiln::x86 {
 /// step (+1 % at K = 4096 on Zen 5).
 std::int64_t workspace_row_stride(std::int64_t bytes);
 
+/// The largest K of the nest: a tile of rows is addressed by 32-bit displacements.
+inline constexpr std::int64_t kNestMaxK = std::int64_t{1} << 26;
+
 /// What the nest can serve: a tile of rows is addressed by 32-bit displacements.
 Status supports_nest(const KernelDesc& desc, const Target& target);
 
@@ -48,6 +51,9 @@ struct NestShape {
   int terms = 0; ///< arrays of its terms; 0: no epilogue
   int scratch_bytes = 0;
   bool row_zp = false, row_sums = false;
+  /// Where in the Call a pointer to the scratch memory is, when the rows of `workspace` are there already, without
+  /// scratch memory before them; 0: they are not.
+  int scratch_field = 0;
 
   /// Where a row's values lie, from its first byte.
   int row_sum_at() const { return static_cast<int>(row_stride) - 4; }

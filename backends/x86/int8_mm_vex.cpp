@@ -17,6 +17,26 @@ VexTile vex_tile_for(std::int64_t m_class) {
   }
 }
 
+NestShape vex_shape_for(const VexTile& tile, std::int64_t m_class, int8_mm::PackLayout layout, std::int64_t k,
+                        int bytes_per_element) {
+  const int8_mm::Heights heights = int8_mm::heights_for(m_class, 1, tile.rows);
+  return {.heights = heights,
+          .panels = 1,
+          .layout = layout,
+          .k = k,
+          .row_stride = workspace_row_stride(bytes_per_element * k),
+          .row_step = 4,
+          .unroll = tile.unroll,
+          .ahead = !heights.single_tile};
+}
+
+Features linear_vex_features(Features path, const KernelDesc& desc) {
+  path.add(Feature::fma);
+  if (int8_linear::x_of(desc) == int8_linear::Float::f16 || int8_linear::y_of(desc) == int8_linear::Float::f16)
+    path.add(Feature::f16c);
+  return path;
+}
+
 Features vex_features(Features path, const KernelDesc& desc) {
   if (int8_mm::Epilogue::of(desc).c_dtype == int8_mm::CDtype::f16)
     path.add(Feature::f16c);

@@ -2,6 +2,7 @@
 #include <optional>
 #include <vector>
 
+#include "backends/x86/int8_linear.h"
 #include "backends/x86/int8_mm_nest.h"
 
 /// What the two 256-bit paths of int8_mm share: a tile of rows × one panel of 16 columns in 16 registers, and its
@@ -118,6 +119,14 @@ void emit_rows(Assembler& a, const NestShape& shape, int width, int out_scale, C
   a.jnz(next_row);
 }
 
+NestShape vex_shape_for(const VexTile& tile, std::int64_t m_class, int8_mm::PackLayout layout, std::int64_t k,
+                        int bytes_per_element);
+
+/// For an EpilogueEmitter: the vectors of a panel, the registers of A and B, and a line of scratch memory for the
+/// columns that N cuts.
+inline constexpr int kVexVectors = 2, kVexLine = 64;
+inline constexpr std::uint32_t kVexTemps[] = {12, 13, 14};
+
 /// What the code uses: f16 outputs need more than the path does.
 Features vex_features(Features path, const KernelDesc& desc);
 
@@ -128,22 +137,13 @@ Result<CodeObject> compile_vex(const KernelDesc& desc, int8_mm::PackLayout layou
                                int bytes_per_element, bool flips) {
   const std::int64_t m_class = desc.value[int8_mm::kM], k = desc.value[int8_mm::kK];
   const VexTile tile = vex_tile_for(m_class);
-  const int8_mm::Heights heights = int8_mm::heights_for(m_class, 1, tile.rows);
-  NestShape shape{.heights = heights,
-                  .panels = 1,
-                  .layout = layout,
-                  .k = k,
-                  .row_stride = workspace_row_stride(bytes_per_element * k),
-                  .row_step = 4,
-                  .unroll = tile.unroll,
-                  .ahead = !heights.single_tile};
+  NestShape shape = vex_shape_for(tile, m_class, layout, k, bytes_per_element);
   Assembler a;
   const int8_mm::Epilogue epilogue = int8_mm::Epilogue::of(desc);
   std::optional<EpilogueEmitter> emitter;
   if (!epilogue.is_absent()) {
-    constexpr int vectors_of_panel = 2, line = 64;                  // a line for the columns that N cuts
-    emitter.emplace(a, epilogue, 32, vectors_of_panel, 12, 13, 14); // those of A and B
-    shape.add_epilogue(epilogue, emitter->scratch_bytes() + line);
+    emitter.emplace(a, epilogue, 32, kVexVectors, kVexTemps[0], kVexTemps[1], kVexTemps[2]);
+    shape.add_epilogue(epilogue, emitter->scratch_bytes() + kVexLine);
   }
   Path path(a, shape, tile, epilogue, emitter ? &*emitter : nullptr);
   emit_nest(a, shape, path);
@@ -155,6 +155,25 @@ Result<CodeObject> compile_vex(const KernelDesc& desc, int8_mm::PackLayout layou
   if (emitter && flips && epilogue.a_dtype == int8_mm::ADtype::s8)
     plan.a_shift = 128;
   return a.finish(vex_features(features, desc), plan.values());
+}
+
+/// What int8_linear needs and its code uses beside the path's own.
+Features linear_vex_features(Features path, const KernelDesc& desc);
+
+/// Likewise of int8_linear, for rows of this form.
+template <class Path>
+Result<CodeObject> compile_linear_vex(const KernelDesc& desc, int8_mm::PackLayout layout, Features features,
+                                      QuantisedRows::Form form) {
+  const std::int64_t m_class = desc.value[int8_linear::kM], k = desc.value[int8_linear::kK];
+  const VexTile tile = vex_tile_for(m_class);
+  NestShape shape = vex_shape_for(tile, m_class, layout, k, form == QuantisedRows::Form::u8 ? 1 : 2);
+  Assembler a;
+  EpilogueEmitter emitter(a, desc, 32, kVexVectors, kVexTemps[0], kVexTemps[1], kVexTemps[2]);
+  add_linear(shape, desc, emitter.scratch_bytes() + kVexLine);
+  emit_quantiser_256(a, {.form = form, .x = int8_linear::x_of(desc), .k = k, .row_stride = shape.row_stride});
+  LinearPath<Path> path(a, shape, tile, int8_mm::Epilogue(), &emitter);
+  emit_nest(a, shape, path);
+  return a.finish(linear_vex_features(features, desc), linear_plan(shape, form).values());
 }
 
 } // namespace kiln::x86

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include <fmt/format.h>
@@ -184,7 +185,9 @@ std::vector<std::pair<std::string, std::int64_t>> Plan::values() const {
           {"n_step", n_step},
           {"q_row_bytes", q_row_bytes},
           {"q_end_bytes", q_end_bytes},
-          {"workspace", workspace_bytes}};
+          {"workspace", workspace_bytes},
+          {"q_shift", q_shift},
+          {"terms", terms}};
 }
 
 Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> values) {
@@ -209,10 +212,29 @@ Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> va
   take("q_row_bytes", plan.q_row_bytes, kMaxRowBytes);
   take("q_end_bytes", plan.q_end_bytes, kMaxBytes);
   take("workspace", plan.workspace_bytes, kMaxBytes);
+  take("q_shift", plan.q_shift, 128);
+  take("terms", plan.terms, 1);
   if (!fine || plan.layout.n_block < 1 || plan.layout.k_block < 1 || plan.m_step < 1 || plan.n_step < 1 ||
       plan.n_step % plan.layout.n_block != 0)
     return Status::error(Code::integrity, "int8_linear: a launch plan with missing, repeated or impossible values");
   return plan;
+}
+
+void make_terms(const KernelDesc& desc, const int8_mm::PackLayout& pack, int q_shift, const std::int32_t* w_sums,
+                const float* ws, const float* bias, std::int64_t count, std::int32_t* terms) {
+  const std::int64_t panel = pack.n_block, arrays = TermsLayout::count(desc);
+  for (std::int64_t first = 0; first < count; first += panel, terms += arrays * panel) {
+    const std::int64_t here = std::min(panel, count - first);
+    if (here < panel)
+      std::fill_n(terms, arrays * panel, 0);
+    std::int32_t* const offset = terms + TermsLayout::kOffset * panel;
+    for (std::int64_t j = 0; j < here; ++j) // wraps
+      offset[j] = static_cast<std::int32_t>(0u - static_cast<std::uint32_t>(q_shift) *
+                                                     static_cast<std::uint32_t>(w_sums[first + j]));
+    std::memcpy(terms + TermsLayout::kWs * panel, ws + first, static_cast<std::size_t>(here) * 4);
+    if (bias != nullptr)
+      std::memcpy(terms + TermsLayout::kBias * panel, bias + first, static_cast<std::size_t>(here) * 4);
+  }
 }
 
 float quantise_row(Float type, const void* x, std::int64_t k, std::int8_t* q) {

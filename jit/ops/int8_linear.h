@@ -47,6 +47,18 @@ KernelDesc product_desc(const KernelDesc& desc);
 /// Code::unsupported, naming the field, for k above `max_k`.
 Status check_k(const KernelDesc& desc, std::int64_t max_k);
 
+/// What kernels that ask for it (Plan::terms) read for each column: `count` arrays of 32 bits [n_block] for each panel
+/// of the pack, panel after panel. Zero beyond N.
+struct TermsLayout {
+  static constexpr int kOffset = 0;        ///< s32: the sums begin at it
+  static constexpr int kWs = 1, kBias = 2; ///< f32
+  static int count(const KernelDesc& desc) { return has_bias(desc) ? 3 : 2; }
+};
+/// Terms of columns [0, count), from a panel's first one on; `w_sums`, ws and bias of the first of them. `q_shift`:
+/// what the kernel adds to q.
+void make_terms(const KernelDesc& desc, const int8_mm::PackLayout& pack, int q_shift, const std::int32_t* w_sums,
+                const float* ws, const float* bias, std::int64_t count, std::int32_t* terms);
+
 /// Launch plan, version 1: what the driver must know about a kernel.
 struct Plan {
   int8_mm::PackLayout layout;
@@ -55,6 +67,8 @@ struct Plan {
   std::int64_t q_row_bytes = 0;     ///< from one quantised row to the next
   std::int64_t q_end_bytes = 0;     ///< that the kernel may touch behind the last
   std::int64_t workspace_bytes = 0; ///< private to a call that multiplies
+  std::int32_t q_shift = 0;         ///< what the kernel adds to q: 128 where it multiplies u8 by s8
+  bool terms = false;               ///< whether the kernel reads them (Call::product.terms)
 
   std::vector<std::pair<std::string, std::int64_t>> values() const;
   static Result<Plan> from(std::span<const std::pair<std::string, std::int64_t>> values);

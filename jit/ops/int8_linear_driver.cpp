@@ -102,12 +102,13 @@ struct Cut {
   std::int64_t m_blocks = 1; ///< of each part: quantised rows that stay in the L2 cache
   /// Rows are quantised by tasks of their own, for all that multiply; else each task does its own.
   bool shared = false;
-  std::int64_t rounds = 1;     ///< of the shared way: bound what is quantised at a time
-  std::int64_t rows = 0;       ///< quantised at a time, at most
-  std::int64_t rows_bytes = 0; ///< of them
-  std::int64_t call_bytes = 0; ///< of the kernel's own workspace, one task
+  std::int64_t rounds = 1;      ///< of the shared way: bound what is quantised at a time
+  std::int64_t rows = 0;        ///< quantised at a time, at most
+  std::int64_t rows_bytes = 0;  ///< of them
+  std::int64_t call_bytes = 0;  ///< of the kernel's own workspace, one task
+  std::int64_t terms_bytes = 0; ///< likewise
   std::int64_t tasks() const { return parts.n * parts.m; }
-  std::int64_t task_bytes() const { return (shared ? 0 : rows_bytes) + call_bytes; }
+  std::int64_t task_bytes() const { return (shared ? 0 : rows_bytes) + call_bytes + terms_bytes; }
   std::int64_t bytes() const { return (shared ? rows_bytes : 0) + tasks() * task_bytes(); }
 };
 
@@ -162,6 +163,11 @@ Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, bool may_
   cut.rows = cut.shared ? m : rows;
   cut.rows_bytes = round_up(cut.rows * plan.q_row_bytes + plan.q_end_bytes, 64);
   cut.call_bytes = round_up(plan.workspace_bytes, 64);
+  if (plan.terms) {
+    const std::int64_t columns = cut.parts.n == 1 ? n : round_up(n, plan.n_step) / cut.parts.n + plan.n_step;
+    cut.terms_bytes =
+        round_up(plan.layout.panels(columns) * plan.layout.n_block * TermsLayout::count(kernel.desc()) * 4, 64);
+  }
   return cut;
 }
 
@@ -233,6 +239,11 @@ struct Run {
       out_of_memory = true;
       return;
     }
+    auto* const terms =
+        plan.terms ? reinterpret_cast<std::int32_t*>(workspace + (cut.task_bytes() - cut.terms_bytes)) : nullptr;
+    if (terms != nullptr)
+      make_terms(desc, plan.layout, plan.q_shift, args.pack->sums() + columns.begin, args.ws + columns.begin,
+                 args.bias != nullptr ? args.bias + columns.begin : nullptr, columns.size(), terms);
     const DefaultFloatingPoint scope;
     for (std::int64_t b = 0; b < cut.m_blocks; ++b) {
       const Range block = part(rows.size(), plan.m_step, cut.m_blocks, b);
@@ -240,7 +251,8 @@ struct Run {
       Call call = call_for({round.begin + row, round.begin + rows.begin + block.end}, columns,
                            cut.shared ? kMultiply : kQuantise | kMultiply);
       call.product.workspace = cut.shared ? shared_rows + row * plan.q_row_bytes : workspace;
-      call.workspace = workspace + (cut.task_bytes() - cut.call_bytes);
+      call.product.terms = terms;
+      call.workspace = workspace + (cut.shared ? 0 : cut.rows_bytes);
       entry(&call);
     }
   }
