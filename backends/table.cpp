@@ -17,7 +17,7 @@ std::span<const Implementation> implementation_table() {
       arm::int8_mm_sdot(),        arm::int8_mm_neon(),           portable::int8_mm(),        nvidia::int8_mm_wgmma(),
       nvidia::int8_mm_mma_sync(), reference::int8_mm(),          nvidia::int4_mm_wgmma(),    nvidia::int4_mm_mma_sync(),
       reference::int4_mm(),       x86::int8_linear_avx512vnni(), x86::int8_linear_avxvnni(), x86::int8_linear_avx2(),
-      reference::int8_linear(),
+      portable::int8_linear(),    reference::int8_linear(),
   };
   return table;
 }

@@ -37,13 +37,16 @@ int samples() {
   return text != nullptr ? std::atoi(text) : 120;
 }
 
-std::unique_ptr<Engine> engine_for(std::optional<IsaPath> isa, int threads, std::int64_t l2_bytes = 0) {
+std::unique_ptr<Engine> engine_for(std::optional<IsaPath> isa, int threads, std::int64_t l2_bytes = 0,
+                                   std::optional<Features> features = {}) {
   EngineOptions options;
   options.config.cache = CacheMode::off;
   options.config.threads = threads;
   if (isa)
     options.config.forced.push_back({OpId::int8_linear, *isa});
   options.machine = detect_machine();
+  if (features)
+    options.machine.target.features = *features;
   if (l2_bytes > 0)
     options.machine.l2_bytes = l2_bytes;
   options.implementations = implementation_table();
@@ -204,6 +207,23 @@ TEST_CASE("every path equals the reference op") {
     }
   }
   CHECK(paths >= 1);
+}
+
+TEST_CASE("portable code for the same processor with less") {
+  const Target target = detect_machine().target;
+  if (target.arch != Arch::x86_64)
+    return; // NEON is the least there
+  for (const Features features : {Features{}, Features{Feature::avx2}}) {
+    if (!target.features.contains(features))
+      continue;
+    CAPTURE(features.text());
+    const std::unique_ptr<Engine> engine = engine_for(IsaPath::portable, 1, 0, features);
+    for (int i = 0; i < samples(); ++i) {
+      Case c = random_case(static_cast<unsigned>(5000 + i));
+      c.guard = Guard::after;
+      check_case(*engine, c);
+    }
+  }
 }
 
 TEST_CASE("large enough for several threads, row blocks and rows quantised for all") {

@@ -48,10 +48,8 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
   return CodeObject::parse(*code);
 }
 
-} // namespace
-
-Implementation int8_mm() {
-  return {.op = OpId::int8_mm,
+Implementation row_of(OpId op) {
+  return {.op = op,
           .isa = IsaPath::portable,
           .backend = BackendId::portable,
           .generator = GeneratorId::llvm,
@@ -61,6 +59,15 @@ Implementation int8_mm() {
           .supports = supports,
           .pack_layout = pack_layout,
           .compile = compile};
+}
+
+} // namespace
+
+Implementation int8_mm() {
+  return row_of(OpId::int8_mm);
+}
+Implementation int8_linear() {
+  return row_of(OpId::int8_linear);
 }
 
 } // namespace kiln::portable

@@ -39,6 +39,31 @@ EpilogueWriter::EpilogueWriter(llvm::IRBuilder<>& ir, const int8_mm::Epilogue& e
                  scalar(offsetof(Scalars, slope_shift), s32));
 }
 
+namespace {
+
+int8_mm::Epilogue output_of(const KernelDesc& linear) {
+  constexpr CDtype types[] = {CDtype::bf16, CDtype::f16, CDtype::f32};
+  int8_mm::Epilogue epilogue;
+  epilogue.c_dtype = types[static_cast<int>(int8_linear::y_of(linear))];
+  epilogue.rescale = Rescale::scale;
+  return epilogue;
+}
+
+int8_mm::TermsLayout terms_of(const KernelDesc& linear) {
+  int8_mm::TermsLayout terms;
+  terms.offset = int8_linear::TermsLayout::kOffset;
+  terms.multiplier = int8_linear::TermsLayout::kWs;
+  terms.count = int8_linear::TermsLayout::count(linear);
+  return terms;
+}
+
+} // namespace
+
+EpilogueWriter::EpilogueWriter(llvm::IRBuilder<>& ir, const KernelDesc& linear, const Target& target, int lanes)
+    : ir_(ir), epilogue_(output_of(linear)), terms_(terms_of(linear)), arch_(target.arch),
+      lanes_(static_cast<unsigned>(lanes)), dequantises_(true), has_bias_(int8_linear::has_bias(linear)),
+      has_fma_(target.arch == Arch::aarch64 || target.features.has(Feature::avx512f)) {}
+
 EpilogueWriter::Columns EpilogueWriter::load_columns(Value* terms, std::int64_t at, std::int64_t array_bytes) {
   const auto term = [&](int index, llvm::Type* element) {
     return ir_.CreateAlignedLoad(vector_of(element), advance(ir_, terms, at + index * array_bytes), llvm::Align(4));
@@ -50,6 +75,8 @@ EpilogueWriter::Columns EpilogueWriter::load_columns(Value* terms, std::int64_t 
     columns.a_zp = term(terms_.a_zp, s32);
   if (terms_.row_sum >= 0)
     columns.row_sum = term(terms_.row_sum, s32);
+  if (has_bias_)
+    columns.bias = term(int8_linear::TermsLayout::kBias, ir_.getFloatTy());
   if (epilogue_.rescale == Rescale::scale)
     columns.multiplier = term(terms_.multiplier, ir_.getFloatTy());
   else if (epilogue_.rescale == Rescale::shift_left)
@@ -93,7 +120,9 @@ Value* EpilogueWriter::finish(Value* acc, const Columns& columns, Value* a_zp, V
     acc = ir_.CreateAdd(acc, ir_.CreateMul(splat(a_zp), columns.a_zp));
   if (columns.row_sum != nullptr)
     acc = ir_.CreateAdd(acc, ir_.CreateMul(splat(row_sum), columns.row_sum));
-  Value* v = epilogue_.rescale == Rescale::scale ? float_stages(acc, columns) : integer_stages(acc, columns);
+  Value* v = dequantises_                          ? dequantise(acc, columns, a_zp)
+             : epilogue_.rescale == Rescale::scale ? float_stages(acc, columns)
+                                                   : integer_stages(acc, columns);
   if (epilogue_.has_float_output()) {
     if (lo_ != nullptr)
       v = ir_.CreateSelect(ir_.CreateFCmpOGT(v, lo_), v, lo_);
@@ -130,6 +159,40 @@ Value* EpilogueWriter::float_stages(Value* acc, const Columns& columns) {
     y = ir_.CreateSelect(ir_.CreateFCmpUNO(y, y), nan, y);
   }
   return epilogue_.has_float_output() ? y : to_s32(y);
+}
+
+Value* EpilogueWriter::dequantise(Value* acc, const Columns& columns, Value* s) {
+  llvm::Type* const f32 = vector_of(ir_.getFloatTy());
+  Value* const t = ir_.CreateFMul(splat(ir_.CreateBitCast(s, ir_.getFloatTy())), columns.multiplier);
+  Value* const bias = columns.bias != nullptr ? columns.bias : llvm::Constant::getNullValue(f32);
+  Value* const y = fused(ir_.CreateSIToFP(acc, f32), t, bias);
+  // Whatever NaN it is becomes ours.
+  return ir_.CreateSelect(ir_.CreateFCmpUNO(y, y), ir_.CreateBitCast(splat32(0x7FC0'0000), f32), y);
+}
+
+/// a · b + c, rounded once. Without an instruction for it, LLVM would call a library: then in f64, where the product is
+/// exact, and where the sum is not, its last bit is made odd, which tells the rounding to f32 that something follows
+/// (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008).
+Value* EpilogueWriter::fused(Value* a, Value* b, Value* c) {
+  if (has_fma_)
+    return ir_.CreateIntrinsic(llvm::Intrinsic::fma, {a->getType()}, {a, b, c});
+  llvm::Type* const f64 = vector_of(ir_.getDoubleTy());
+  llvm::Type* const s64 = vector_of(ir_.getInt64Ty());
+  Value* const zero = llvm::Constant::getNullValue(f64);
+  Value* const product = ir_.CreateFMul(ir_.CreateFPExt(a, f64), ir_.CreateFPExt(b, f64));
+  Value* const addend = ir_.CreateFPExt(c, f64);
+  Value* const sum = ir_.CreateFAdd(product, addend);
+  Value* const of_addend = ir_.CreateFSub(sum, product);
+  Value* const error =
+      ir_.CreateFAdd(ir_.CreateFSub(product, ir_.CreateFSub(sum, of_addend)), ir_.CreateFSub(addend, of_addend));
+  Value* const bits = ir_.CreateBitCast(sum, s64);
+  Value* const is_even =
+      ir_.CreateICmpEQ(ir_.CreateAnd(bits, splat(ir_.getInt64(1))), llvm::Constant::getNullValue(s64));
+  // An infinite sum has no error: it is a NaN, and not "not equal".
+  Value* const follows = ir_.CreateAnd(is_even, ir_.CreateFCmpONE(error, zero));
+  Value* const outward = ir_.CreateICmpEQ(ir_.CreateFCmpOGT(error, zero), ir_.CreateFCmpOGT(sum, zero));
+  Value* const odd = ir_.CreateAdd(bits, ir_.CreateSelect(outward, splat(ir_.getInt64(1)), splat(ir_.getInt64(-1))));
+  return ir_.CreateFPTrunc(ir_.CreateBitCast(ir_.CreateSelect(follows, odd, bits), f64), a->getType());
 }
 
 /// Half to even, saturating; there is no NaN.

@@ -2,6 +2,7 @@
 #include <llvm/IR/IRBuilder.h>
 
 #include "backends/llvm/generator/ir.h"
+#include "jit/ops/int8_linear.h"
 #include "jit/ops/int8_mm_epilogue.h"
 #include "jit/target.h"
 
@@ -15,18 +16,22 @@ public:
   EpilogueWriter(llvm::IRBuilder<>& ir, const int8_mm::Epilogue& epilogue, const Target& target, int lanes,
                  llvm::Value* call);
 
+  /// int8_linear's stage in place of int8_mm's, for its terms and the types of a desc: y = fma(f32(sum), s · ws, bias).
+  EpilogueWriter(llvm::IRBuilder<>& ir, const KernelDesc& linear, const Target& target, int lanes);
+
   /// The terms of a vector of columns, ready for the rows that follow.
   struct Columns {
     llvm::Value *offset = nullptr, *a_zp = nullptr, *row_sum = nullptr;
     llvm::Value* multiplier = nullptr; ///< s64, or f32 for `scale`
     llvm::Value* shift = nullptr;      ///< s64, or s32 for `shift_left`
     llvm::Value *half = nullptr, *one = nullptr;
+    llvm::Value* bias = nullptr; ///< f32, of int8_linear
   };
   /// Arrays begin at `terms` + `at` bytes, `array_bytes` apart.
   Columns load_columns(llvm::Value* terms, std::int64_t at, std::int64_t array_bytes);
 
   /// Sums that began at 0, to elements of C's type. `a_zp` and `row_sum` are the row's i32, used only with those
-  /// stages.
+  /// stages; of int8_linear a_zp is the bits of the row's s.
   llvm::Value* finish(llvm::Value* sums, const Columns& columns, llvm::Value* a_zp, llvm::Value* row_sum);
 
 private:
@@ -37,6 +42,8 @@ private:
   llvm::Value* round_wide(llvm::Value* value, const Columns& by);
   llvm::Value* integer_stages(llvm::Value* acc, const Columns& columns);
   llvm::Value* float_stages(llvm::Value* acc, const Columns& columns);
+  llvm::Value* dequantise(llvm::Value* acc, const Columns& columns, llvm::Value* s);
+  llvm::Value* fused(llvm::Value* a, llvm::Value* b, llvm::Value* c);
   llvm::Value* to_s32(llvm::Value* y);
   llvm::Value* to_bf16(llvm::Value* y);
   llvm::Value* to_f16(llvm::Value* y);
@@ -46,6 +53,7 @@ private:
   const int8_mm::TermsLayout terms_;
   const Arch arch_;
   const unsigned lanes_;
+  const bool dequantises_ = false, has_bias_ = false, has_fma_ = false; ///< of int8_linear
   llvm::Value *lo_ = nullptr, *hi_ = nullptr, *c_zp_ = nullptr, *slope_ = nullptr;
   Columns slope_wide_;
 };
