@@ -317,6 +317,103 @@ static void test_epilogue(kiln_engine* engine, const char* directory) {
   remove(path);
 }
 
+static void test_linear(kiln_engine* engine) {
+  kiln_int8_linear_desc desc = KILN_INT8_LINEAR_DESC_INIT;
+  desc.m = M;
+  desc.n = N;
+  desc.k = K;
+  desc.x_dtype = KILN_F32;
+  desc.y_dtype = KILN_F32;
+  desc.bias = 1;
+  kiln_kernel* kernel = NULL;
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  kiln_kernel_info info = KILN_KERNEL_INFO_INIT;
+  CHECK(kiln_kernel_get_info(kernel, &info) == KILN_OK);
+  CHECK(strcmp(info.op, "int8_linear") == 0);
+
+  /* a pack of int8_mm's is one of its own where the layouts agree, as on every path but `reference` */
+  kiln_pack* pack = NULL;
+  kiln_pack* pack_of_mm = NULL;
+  const kiln_int8_mm_desc mm = the_desc();
+  CHECK(kiln_pack_create(engine, &desc.base, b, K, &pack) == KILN_OK);
+  CHECK(kiln_pack_create(engine, &mm.base, b, K, &pack_of_mm) == KILN_OK);
+  kiln_pack_info of_pack = KILN_PACK_INFO_INIT, of_mm = KILN_PACK_INFO_INIT;
+  CHECK(kiln_pack_get_info(pack, &of_pack) == KILN_OK);
+  CHECK(kiln_pack_get_info(pack_of_mm, &of_mm) == KILN_OK);
+  CHECK(strcmp(of_pack.layout, info.pack_layout) == 0);
+
+  /* rows whose largest magnitude is 127 are their own q, and s is 1 */
+  static float x[M * K], y[M * N], ws[N], bias[N];
+  for (int i = 0; i < M * K; ++i)
+    x[i] = i % K == 3 ? 127 : a[i] == -128 ? -127 : a[i];
+  for (int j = 0; j < N; ++j) {
+    ws[j] = (float)(j + 1);
+    bias[j] = (float)-j;
+  }
+  kiln_int8_linear_args args = KILN_INT8_LINEAR_ARGS_INIT;
+  args.m = M;
+  args.x = x;
+  args.ldx = K;
+  args.w_pack = pack;
+  args.ws = ws;
+  args.bias = bias;
+  args.y = y;
+  args.ldy = N;
+  for (int shared = 0; shared < 2; ++shared) {
+    if (shared && strcmp(of_mm.layout, of_pack.layout) != 0)
+      break;
+    args.w_pack = shared ? pack_of_mm : pack;
+    memset(y, 0, sizeof y);
+    CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+    int wrong = 0;
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < N; ++j) {
+        int32_t sum = 0;
+        for (int k = 0; k < K; ++k)
+          sum += (int32_t)x[i * K + k] * b[j * K + k];
+        wrong += (double)y[i * N + j] != (double)sum * (j + 1) - j; /* small enough to be exact */
+      }
+    CHECK(wrong == 0);
+  }
+
+  /* the caller's workspace */
+  uint64_t bytes = 0;
+  CHECK(kiln_workspace_bytes(kernel, &args.base, &bytes) == KILN_OK);
+  args.workspace = aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64));
+  args.workspace_bytes = bytes;
+  y[0] = 0;
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(y[0] != 0);
+  free(args.workspace);
+  args.workspace = NULL;
+
+  /* what is wrong is named */
+  args.bias = NULL;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "int8_linear: bias is null: allowed is 37 floats");
+  args.bias = bias;
+  args.w_pack = NULL;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "int8_linear: w_pack is null");
+  kiln_kernel* none = NULL;
+  desc.x_dtype = KILN_S8;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &none), KILN_INVALID_ARGUMENT, "x_dtype is 0: allowed is KILN_BF16 (4)");
+  desc.x_dtype = KILN_BF16;
+  desc.y_dtype = 77;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &none), KILN_INVALID_ARGUMENT, "y_dtype is 77");
+  desc.y_dtype = KILN_F16;
+  desc.bias = 2;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &none), KILN_INVALID_ARGUMENT, "bias is 2: allowed is 0 or 1");
+  desc.bias = 0;
+  desc.w_layout = 9;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &none), KILN_INVALID_ARGUMENT, "w_layout is 9");
+  desc.w_layout = KILN_B_NK;
+  desc.base.device = KILN_DEVICE_CUDA;
+  CHECK(kiln_get(engine, &desc.base, &none) != KILN_OK);
+  CHECK(none == NULL);
+  kiln_kernel_release(kernel);
+  kiln_pack_release(pack);
+  kiln_pack_release(pack_of_mm);
+}
+
 static void test_packs(kiln_engine* engine, const char* directory) {
   kiln_int8_mm_desc desc = the_desc();
   kiln_pack *pack = NULL, *loaded = NULL;
@@ -502,6 +599,7 @@ int main(void) {
 
   test_run(engine);
   test_descs(engine);
+  test_linear(engine);
   test_packs(engine, directory);
   test_epilogue(engine, directory);
   test_pack_of_another_layout(&options);

@@ -297,6 +297,11 @@ class Warmup(CommandTest):
         shapes = {tuple(map(int, re.search(r" n=(\d+) k=(\d+) ", desc).groups())) for desc in descs}
         self.assertEqual({(2048, 2048), (1024, 2048), (4096, 2048), (6144, 2048), (12288, 2048), (2048, 6144), (151936, 2048)}, shapes)
 
+    def test_dynamic_quantisation(self):
+        for scheme, op in (("w8a8", "int8_mm"), ("w8a8-dynamic", "int8_linear")):
+            report = self.json("warmup", "--model", MODELS / "all-minilm-l6.json", "--scheme", scheme, "--tokens", "1,16")
+            self.assertEqual((0, 8, {op}), (report["failed"], report["kernels"], {row["desc"].split()[0] for row in report["results"]}))
+
     def test_deepseek_layers(self):
         results = self.json("warmup", "--model", MODELS / "deepseek-v3.json", "--scheme", "w8a8", "--tokens", "1")["results"]
         shapes = {tuple(map(int, re.search(r" n=(\d+) k=(\d+) ", row["desc"]).groups())) for row in results}

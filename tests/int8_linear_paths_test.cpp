@@ -34,7 +34,7 @@ constexpr Float kFloats[] = {Float::bf16, Float::f16, Float::f32};
 /// KILN_TEST_SAMPLES asks for more or fewer.
 int samples() {
   const char* text = std::getenv("KILN_TEST_SAMPLES");
-  return text != nullptr ? std::atoi(text) : 120;
+  return text != nullptr ? std::atoi(text) : 40;
 }
 
 std::unique_ptr<Engine> engine_for(std::optional<IsaPath> isa, int threads, std::int64_t l2_bytes = 0,
