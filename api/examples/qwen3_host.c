@@ -225,12 +225,21 @@ static int run_layer(const model* m, long index, int64_t tokens, measured* resul
 /* One row of activations, as kiln_int8_linear_desc tells. Returns s. */
 static float quantise(const uint16_t* x, int64_t k, int8_t* q) {
   float a = 0;
-  for (int64_t i = 0; i < k; ++i)
-    a = fmaxf(a, fabsf(from_bf16(x[i])));
+  for (int64_t i = 0; i < k; ++i) { /* not fmaxf, whose loop GCC 12 for aarch64 crashes on */
+    const float magnitude = fabsf(from_bf16(x[i]));
+    a = magnitude > a ? magnitude : a;
+  }
   const float r = 127 / a;
   for (int64_t i = 0; i < k; ++i)
     q[i] = isfinite(r) ? (int8_t)nearbyintf(from_bf16(x[i]) * r) : 0;
   return isfinite(r) ? a / 127 : 0;
+}
+
+static int32_t dot(const int8_t* a, const int8_t* b, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i)
+    sum += a[i] * b[i];
+  return sum;
 }
 
 /* Compares a whole prefill result of one layer with what the definition gives, bit by bit. */
@@ -246,11 +255,8 @@ static int check_layer(const model* m) {
   for (int64_t row = 0; done && row < PREFILL_TOKENS; ++row) {
     const float s = quantise(m->activations + row * k, k, q);
     for (int64_t column = 0; done && column < n; ++column) {
-      int32_t sum = 0;
-      for (int64_t i = 0; i < k; ++i)
-        sum += q[i] * weights[column * k + i];
-      const float t = s * m->scales[column];
-      const uint16_t expected = to_bf16(fmaf((float)sum, t, 0)), got = m->outputs[row * n + column];
+      const float sum = (float)dot(q, weights + column * k, k), t = s * m->scales[column];
+      const uint16_t expected = to_bf16(fmaf(sum, t, 0)), got = m->outputs[row * n + column];
       done = got == expected;
       if (!done)
         fprintf(stderr, "qwen3_host: k_proj of layer 0 at [%d, %d]: %g, expected %g\n", (int)row, (int)column,
