@@ -1,5 +1,6 @@
 #include "api/c_int8_mm.h"
 
+#include "api/c_int8_pack.h"
 #include "api/c_structs.h"
 #include "jit/ops/int8_mm_driver.h"
 
@@ -29,8 +30,9 @@ Status desc_from_c(const kiln_desc* given, KernelDesc& out) {
   BLayout b_layout{};
   if (Status s = b_layout_of(d.b_layout, b_layout); !s)
     return s;
-  if (d.a_dtype != KILN_S8)
-    return bad("a_dtype", d.a_dtype, "KILN_S8 (0)");
+  for (const auto& [name, value] : {std::pair{"a_dtype", d.a_dtype}, {"b_dtype", d.b_dtype}})
+    if (value != KILN_S8 && value != KILN_U8)
+      return bad(name, value, "KILN_S8 (0) or KILN_U8 (1)");
   CDtype c_dtype{};
   switch (d.c_dtype) {
   case KILN_S32:
@@ -39,39 +41,58 @@ Status desc_from_c(const kiln_desc* given, KernelDesc& out) {
   case KILN_S8:
     c_dtype = CDtype::s8;
     break;
+  case KILN_U8:
+    c_dtype = CDtype::u8;
+    break;
+  case KILN_F32:
+    c_dtype = CDtype::f32;
+    break;
   case KILN_BF16:
     c_dtype = CDtype::bf16;
     break;
+  case KILN_F16:
+    c_dtype = CDtype::f16;
+    break;
   default:
-    return bad("c_dtype", d.c_dtype, "KILN_S32 (2), KILN_S8 (0) or KILN_BF16 (4)");
+    return bad("c_dtype", d.c_dtype,
+               "KILN_S32 (2), KILN_S8 (0), KILN_U8 (1), KILN_F32 (3), KILN_BF16 (4) or KILN_F16 (5)");
   }
   if (d.reserved != 0)
     return bad("reserved", d.reserved, "0");
-  if (d.rescale != KILN_RESCALE_NONE && d.rescale != KILN_RESCALE_SCALE)
-    return bad("rescale", d.rescale, "KILN_RESCALE_NONE (0) or KILN_RESCALE_SCALE (1)");
-  if (d.rescale_per != KILN_PER_TENSOR && d.rescale_per != KILN_PER_CHANNEL)
-    return bad("rescale_per", d.rescale_per, "KILN_PER_TENSOR (0) or KILN_PER_CHANNEL (1)");
+  struct Named {
+    const char* name;
+    std::int32_t value, max;
+    const char* allowed;
+  };
+  for (const Named& field :
+       {Named{"rescale", d.rescale, KILN_RESCALE_SHIFT_LEFT,
+              "KILN_RESCALE_NONE (0), _SCALE (1), _Q_SCALE (2), _SHIFT_RIGHT (3) or _SHIFT_LEFT (4)"},
+        Named{"rescale_per", d.rescale_per, KILN_PER_CHANNEL, "KILN_PER_TENSOR (0) or KILN_PER_CHANNEL (1)"},
+        Named{"a_zp", d.a_zp, KILN_EACH, "KILN_ABSENT (0), KILN_ONE (1) or KILN_EACH (2)"},
+        Named{"b_zp", d.b_zp, KILN_EACH, "KILN_ABSENT (0), KILN_ONE (1) or KILN_EACH (2)"},
+        Named{"rounding", d.rounding, KILN_ROUND_ODD,
+              "KILN_ROUND_ZERO (0), _AWAY (1), _MINUS_INF (2), _PLUS_INF (3), _EVEN (4) or _ODD (5)"},
+        Named{"act", d.act, KILN_ACT_LEAKY_RELU, "KILN_ACT_NONE (0), _RELU (1) or _LEAKY_RELU (2)"},
+        Named{"c_zp", d.c_zp, KILN_ONE, "KILN_ABSENT (0) or KILN_ONE (1)"},
+        Named{"clamp", d.clamp, KILN_ONE, "KILN_ABSENT (0) or KILN_ONE (1)"}})
+    if (field.value < 0 || field.value > field.max)
+      return bad(field.name, field.value, field.allowed);
+  if (d.bias != KILN_ABSENT && d.bias != KILN_EACH)
+    return bad("bias", d.bias, "KILN_ABSENT (0) or KILN_EACH (2)");
   out = make_desc(d.m, d.n, d.k, b_layout);
   out.value[kCDtype] = static_cast<std::int64_t>(c_dtype);
   out.value[kRescale] = d.rescale;
   out.value[kRescalePer] = d.rescale_per;
+  out.value[kBDtype] = d.b_dtype;
+  out.value[kAZp] = d.a_zp;
+  out.value[kBZp] = d.b_zp;
+  out.value[kBias] = d.bias != KILN_ABSENT;
+  out.value[kRounding] = d.rounding;
+  out.value[kAct] = d.act;
+  out.value[kCZp] = d.c_zp;
+  out.value[kClamp] = d.clamp;
   return {};
 }
-
-class CPack final : public AnyPack {
-public:
-  explicit CPack(Pack pack) : pack_(std::move(pack)), layout_(pack_.layout().id()) {}
-  OpId op() const override { return OpId::int8_mm; }
-  Status save(const std::string& path) const override { return pack_.save(path); }
-  Info info() const override {
-    return {"int8_mm", layout_.c_str(), pack_.n(), pack_.k(), static_cast<std::uint64_t>(pack_.bytes())};
-  }
-  const Pack& pack() const { return pack_; }
-
-private:
-  Pack pack_;
-  std::string layout_;
-};
 
 Status args_from_c(const kiln_args* given, Args& out) {
   kiln_int8_mm_args copy;
@@ -88,16 +109,24 @@ Status args_from_c(const kiln_args* given, Args& out) {
   out.m = a.m;
   out.a = a.a;
   out.lda = a.lda;
-  if (a.b_pack != nullptr) {
-    if (Status s = check_pack_op(*a.b_pack->pack, OpId::int8_mm, "int8_mm: b_pack"); !s)
-      return s;
-    out.pack = &static_cast<const CPack&>(*a.b_pack->pack).pack();
-  }
+  if (Status s = read_int8_pack(a.b_pack, "int8_mm: b_pack", out.pack); !s)
+    return s;
   out.b = a.b;
   out.ldb = a.ldb;
   out.c = a.c;
   out.ldc = a.ldc;
-  out.scale = a.scale;
+  out.values = {.a_zp = a.a_zp,
+                .b_zp = a.b_zp,
+                .bias = a.bias,
+                .mult = a.mult,
+                .shift = a.shift,
+                .scale = a.scale,
+                .slope_mult = a.slope_mult,
+                .slope_shift = a.slope_shift,
+                .slope = a.slope,
+                .c_zp = a.c_zp,
+                .lo = a.lo,
+                .hi = a.hi};
   out.stream = a.stream;
   out.threads = a.base.threads;
   out.workspace = a.workspace;
@@ -119,44 +148,13 @@ Result<std::uint64_t> workspace_from_c(const Kernel& kernel, const kiln_args* gi
   return int8_mm::workspace_bytes(kernel, args);
 }
 
-/// A pack serves every m, so its layout is that of the unbounded class.
-Result<PackLayout> layout_for(Engine& engine, KernelDesc desc) {
-  desc.value[kM] = kAny;
-  const Result<std::string> id = engine.pack_layout(desc);
-  return id ? PackLayout::parse(*id) : Result<PackLayout>(id.status());
-}
-
 Result<std::unique_ptr<AnyPack>> pack_from_c(Engine& engine, const KernelDesc& desc, const void* b, std::int64_t ldb) {
-  const Result<PackLayout> layout = layout_for(engine, desc);
-  if (!layout)
-    return layout.status();
-  Result<Pack> pack =
-      Pack::make(*layout, static_cast<const std::int8_t*>(b), ldb, static_cast<BLayout>(desc.value[kBLayout]),
-                 desc.value[kN], desc.value[kK], engine.runtime().parallel);
-  if (!pack)
-    return pack.status();
-  if (desc.device.kind == DeviceKind::cuda)
-    if (Status s = pack->move_to(desc.device, engine.runtime()); !s)
-      return s;
-  return std::unique_ptr<AnyPack>(std::make_unique<CPack>(std::move(*pack)));
+  return make_int8_pack(engine, desc, b, ldb, static_cast<BLayout>(desc.value[kBLayout]), desc.value[kN],
+                        desc.value[kK], static_cast<BDtype>(desc.value[kBDtype]));
 }
 
 Result<std::unique_ptr<AnyPack>> load_pack_from_c(Engine& engine, const KernelDesc& desc, const std::string& path) {
-  const Result<PackLayout> layout = layout_for(engine, desc);
-  if (!layout)
-    return layout.status();
-  Result<Pack> pack = Pack::load(path);
-  if (!pack)
-    return pack.status();
-  if (!(pack->layout() == *layout) || pack->n() != desc.value[kN] || pack->k() != desc.value[kK])
-    return Status::error(Code::invalid_argument,
-                         fmt::format("{}: a pack of layout {} n={} k={}: allowed here is layout {} n={} k={}", path,
-                                     pack->layout().id(), pack->n(), pack->k(), layout->id(), desc.value[kN],
-                                     desc.value[kK]));
-  if (desc.device.kind == DeviceKind::cuda)
-    if (Status s = pack->move_to(desc.device, engine.runtime()); !s)
-      return s;
-  return std::unique_ptr<AnyPack>(std::make_unique<CPack>(std::move(*pack)));
+  return load_int8_pack(engine, desc, path, desc.value[kN], desc.value[kK], static_cast<BDtype>(desc.value[kBDtype]));
 }
 
 } // namespace

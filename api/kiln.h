@@ -114,7 +114,7 @@ KILN_API void kiln_engine_destroy(kiln_engine* engine);
 
 typedef enum kiln_op {
   KILN_OP_INT8_MM = 1,
-  KILN_OP_INT8_LINEAR = 2,   /* reserved */
+  KILN_OP_INT8_LINEAR = 2,
   KILN_OP_INT4_MM = 3,
   KILN_OP_FP8_BLOCK_BMM = 4, /* reserved */
   KILN_OP_ATTENTION = 5      /* reserved */
@@ -131,7 +131,7 @@ typedef struct kiln_desc {
   int32_t reserved; /* 0 */
 } kiln_desc;
 
-typedef enum kiln_dtype { KILN_S8 = 0, KILN_U8 = 1, KILN_S32 = 2, KILN_F32 = 3, KILN_BF16 = 4 } kiln_dtype;
+typedef enum kiln_dtype { KILN_S8 = 0, KILN_U8 = 1, KILN_S32 = 2, KILN_F32 = 3, KILN_BF16 = 4, KILN_F16 = 5 } kiln_dtype;
 typedef enum kiln_b_layout {
   KILN_B_KN = 0, /* B is [K][N] */
   KILN_B_NK = 1  /* B is [N][K], as linear layers keep their weights */
@@ -153,25 +153,85 @@ typedef enum kiln_b_layout {
  * - Loaded GPU code is never unloaded, as a stream or graph may still use it: a process keeps as many modules as it has used kernels, some tens
  *   of KiB each. */
 
-typedef enum kiln_rescale { KILN_RESCALE_NONE = 0, KILN_RESCALE_SCALE = 1 } kiln_rescale;
+typedef enum kiln_rescale {
+  KILN_RESCALE_NONE = 0,
+  KILN_RESCALE_SCALE = 1,       /* f32(acc) · scale */
+  KILN_RESCALE_Q_SCALE = 2,     /* acc · mult / 2^(31 + shift) */
+  KILN_RESCALE_SHIFT_RIGHT = 3, /* acc / 2^shift */
+  KILN_RESCALE_SHIFT_LEFT = 4   /* acc · 2^shift */
+} kiln_rescale;
 typedef enum kiln_rescale_per { KILN_PER_TENSOR = 0, KILN_PER_CHANNEL = 1 } kiln_rescale_per;
+/* Where a value lies half way between two integers. */
+typedef enum kiln_rounding {
+  KILN_ROUND_ZERO = 0,
+  KILN_ROUND_AWAY = 1, /* from zero */
+  KILN_ROUND_MINUS_INF = 2,
+  KILN_ROUND_PLUS_INF = 3,
+  KILN_ROUND_EVEN = 4,
+  KILN_ROUND_ODD = 5
+} kiln_rounding;
+typedef enum kiln_act { KILN_ACT_NONE = 0, KILN_ACT_RELU = 1, KILN_ACT_LEAKY_RELU = 2 } kiln_act;
+/* How often a value of the epilogue is given. */
+typedef enum kiln_values {
+  KILN_ABSENT = 0, /* the stage is left out */
+  KILN_ONE = 1,
+  KILN_EACH = 2 /* one for each row (a_zp) or column */
+} kiln_values;
 
-/* int8_mm: C[M,N] = A[M,K] · B[K,N]; A s8, B s8, C s32 with sums that wrap. Any sizes from 0 to 2^31 − 1.
+/* int8_mm: C[M,N] = A[M,K] · B[K,N]; A and B s8 or u8, exact s32 sums that wrap. Any sizes from 0 to 2^31 − 1. On its way to C a sum goes
+ * through the stages that the desc names, in this order; a desc as its _INIT macro leaves it has none, and C is s32.
+ * 1. a_zp, b_zp: acc = Σ_k (A[m,k] − a_zp) · (B[k,n] − b_zp), wrapping.
+ * 2. bias: acc += bias[n], wrapping.
+ * 3. rescale, of one or n values. The integer ones are exact: the product in 64 bits, division to nearest with ties by `rounding`, the low 32
+ *    bits of the result (a divisor below 1 multiplies). KILN_RESCALE_SCALE: y = f32(acc) · scale, each rounded to nearest even.
+ * 4. act: relu; or leaky_relu: negative values · slope_mult / 2^(31 + slope_shift) as with KILN_RESCALE_Q_SCALE, with KILN_RESCALE_SCALE · slope.
+ * 5. c_zp is added in 64 bits, after y has been rounded once to s32, half to even, saturating (NaN, from an infinite y · slope 0, is 0).
+ * 6. clamp to [lo, hi], else to what c_dtype holds. C is S8, U8 or S32, after KILN_RESCALE_SCALE also F32, BF16 or F16, rounded to nearest
+ *    even, which have no c_zp.
+ * The same bits on every ISA path. The stages, types and rounding are the desc's, and compiled into the kernel; the values are the call's
+ * (kiln_int8_mm_args), so layers of one shape share a kernel.
  * m: the rows of the calls to come. One kernel serves a class of m (1; 2; 3–4; 5–8; 9–16; 17–32; 33 and more; on GPUs 16 and less; 17–32; 33–64;
  * 65 and more), so a host whose m changes asks anew for each and compiles at most seven kernels per (n, k). KILN_ANY stands for the last class.
- * On GPUs also with KILN_RESCALE_SCALE: y = f32(sum) · scale, for c_dtype KILN_BF16, or KILN_S8 rounded half to even and saturated. */
+ * GPUs: s8, and of the stages only KILN_RESCALE_SCALE with c_dtype KILN_BF16 or KILN_S8. */
 typedef struct kiln_int8_mm_desc {
   kiln_desc base;
   int64_t m, n, k;
   int32_t b_layout; /* kiln_b_layout, of the B that is packed or passed raw */
-  int32_t a_dtype;  /* KILN_S8 */
-  int32_t c_dtype;  /* KILN_S32; with a rescale also KILN_S8, KILN_BF16 */
+  int32_t a_dtype;  /* KILN_S8, KILN_U8 */
+  int32_t c_dtype;  /* KILN_S32, KILN_S8, KILN_U8; with KILN_RESCALE_SCALE also KILN_F32, KILN_BF16, KILN_F16 */
   int32_t reserved; /* 0 */
   int32_t rescale;     /* kiln_rescale */
   int32_t rescale_per; /* kiln_rescale_per: one value, or one for each of n */
+  int32_t b_dtype;  /* KILN_S8, KILN_U8: of the B that is packed or passed raw */
+  int32_t a_zp;     /* kiln_values: KILN_EACH for each row */
+  int32_t b_zp;     /* kiln_values: KILN_EACH for each of n */
+  int32_t bias;     /* KILN_ABSENT, KILN_EACH */
+  int32_t rounding; /* kiln_rounding, of integer rescales and of leaky_relu after one or none */
+  int32_t act;      /* kiln_act */
+  int32_t c_zp;     /* KILN_ABSENT, KILN_ONE */
+  int32_t clamp;    /* KILN_ABSENT, KILN_ONE: lo and hi */
 } kiln_int8_mm_desc;
 #define KILN_INT8_MM_DESC_INIT \
-  {{sizeof(kiln_int8_mm_desc), KILN_OP_INT8_MM, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, KILN_B_NK, KILN_S8, KILN_S32, 0, KILN_RESCALE_NONE, KILN_PER_CHANNEL}
+  {{sizeof(kiln_int8_mm_desc), KILN_OP_INT8_MM, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, KILN_B_NK, KILN_S8, KILN_S32, 0, KILN_RESCALE_NONE, KILN_PER_CHANNEL, \
+   KILN_S8, KILN_ABSENT, KILN_ABSENT, KILN_ABSENT, KILN_ROUND_ZERO, KILN_ACT_NONE, KILN_ABSENT, KILN_ABSENT}
+
+/* int8_linear: Y[M,N] = dequant(quant(X[M,K]) · W[K,N]) + bias: a linear layer with s8 weights and activations that are quantised row by row
+ * as they come. In f32, for each row of X: a = max|x|, s = a / 127, r = 127 / a, q = x · r rounded half to even; where a is 0 or r is not finite,
+ * s and q are 0. Then y = fma(f32(Σ q·w), s · ws[n], bias[n]), with +0 for an absent bias, rounded to Y's type to nearest even. Every operation is
+ * rounded to nearest even without flushing denormals, whatever the caller's floating-point state: the same bits on every path. A row with a NaN or an
+ * infinity is NaN whole, and no other row changes; a NaN is 0x7FC00000 (f32), 0x7FC0 (bf16), 0x7E00 (f16).
+ * Any sizes from 0 to 2^31 − 1; m and its classes as in int8_mm. Packs are those of int8_mm: one made for either op serves the other where both tell the
+ * same kiln_kernel_info.pack_layout. CPUs only. */
+typedef struct kiln_int8_linear_desc {
+  kiln_desc base;
+  int64_t m, n, k;
+  int32_t x_dtype;  /* KILN_BF16, KILN_F16 or KILN_F32 */
+  int32_t y_dtype;  /* likewise */
+  int32_t bias;     /* 0 or 1: whether there is one */
+  int32_t w_layout; /* kiln_b_layout, of the W that is packed */
+} kiln_int8_linear_desc;
+#define KILN_INT8_LINEAR_DESC_INIT \
+  {{sizeof(kiln_int8_linear_desc), KILN_OP_INT8_LINEAR, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, KILN_BF16, KILN_BF16, 0, KILN_B_NK}
 
 /* int4_mm: Y[M,N] = X[M,K] · W; X and Y bf16, sums f32. A weight is w = (q − 8)·scale + zero with q from 0 to 15, and one bf16 scale and zero
  * for each n and `group` elements of K. n is a multiple of 8, k of the group.
@@ -240,7 +300,7 @@ KILN_API kiln_status kiln_kernel_get_info(const kiln_kernel* kernel, kiln_kernel
  * to make it; releasing it frees the memory, which waits for the GPU. */
 typedef struct kiln_pack kiln_pack;
 
-/* Packs B of an int8_mm desc (its m is ignored). `b` is host memory, for a pack on a GPU too, and read during the call only; ldb ≥ n (KILN_B_KN)
+/* Packs B of an int8_mm desc, or W of an int8_linear desc (its m is ignored, as what X and Y are). `b` is host memory, for a pack on a GPU too, and read during the call only; ldb ≥ n (KILN_B_KN)
  * or ≥ k (KILN_B_NK). */
 KILN_API kiln_status kiln_pack_create(kiln_engine* engine, const kiln_desc* desc, const void* b, int64_t ldb, kiln_pack** pack);
 
@@ -296,10 +356,10 @@ typedef struct kiln_args {
 typedef struct kiln_int8_mm_args {
   kiln_args base;
   int64_t m; /* rows of this call, one of those that the kernel serves; m = 0 does nothing */
-  const int8_t* a;
+  const void* a; /* of a_dtype */
   int64_t lda; /* ≥ k */
   const kiln_pack* b_pack;
-  const int8_t* b;
+  const void* b; /* of b_dtype */
   int64_t ldb;
   int32_t b_layout; /* of b */
   int32_t reserved; /* 0 */
@@ -307,12 +367,39 @@ typedef struct kiln_int8_mm_args {
   int64_t ldc; /* ≥ n */
   void* workspace; /* NULL: a per-thread arena of Kiln's, on a GPU a buffer for each stream. Else 64-byte (GPU: 256-byte) aligned, for this call alone */
   uint64_t workspace_bytes; /* ≥ what kiln_workspace_bytes tells for the same args */
-  const float* scale; /* [n] or one, with KILN_RESCALE_SCALE */
+  const float* scale; /* [n] or one, with KILN_RESCALE_SCALE; finite */
   void* stream; /* CUstream of a GPU kernel; NULL is CUDA's default stream */
+  /* Values of the epilogue, each read only when the desc has its stage, and then checked: a value out of its range is KILN_INVALID_ARGUMENT. */
+  const int32_t* a_zp;  /* [m] or one */
+  const int32_t* b_zp;  /* [n] or one */
+  const int32_t* bias;  /* [n] */
+  const int32_t* mult;  /* [n] or one: 1 to 2^31 − 1 */
+  const int32_t* shift; /* [n] or one: −62 to 31 with KILN_RESCALE_Q_SCALE, 0 to 62 with _SHIFT_RIGHT, 0 to 31 with _SHIFT_LEFT */
+  int32_t slope_mult, slope_shift; /* as mult and shift of KILN_RESCALE_Q_SCALE */
+  float slope; /* of leaky_relu with KILN_RESCALE_SCALE; finite */
+  int32_t c_zp;
+  double lo, hi; /* lo ≤ hi; integers within c_dtype; floats within it, or infinities */
 } kiln_int8_mm_args;
 #define KILN_INT8_MM_ARGS_INIT \
-  {{sizeof(kiln_int8_mm_args), KILN_OP_INT8_MM, 0}, 0, 0, 0, 0, 0, 0, KILN_B_NK, 0, 0, 0, 0, 0, 0, 0}
+  {{sizeof(kiln_int8_mm_args), KILN_OP_INT8_MM, 0}, 0, 0, 0, 0, 0, 0, KILN_B_NK, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 /* On a GPU a and a raw b are 16-byte aligned, lda and ldb multiples of 16, and a raw b is KILN_B_NK. */
+
+/* Y[m,n] = dequant(quant(X[m,k]) · W) + bias. Buffers are read and written within m, n, k exactly and must not overlap; each is aligned to its
+ * elements. Nothing is allocated but the arena, which grows to what the largest call needs. */
+typedef struct kiln_int8_linear_args {
+  kiln_args base;
+  int64_t m; /* rows of this call, one of those that the kernel serves; m = 0 does nothing */
+  const void* x; /* of x_dtype */
+  int64_t ldx; /* ≥ k */
+  const kiln_pack* w_pack;
+  const float* ws; /* [n] */
+  const float* bias; /* [n] with a desc of bias = 1, else NULL */
+  void* y; /* of y_dtype */
+  int64_t ldy; /* ≥ n */
+  void* workspace; /* NULL: a per-thread arena of Kiln's. Else 64-byte aligned, for this call alone */
+  uint64_t workspace_bytes; /* ≥ what kiln_workspace_bytes tells for the same args */
+} kiln_int8_linear_args;
+#define KILN_INT8_LINEAR_ARGS_INIT {{sizeof(kiln_int8_linear_args), KILN_OP_INT8_LINEAR, 0}, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
 /* Y[m,n] = X[m,k] · W. Buffers are read and written within m, n, k exactly and must not overlap. On a GPU x and y are 16-byte aligned, ldx and
  * ldy multiples of 8. */

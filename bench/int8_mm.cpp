@@ -2,13 +2,14 @@
 ///
 ///   bench_int8_mm [--only GROUP,…] [--json FILE] [--plot FILE.svg] [--smoke]
 ///
-/// Groups: calibration, gemm, cold, warm, scale, paths, walk. Limits are measured beside each figure: a register-only
-/// loop of the path's own multiply-add, and plain reads: of the weights alone when they are cold, of as many bytes as
-/// the call touches when they are warm. Both sides get packed weights on huge pages, equal threads and nothing to set
-/// up; the peer is the faster of oneDNN's matmul and inner product. Figures are medians over rounds of the ratio within
-/// a round. --smoke takes a second: it checks the calibrations against the clock, loosely, and one shape against
-/// oneDNN's result. Exit code: 0 all figures reached, 1 one fell short or failed, 2 usage.
+/// Groups: calibration, gemm, epilogue, cold, warm, scale, paths, walk. Limits are measured beside each figure: a
+/// register-only loop of the path's own multiply-add, and plain reads: of the weights alone when they are cold, of as
+/// many bytes as the call touches when they are warm. Both sides get packed weights on huge pages, equal threads and
+/// nothing to set up; the peer is the faster of oneDNN's matmul and inner product. Figures are medians over rounds of
+/// the ratio within a round. --smoke takes a second: it checks the calibrations against the clock, loosely, and one
+/// shape against oneDNN's result. Exit code: 0 all figures reached, 1 one fell short or failed, 2 usage.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -120,8 +121,20 @@ class KilnMm {
 public:
   KilnMm(kiln_engine* engine, const Tensors& t, const Packs& packs) : KilnMm(engine, t, packs, t.shape.m) {}
   /// The first `m` rows only.
-  KilnMm(kiln_engine* engine, const Tensors& t, const Packs& packs, std::int64_t m) : packs_(packs) {
-    const kiln_int8_mm_desc desc = desc_of({m, t.shape.n, t.shape.k});
+  KilnMm(kiln_engine* engine, const Tensors& t, const Packs& packs, std::int64_t m)
+      : KilnMm(engine, t, packs, m, [](kiln_int8_mm_desc&) {}) {}
+  /// With an epilogue, whose values must outlive it.
+  template <class Change, class Values>
+  KilnMm(kiln_engine* engine, const Tensors& t, const Packs& packs, Change change, Values values)
+      : KilnMm(engine, t, packs, t.shape.m, change) {
+    values(args_);
+  }
+
+private:
+  template <class Change>
+  KilnMm(kiln_engine* engine, const Tensors& t, const Packs& packs, std::int64_t m, Change change) : packs_(packs) {
+    kiln_int8_mm_desc desc = desc_of({m, t.shape.n, t.shape.k});
+    change(desc);
     kiln_kernel* kernel = nullptr;
     check(kiln_get(engine, &desc.base, &kernel), "kiln_get");
     kernel_.reset(kernel);
@@ -135,6 +148,7 @@ public:
     args_.ldc = t.shape.n;
   }
 
+public:
   void run(std::size_t copy = 0) {
     args_.b_pack = packs_[copy].get();
     if (kiln_run(kernel_.get(), &args_.base) != KILN_OK)
@@ -299,6 +313,80 @@ void gemm(Bench& bench) {
                 fmt::format("{} {:.0f} GOPS; best of each {:.3f}", r.peer().name, gops(shape.operations(), r.peer()),
                             r.peer().best() / r.kiln.best()));
     bench.plot.push_back({"gemm", shape.text(), time_ratio(limit, r.kiln), time_ratio(limit, r.peer()), reach});
+  }
+  unpin(bench.cpus);
+}
+
+/// What the epilogue costs over the plain product, and the same by oneDNN.
+void epilogue(Bench& bench) {
+  pin_to(bench.cpus[0]);
+  const EngineHandle engine = make_engine(1);
+  struct Bounds {
+    Shape shape;
+    double q_scale, leaky; ///< seconds over those of the plain product, at most; 0: no bound
+  };
+  for (const Bounds& bounds :
+       {Bounds{{64, 4096, 4096}, 1.05, 1.08}, {{512, 512, 512}, 1.15, 1.28}, {{1024, 1024, 1024}, 0, 0}}) {
+    const Shape& shape = bounds.shape;
+    const Tensors t(shape);
+    const Packs packs = make_packs(engine.get(), t, 1);
+    // Half of the results within s8. A dyadic multiplier, so that oneDNN's float has the same value.
+    const int sum_bits = 12 + static_cast<int>(std::log2(static_cast<double>(shape.k)) / 2);
+    const std::size_t n = static_cast<std::size_t>(shape.n);
+    const std::vector<std::int32_t> mult(n, 1 << 30), shift(n, sum_bits - 8);
+    const std::vector<float> scale(n, std::ldexp(1.0f, -1 - (sum_bits - 8)));
+    constexpr std::int32_t a_zp = 3, c_zp = -6; // even: oneDNN rounds when it has added it
+    const auto change = [&](kiln_rescale rescale, kiln_act act) {
+      return [=](kiln_int8_mm_desc& desc) {
+        desc.c_dtype = KILN_S8;
+        desc.rescale = rescale;
+        desc.rounding = KILN_ROUND_EVEN;
+        desc.a_zp = KILN_ONE;
+        desc.c_zp = KILN_ONE;
+        desc.act = act;
+      };
+    };
+    const auto values = [&](kiln_int8_mm_args& args) {
+      args.mult = mult.data();
+      args.shift = shift.data();
+      args.scale = scale.data();
+      args.a_zp = &a_zp;
+      args.c_zp = c_zp;
+      args.slope_mult = 1 << 30;
+      args.slope_shift = 2;
+    };
+    KilnMm plain(engine.get(), t, packs);
+    KilnMm q_scale(engine.get(), t, packs, change(KILN_RESCALE_Q_SCALE, KILN_ACT_NONE), values);
+    KilnMm leaky(engine.get(), t, packs, change(KILN_RESCALE_Q_SCALE, KILN_ACT_LEAKY_RELU), values);
+    KilnMm scaled(engine.get(), t, packs, change(KILN_RESCALE_SCALE, KILN_ACT_NONE), values);
+    const OneDnnEpilogue by_peer{scale, a_zp, c_zp};
+    OneDnn peer(OneDnn::Primitive::matmul, shape.m, shape.n, shape.k, t.a.as<std::int8_t>(), t.b.as<std::int8_t>(),
+                t.peer_c.as<void>(), 1, 1, &by_peer);
+    peer.run();
+    const auto check_bytes = [&](KilnMm& kiln, const char* what) {
+      kiln.run();
+      if (std::memcmp(t.c.as<void>(), t.peer_c.as<void>(), n * static_cast<std::size_t>(shape.m)) != 0)
+        fail(fmt::format("{}: {} and oneDNN differ in their results", shape.text(), what));
+    };
+    check_bytes(q_scale, "q_scale");
+    check_bytes(scaled, "scale");
+    const Contender contenders[] = {timed("plain", [&] { plain.run(); }), timed("q_scale", [&] { q_scale.run(); }),
+                                    timed("q_scale, leaky relu", [&] { leaky.run(); }),
+                                    timed("scale", [&] { scaled.run(); }), timed("oneDNN matmul", [&] { peer.run(); })};
+    const std::vector<Series> s = race(contenders, {.rounds = 41, .sample_seconds = 4e-3});
+    const auto cost = [&](const Series& with, double bound) {
+      bench.report.add({"epilogue", fmt::format("{} {}: time over plain {}", shape.text(), with.name, plain.isa()),
+                        time_ratio(with, s[0]), "", bound > 0 ? Figure::Bound::at_most : Figure::Bound::none, bound,
+                        fmt::format("{:.0f} of {:.0f} GOPS; best of each {:.3f}", gops(shape.operations(), with),
+                                    gops(shape.operations(), s[0]), with.best() / s[0].best())});
+    };
+    cost(s[1], bounds.q_scale);
+    cost(s[2], bounds.leaky);
+    cost(s[3], 0);
+    for (const int kiln : {1, 3})
+      bench.ratio("epilogue", fmt::format("{} s8 by {} × oneDNN", shape.text(), s[kiln].name),
+                  time_ratio(s[4], s[kiln]), 1.0,
+                  fmt::format("oneDNN matmul ({}) {:.0f} GOPS", peer.implementation(), gops(shape.operations(), s[4])));
   }
   unpin(bench.cpus);
 }
@@ -595,6 +683,7 @@ struct Group {
 };
 constexpr Group kGroups[] = {{"calibration", calibration},
                              {"gemm", gemm},
+                             {"epilogue", epilogue},
                              {"cold", cold},
                              {"warm", warm},
                              {"scale", scale},
@@ -666,7 +755,7 @@ int main(int argc, char** argv) {
   const auto options = kiln::bench::parse(argc, argv);
   if (!options) {
     fmt::print(stderr, "usage: bench_int8_mm [--only GROUP,…] [--json FILE] [--plot FILE.svg] [--smoke]\n"
-                       "groups: calibration, gemm, cold, warm, scale, paths, walk\n");
+                       "groups: calibration, gemm, epilogue, cold, warm, scale, paths, walk\n");
     return 2;
   }
   return kiln::bench::run(*options);

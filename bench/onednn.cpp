@@ -34,24 +34,35 @@ struct OneDnn::Impl {
 };
 
 OneDnn::OneDnn(Primitive primitive, std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a,
-               const std::int8_t* b, std::int32_t* c, int threads, int copies)
+               const std::int8_t* b, void* c, int threads, int copies, const OneDnnEpilogue* epilogue)
     : impl_(std::make_unique<Impl>()) {
   impl_->threads = threads;
   omp_set_num_threads(threads); // oneDNN divides the work when it makes the primitive
   const dnnl::engine& engine = impl_->engine;
   const auto s8 = memory::data_type::s8, s32 = memory::data_type::s32;
-  const memory::desc a_desc({m, k}, s8, memory::format_tag::ab), c_desc({m, n}, s32, memory::format_tag::ab);
+  const memory::desc a_desc({m, k}, s8, memory::format_tag::ab),
+      c_desc({m, n}, epilogue != nullptr ? s8 : s32, memory::format_tag::ab);
+  dnnl::primitive_attr attributes;
+  if (epilogue != nullptr) {
+    constexpr int each_column = 1 << 1, one = 0;
+    attributes.set_output_scales(each_column, epilogue->scale);
+    if (primitive == Primitive::matmul) {
+      attributes.set_zero_points(DNNL_ARG_SRC, one, {epilogue->a_zp});
+      attributes.set_zero_points(DNNL_ARG_DST, one, {epilogue->c_zp});
+    }
+  }
   const memory a_memory(a_desc, engine, const_cast<std::int8_t*>(a)), c_memory(c_desc, engine, c);
   if (primitive == Primitive::matmul) {
     const memory b_memory({{k, n}, s8, memory::format_tag::ba}, engine, const_cast<std::int8_t*>(b));
-    impl_->make(dnnl::matmul::primitive_desc({a_desc, {{k, n}, s8, memory::format_tag::any}, c_desc}, engine), a_memory,
-                b_memory, c_memory, copies);
+    impl_->make(
+        dnnl::matmul::primitive_desc({a_desc, {{k, n}, s8, memory::format_tag::any}, c_desc}, attributes, engine),
+        a_memory, b_memory, c_memory, copies);
   } else {
     const memory b_memory({{n, k}, s8, memory::format_tag::ab}, engine, const_cast<std::int8_t*>(b));
-    impl_->make(
-        dnnl::inner_product_forward::primitive_desc(
-            {dnnl::prop_kind::forward_inference, a_desc, {{n, k}, s8, memory::format_tag::any}, c_desc}, engine),
-        a_memory, b_memory, c_memory, copies);
+    impl_->make(dnnl::inner_product_forward::primitive_desc(
+                    {dnnl::prop_kind::forward_inference, a_desc, {{n, k}, s8, memory::format_tag::any}, c_desc},
+                    attributes, engine),
+                a_memory, b_memory, c_memory, copies);
   }
 }
 

@@ -8,17 +8,23 @@
 
 namespace kiln::bench {
 
-/// int8_mm by oneDNN on the same tensors: C[M,N] = A[M,K] · B[N,K]ᵀ, s8 × s8 → s32. Weights are reordered once into the
-/// layout it prefers, and the primitive exists before the first run.
+/// What becomes of the sums: s8 of round(scale[n] · (sum − a_zp · Σ_k b)) + c_zp.
+struct OneDnnEpilogue {
+  std::vector<float> scale; ///< [N]
+  std::int32_t a_zp = 0, c_zp = 0;
+};
+
+/// int8_mm by oneDNN on the same tensors: C[M,N] = A[M,K] · B[N,K]ᵀ, s8 × s8 → s32, or s8 by an epilogue. Weights are
+/// reordered once into the layout it prefers, and the primitive exists before the first run.
 class OneDnn {
 public:
   /// Two of its primitives compute this; the inner product is often the faster one for few rows.
   enum class Primitive { matmul, inner_product };
 
   /// `b` is the weights as [N][K], `copies` how many separate reordered copies to keep (cold runs rotate over them).
-  /// `threads` holds for every run. `a` and `c` are used by every run.
+  /// `threads` holds for every run. `a` and `c` are used by every run. Zero points are matmul's only.
   OneDnn(Primitive primitive, std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a,
-         const std::int8_t* b, std::int32_t* c, int threads, int copies = 1);
+         const std::int8_t* b, void* c, int threads, int copies = 1, const OneDnnEpilogue* epilogue = nullptr);
   ~OneDnn();
 
   void run(int copy = 0);

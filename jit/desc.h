@@ -30,7 +30,7 @@ inline constexpr std::int64_t kAny = -1;
 
 /// What to compute: a plain value. `value[i]` is field i of the op's field table (jit/op.h); those beyond it are 0.
 struct KernelDesc {
-  static constexpr int kMaxFields = 14;
+  static constexpr int kMaxFields = 16;
   OpId op = OpId::none;
   Device device;
   std::array<std::int64_t, kMaxFields> value{};

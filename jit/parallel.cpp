@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <utility>
 
 #include <pthreadpool.h>
 #ifdef __SANITIZE_THREAD__
@@ -65,19 +66,25 @@ private:
   pthreadpool_t threads_ = nullptr;
 };
 
-/// The buffer of one thread. Plain data, so that reaching it costs one look-up of thread storage and no check for
+/// A buffer of one thread. Plain data, so that reaching it costs one look-up of thread storage and no check for
 /// construction.
 struct Scratch {
   void* data;
   std::size_t size;
 };
-constinit thread_local Scratch scratch = {nullptr, 0};
+/// Those of one thread: the first `leased` are in use by leases, the next one is anybody's.
+struct Scratches {
+  static constexpr int kMost = 4;
+  Scratch each[kMost];
+  int leased;
+};
+constinit thread_local Scratches scratches = {};
 
-/// Frees it when the thread ends.
+/// Frees them when the thread ends.
 struct ScratchEnd {
   ~ScratchEnd() {
-    std::free(scratch.data);
-    scratch = {nullptr, 0};
+    for (Scratch& scratch : scratches.each)
+      std::free(std::exchange(scratch, {nullptr, 0}).data);
   }
 };
 
@@ -87,6 +94,7 @@ struct ScratchEnd {
   constexpr std::size_t kLine = 64, kLeast = 4096, kMost = SIZE_MAX / 4;
   static thread_local ScratchEnd end;
   (void)end;
+  Scratch& scratch = scratches.each[scratches.leased];
   const std::size_t doubled = std::max(2 * scratch.size, kLeast);
   std::free(scratch.data);
   scratch = {nullptr, 0};
@@ -132,7 +140,20 @@ void Parallel::run(std::size_t count, void (*task)(void* context, std::size_t in
 }
 
 void* thread_scratch(std::size_t bytes) {
+  const Scratch& scratch = scratches.each[scratches.leased];
   return bytes <= scratch.size && scratch.data ? scratch.data : grow_scratch(bytes);
+}
+
+ScratchLease::ScratchLease(std::size_t bytes) {
+  // The last one stays for thread_scratch.
+  data_ = scratches.leased < Scratches::kMost - 1 ? thread_scratch(bytes) : nullptr;
+  if (data_ != nullptr)
+    ++scratches.leased;
+}
+
+ScratchLease::~ScratchLease() {
+  if (data_ != nullptr)
+    --scratches.leased;
 }
 
 } // namespace kiln

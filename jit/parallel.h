@@ -36,4 +36,19 @@ private:
 /// thread; kept for reuse and freed with the thread. Null when memory is short.
 void* thread_scratch(std::size_t bytes);
 
+/// Such a buffer that stays this scope's while it calls Parallel::run: a task that a host runs on this thread
+/// meanwhile, of the same call or another, gets other ones.
+class ScratchLease {
+public:
+  explicit ScratchLease(std::size_t bytes);
+  ~ScratchLease();
+  ScratchLease(const ScratchLease&) = delete;
+  ScratchLease& operator=(const ScratchLease&) = delete;
+  /// Null when memory is short, or a few of them are nested already.
+  void* data() const { return data_; }
+
+private:
+  void* data_;
+};
+
 } // namespace kiln

@@ -60,7 +60,7 @@ Tile& configured(int index) {
   return file.tiles[index];
 }
 
-void multiply(Tile& sums, const Tile& a, const Tile& b) {
+void multiply(Tile& sums, const Tile& a, const Tile& b, bool a_is_u8) {
   if (&sums == &a || &sums == &b || &a == &b)
     refuse("tdpbssd: the same tile twice");
   if (a.row_bytes % 4 != 0 || sums.row_bytes % 4 != 0 || sums.rows != a.rows || a.row_bytes / 4 != b.rows ||
@@ -72,8 +72,9 @@ void multiply(Tile& sums, const Tile& a, const Tile& b) {
     for (int k = 0; k < b.rows; ++k)
       for (int n = 0; n < sums.row_bytes / 4; ++n)
         for (int i = 0; i < 4; ++i)
-          row[n] += static_cast<std::uint32_t>(static_cast<std::int8_t>(a.data[m][4 * k + i]) *
-                                               static_cast<std::int8_t>(b.data[k][4 * n + i]));
+          row[n] += static_cast<std::uint32_t>(
+              (a_is_u8 ? int{a.data[m][4 * k + i]} : int{static_cast<std::int8_t>(a.data[m][4 * k + i])}) *
+              static_cast<std::int8_t>(b.data[k][4 * n + i]));
     std::memcpy(sums.data[m], row, sizeof row);
   }
   for (int m = sums.rows; m < kMaxRows; ++m)
@@ -161,8 +162,8 @@ void on_illegal_instruction(int, siginfo_t*, void* opaque) {
     const Tile& tile = configured(operands.reg);
     for (int row = 0; row < tile.rows; ++row)
       std::memcpy(operands.address + row * operands.stride, tile.data[row], static_cast<std::size_t>(tile.row_bytes));
-  } else if (form == form_of(0x5e, kF2, false)) {
-    multiply(configured(operands.reg), configured(operands.rm), configured(vvvv));
+  } else if (form == form_of(0x5e, kF2, false) || form == form_of(0x5e, k66, false)) { // tdpbssd, tdpbusd
+    multiply(configured(operands.reg), configured(operands.rm), configured(vvvv), prefix == k66);
   } else {
     refuse("a VEX instruction that is none of those emulated");
   }

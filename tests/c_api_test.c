@@ -204,13 +204,18 @@ static void test_descs(kiln_engine* engine) {
   desc.k = INT64_MAX;
   CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "k=9223372036854775807");
   desc = the_desc();
-  desc.a_dtype = KILN_U8;
-  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "a_dtype");
+  desc.a_dtype = KILN_F32;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "a_dtype is 3");
   desc = the_desc();
-  desc.c_dtype = KILN_F32;
-  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "c_dtype is 3");
-  desc.c_dtype = KILN_S8;
-  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_UNSUPPORTED, "c_dtype and rescale: allowed on CPUs");
+  desc.c_dtype = 6;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "c_dtype is 6");
+  desc = the_desc();
+  desc.rounding = 6;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "rounding is 6");
+  desc = the_desc();
+  desc.bias = KILN_ONE;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "bias is 1");
+  desc = the_desc();
   desc.c_dtype = KILN_BF16;
   CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "c_dtype=bf16 rescale=none");
   desc = the_desc();
@@ -236,6 +241,177 @@ static void test_descs(kiln_engine* engine) {
   grown.later = 1;
   CHECK_ERROR(kiln_get(engine, &grown.desc.base, &kernel), KILN_INVALID_ARGUMENT, "does not know");
   CHECK(kernel == NULL);
+}
+
+/* Small enough to follow by hand: u8 weights, both zero points, bias, a rounded halving, relu, an output zero point, a clamp. */
+static void test_epilogue(kiln_engine* engine, const char* directory) {
+  const int8_t x[2][2] = {{1, 2}, {3, 4}};
+  const uint8_t w[3][2] = {{131, 130}, {130, 131}, {131, 131}}; /* less 130: 1 0, 0 1, 1 1 */
+  const int32_t a_zp = 1, b_zp = 130, bias[3] = {10, -20, 5}, mult[3] = {1 << 30, 1 << 30, 1 << 30}, shift[3] = {0, 0, 0};
+  /* Σ (x − 1)(w − 130) + bias = {10, −19, 6}, {12, −17, 10}; halved away from zero {5, −10, 3}, {6, −9, 5}; relu, −100, at most −95. */
+  const int8_t wanted[2][4] = {{-95, -100, -97, 77}, {-95, -100, -95, 77}};
+  int8_t y[2][4];
+  char path[512];
+  kiln_kernel* kernel = NULL;
+  kiln_pack *pack = NULL, *loaded = NULL, *other = NULL;
+  kiln_int8_mm_desc desc = KILN_INT8_MM_DESC_INIT;
+  kiln_int8_mm_args args = KILN_INT8_MM_ARGS_INIT;
+  kiln_pack_info info = KILN_PACK_INFO_INIT;
+  desc.m = 2;
+  desc.n = 3;
+  desc.k = 2;
+  desc.b_dtype = KILN_U8;
+  desc.c_dtype = KILN_S8;
+  desc.a_zp = KILN_ONE;
+  desc.b_zp = KILN_ONE;
+  desc.bias = KILN_EACH;
+  desc.rescale = KILN_RESCALE_Q_SCALE;
+  desc.rounding = KILN_ROUND_AWAY;
+  desc.act = KILN_ACT_RELU;
+  desc.c_zp = KILN_ONE;
+  desc.clamp = KILN_ONE;
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  CHECK(kiln_pack_create(engine, &desc.base, w, 2, &pack) == KILN_OK);
+  CHECK(kiln_pack_get_info(pack, &info) == KILN_OK && strstr(info.layout, "/u8") != NULL);
+  args.m = 2;
+  args.a = x;
+  args.lda = 2;
+  args.b_pack = pack;
+  args.c = y;
+  args.ldc = 4;
+  args.a_zp = &a_zp;
+  args.b_zp = &b_zp;
+  args.bias = bias;
+  args.mult = mult;
+  args.shift = shift;
+  args.c_zp = -100;
+  args.lo = -128;
+  args.hi = -95;
+  memset(y, 77, sizeof y);
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(memcmp(y, wanted, sizeof y) == 0);
+  snprintf(path, sizeof path, "%s/u8.pack", directory);
+  CHECK(kiln_pack_save(pack, path) == KILN_OK);
+  CHECK(kiln_pack_load(engine, &desc.base, path, &loaded) == KILN_OK);
+  args.b_pack = loaded;
+  memset(y, 77, sizeof y);
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(memcmp(y, wanted, sizeof y) == 0);
+
+  memset(y, 77, sizeof y);
+  args.bias = NULL;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "bias is null: allowed is 3 values");
+  args.bias = bias;
+  args.hi = -129;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "hi is -129: allowed is an integer from -128 to 127");
+  CHECK(y[0][0] == 77 && y[1][2] == 77);
+  desc.b_dtype = KILN_S8;
+  CHECK_ERROR(kiln_pack_load(engine, &desc.base, path, &other), KILN_INVALID_ARGUMENT, "/u8");
+  kiln_kernel_release(kernel);
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  args.hi = -95;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "b_pack is a pack of u8: allowed is one of s8");
+  kiln_kernel_release(kernel);
+  kiln_pack_release(loaded);
+  kiln_pack_release(pack);
+  remove(path);
+}
+
+static void test_linear(kiln_engine* engine) {
+  kiln_int8_linear_desc desc = KILN_INT8_LINEAR_DESC_INIT;
+  desc.m = M;
+  desc.n = N;
+  desc.k = K;
+  desc.x_dtype = KILN_F32;
+  desc.y_dtype = KILN_F32;
+  desc.bias = 1;
+  kiln_kernel* kernel = NULL;
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  kiln_kernel_info info = KILN_KERNEL_INFO_INIT;
+  CHECK(kiln_kernel_get_info(kernel, &info) == KILN_OK);
+  CHECK(strcmp(info.op, "int8_linear") == 0);
+
+  /* a pack of int8_mm's is one of its own where the layouts agree, as on every path but `reference` */
+  kiln_pack* pack = NULL;
+  kiln_pack* pack_of_mm = NULL;
+  const kiln_int8_mm_desc mm = the_desc();
+  CHECK(kiln_pack_create(engine, &desc.base, b, K, &pack) == KILN_OK);
+  CHECK(kiln_pack_create(engine, &mm.base, b, K, &pack_of_mm) == KILN_OK);
+  kiln_pack_info of_pack = KILN_PACK_INFO_INIT, of_mm = KILN_PACK_INFO_INIT;
+  CHECK(kiln_pack_get_info(pack, &of_pack) == KILN_OK);
+  CHECK(kiln_pack_get_info(pack_of_mm, &of_mm) == KILN_OK);
+  CHECK(strcmp(of_pack.layout, info.pack_layout) == 0);
+
+  /* rows whose largest magnitude is 127 are their own q, and s is 1 */
+  static float x[M * K], y[M * N], ws[N], bias[N];
+  for (int i = 0; i < M * K; ++i)
+    x[i] = i % K == 3 ? 127 : a[i] == -128 ? -127 : a[i];
+  for (int j = 0; j < N; ++j) {
+    ws[j] = (float)(j + 1);
+    bias[j] = (float)-j;
+  }
+  kiln_int8_linear_args args = KILN_INT8_LINEAR_ARGS_INIT;
+  args.m = M;
+  args.x = x;
+  args.ldx = K;
+  args.w_pack = pack;
+  args.ws = ws;
+  args.bias = bias;
+  args.y = y;
+  args.ldy = N;
+  for (int shared = 0; shared < 2; ++shared) {
+    if (shared && strcmp(of_mm.layout, of_pack.layout) != 0)
+      break;
+    args.w_pack = shared ? pack_of_mm : pack;
+    memset(y, 0, sizeof y);
+    CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+    int wrong = 0;
+    for (int i = 0; i < M; ++i)
+      for (int j = 0; j < N; ++j) {
+        int32_t sum = 0;
+        for (int k = 0; k < K; ++k)
+          sum += (int32_t)x[i * K + k] * b[j * K + k];
+        wrong += (double)y[i * N + j] != (double)sum * (j + 1) - j; /* small enough to be exact */
+      }
+    CHECK(wrong == 0);
+  }
+
+  /* the caller's workspace */
+  uint64_t bytes = 0;
+  CHECK(kiln_workspace_bytes(kernel, &args.base, &bytes) == KILN_OK);
+  args.workspace = aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64));
+  args.workspace_bytes = bytes;
+  y[0] = 0;
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(y[0] != 0);
+  free(args.workspace);
+  args.workspace = NULL;
+
+  /* what is wrong is named */
+  args.bias = NULL;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "int8_linear: bias is null: allowed is 37 floats");
+  args.bias = bias;
+  args.w_pack = NULL;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "int8_linear: w_pack is null");
+  kiln_kernel* none = NULL;
+  desc.x_dtype = KILN_S8;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &none), KILN_INVALID_ARGUMENT, "x_dtype is 0: allowed is KILN_BF16 (4)");
+  desc.x_dtype = KILN_BF16;
+  desc.y_dtype = 77;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &none), KILN_INVALID_ARGUMENT, "y_dtype is 77");
+  desc.y_dtype = KILN_F16;
+  desc.bias = 2;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &none), KILN_INVALID_ARGUMENT, "bias is 2: allowed is 0 or 1");
+  desc.bias = 0;
+  desc.w_layout = 9;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &none), KILN_INVALID_ARGUMENT, "w_layout is 9");
+  desc.w_layout = KILN_B_NK;
+  desc.base.device = KILN_DEVICE_CUDA;
+  CHECK(kiln_get(engine, &desc.base, &none) != KILN_OK);
+  CHECK(none == NULL);
+  kiln_kernel_release(kernel);
+  kiln_pack_release(pack);
+  kiln_pack_release(pack_of_mm);
 }
 
 static void test_packs(kiln_engine* engine, const char* directory) {
@@ -423,7 +599,9 @@ int main(void) {
 
   test_run(engine);
   test_descs(engine);
+  test_linear(engine);
   test_packs(engine, directory);
+  test_epilogue(engine, directory);
   test_pack_of_another_layout(&options);
   test_ahead_of_time(engine);
   test_threads(engine);

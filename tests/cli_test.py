@@ -24,7 +24,8 @@ MODELS = pathlib.Path()
 REDIS = shutil.which("redis-server") or shutil.which("redis-check-rdb")
 OK, FAILED, USAGE, INTEGRITY = 0, 1, 2, 3
 SHAPE = ["int8_mm", "m=5", "n=33", "k=70"]
-SHAPES = {"int8_mm": SHAPE, "int4_mm": ["int4_mm", "m=5", "n=40", "k=192", "group=64"]}
+SHAPES = {"int8_mm": SHAPE, "int8_linear": ["int8_linear", "m=5", "n=33", "k=70", "bias=1"],
+          "int4_mm": ["int4_mm", "m=5", "n=40", "k=192", "group=64"]}
 SEED = int(os.environ.get("KILN_TEST_SEED", "1"))
 
 
@@ -295,6 +296,11 @@ class Warmup(CommandTest):
         descs = {row["desc"] for row in self.json("warmup", "--model", MODELS / "qwen3-1.7b.json", "--scheme", "w8a8", "--tokens", "1")["results"]}
         shapes = {tuple(map(int, re.search(r" n=(\d+) k=(\d+) ", desc).groups())) for desc in descs}
         self.assertEqual({(2048, 2048), (1024, 2048), (4096, 2048), (6144, 2048), (12288, 2048), (2048, 6144), (151936, 2048)}, shapes)
+
+    def test_dynamic_quantisation(self):
+        for scheme, op in (("w8a8", "int8_mm"), ("w8a8-dynamic", "int8_linear")):
+            report = self.json("warmup", "--model", MODELS / "all-minilm-l6.json", "--scheme", scheme, "--tokens", "1,16")
+            self.assertEqual((0, 8, {op}), (report["failed"], report["kernels"], {row["desc"].split()[0] for row in report["results"]}))
 
     def test_deepseek_layers(self):
         results = self.json("warmup", "--model", MODELS / "deepseek-v3.json", "--scheme", "w8a8", "--tokens", "1")["results"]

@@ -7,7 +7,7 @@ trap 'rm -rf "$work"' EXIT
 export HOME=$work
 unset "${!KILN_@}"
 
-${TEST_EMULATOR-} "$1" warmup --model "$3" --scheme w8a8 --tokens 1,64
+${TEST_EMULATOR-} "$1" warmup --model "$3" --scheme w8a8-dynamic --tokens 1,64
 processes=(1 2)
 [[ -z ${TEST_EMULATOR-} ]] || processes=(1) # 30 s each
 for process in "${processes[@]}"; do

@@ -217,6 +217,7 @@ TEST_CASE("tile instructions are encoded as llvm-mc-19 encodes them") {
       0xc4, 0x82, 0x7b, 0x4b, 0xb4, 0x0d, 0x00, 0x04, 0x00, 0x00, // tileloadd 1024(%r13,%r9), %tmm6
       0xc4, 0xe2, 0x4b, 0x5e, 0xc4,                               // tdpbssd %tmm6, %tmm4, %tmm0
       0xc4, 0xe2, 0x43, 0x5e, 0xdd,                               // tdpbssd %tmm7, %tmm5, %tmm3
+      0xc4, 0xe2, 0x41, 0x5e, 0xdd,                               // tdpbusd %tmm7, %tmm5, %tmm3
       0xc4, 0x82, 0x7a, 0x4b, 0x5c, 0x1a, 0x40,                   // tilestored %tmm3, 64(%r10,%r11)
       0xc4, 0xe2, 0x7b, 0x49, 0xd0,                               // tilezero %tmm2
       0xc4, 0xc2, 0x78, 0x49, 0x07,                               // ldtilecfg (%r15)
@@ -228,6 +229,7 @@ TEST_CASE("tile instructions are encoded as llvm-mc-19 encodes them") {
   a.tileloadd(tile(6), r::ptr(r::r13, r::r9, 0, 1024));
   a.tdpbssd(tile(0), tile(4), tile(6));
   a.tdpbssd(tile(3), tile(5), tile(7));
+  a.tdpbusd(tile(3), tile(5), tile(7));
   a.tilestored(r::ptr(r::r10, r::r11, 0, 64), tile(3));
   a.tilezero(tile(2));
   a.ldtilecfg(r::ptr(r::r15));
@@ -251,14 +253,6 @@ TEST_CASE("emission is deterministic and names what it needs") {
       REQUIRE(plan);
       CHECK(plan->layout.id() == kRow.pack_layout({}, {}));
     }
-}
-
-TEST_CASE("u8 rows of A are refused by name") {
-  KernelDesc desc = int8_mm::make_desc(16, 16, 64);
-  desc.value[int8_mm::kADtype] = static_cast<std::int64_t>(int8_mm::ADtype::u8);
-  const Status status = kRow.supports(desc, Target{});
-  CHECK(status.code() == Code::unsupported);
-  CHECK(status.message().find("a_dtype=u8") != std::string::npos);
 }
 
 TEST_CASE("results equal the reference for every remainder of M, N and K") {

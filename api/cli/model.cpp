@@ -7,6 +7,7 @@
 
 #include "api/cli/json_file.h"
 #include "jit/op.h"
+#include "jit/ops/int8_linear.h"
 #include "jit/ops/int8_mm.h"
 
 namespace kiln::cli {
@@ -129,6 +130,9 @@ struct SchemeRow {
 };
 constexpr SchemeRow kSchemes[] = {
     {"w8a8", [](std::int64_t tokens, const Linear& linear) { return int8_mm::make_desc(tokens, linear.n, linear.k); }},
+    // As linear layers of language models have it: bf16 activations, no bias.
+    {"w8a8-dynamic",
+     [](std::int64_t tokens, const Linear& linear) { return int8_linear::make_desc(tokens, linear.n, linear.k); }},
 };
 
 } // namespace

@@ -1,14 +1,18 @@
 #include "api/cli/op_runner.h"
 
 #include <algorithm>
+#include <bit>
 #include <cassert>
+#include <cmath>
 #include <cstring>
 #include <memory>
 
 #include <fmt/format.h>
 
 #include "jit/cuda/module.h"
+#include "jit/floating_point.h"
 #include "jit/ops/int4_mm_driver.h"
+#include "jit/ops/int8_linear_driver.h"
 #include "jit/ops/int8_mm_driver.h"
 
 namespace kiln::cli {
@@ -78,14 +82,86 @@ std::function<Status()> completed(const Kernel& kernel, std::function<Status()> 
 
 // ---------------------------------------------------------------- int8_mm
 
-enum Int8MmTensor { kA, kB, kScale, kC };
+enum Int8MmTensor {
+  kA,
+  kB,
+  kScale,
+  kAZp,
+  kBZp,
+  kBias,
+  kMult,
+  kShift,
+  kSlopeMult,
+  kSlopeShift,
+  kSlope,
+  kCZp,
+  kLo,
+  kHi,
+  kC
+};
+
+/// The values of an epilogue, out of the host's memory. `scale` may lie in a GPU's.
+int8_mm::EpilogueValues int8_mm_values(const KernelDesc& desc, std::span<Tensor> tensors, const float* scale) {
+  const auto array = [&](Int8MmTensor index) -> const std::int32_t* {
+    return find_op(desc.op)->tensors[index].is_present(desc) ? tensors[index].as<std::int32_t>() : nullptr;
+  };
+  const auto scalar = [&](Int8MmTensor index) { return array(index) != nullptr ? *array(index) : 0; };
+  const auto bound = [&](Int8MmTensor index) -> double {
+    if (array(index) == nullptr)
+      return 0;
+    return tensors[index].dtype == Dtype::f32 ? *tensors[index].as<float>() : static_cast<double>(*array(index));
+  };
+  return {.a_zp = array(kAZp),
+          .b_zp = array(kBZp),
+          .bias = array(kBias),
+          .mult = array(kMult),
+          .shift = array(kShift),
+          .scale = scale,
+          .slope_mult = scalar(kSlopeMult),
+          .slope_shift = scalar(kSlopeShift),
+          .slope = array(kSlope) != nullptr ? *tensors[kSlope].as<float>() : 0,
+          .c_zp = scalar(kCZp),
+          .lo = bound(kLo),
+          .hi = bound(kHi)};
+}
+
+/// Values such that most results are within an integer output's range.
+void make_sensible_int8_mm(const KernelDesc& desc, std::span<Tensor> tensors) {
+  const auto each = [&](Int8MmTensor index, auto&& change) {
+    auto* const values = tensors[index].as<std::int32_t>();
+    for (std::uint64_t i = 0; i < tensors[index].buffer.size() / sizeof *values; ++i)
+      values[i] = change(values[i]);
+  };
+  const int8_mm::Epilogue epilogue = int8_mm::Epilogue::of(desc);
+  // Of a sum of k products of values around ±74.
+  const int sum_bits = 12 + static_cast<int>(std::bit_width(static_cast<std::uint64_t>(desc.value[int8_mm::kK]))) / 2;
+  const int drop = epilogue.c_bytes() == 1 ? std::max(sum_bits - 6, 0) : 0;
+  for (const auto index : {kAZp, kBZp, kCZp})
+    each(index, [](std::int32_t v) { return v % 32; });
+  each(kBias, [&](std::int32_t v) { return v % (1 << sum_bits); });
+  for (const auto index : {kMult, kSlopeMult})
+    each(index, [](std::int32_t v) { return (v & 0x3FFF'FFFF) | 0x4000'0000; });
+  const bool left = epilogue.rescale == int8_mm::Rescale::shift_left;
+  each(kShift, [&](std::int32_t) { return left ? 2 : drop; });
+  each(kSlopeShift, [](std::int32_t) { return 2; });
+  if (epilogue.rescale == int8_mm::Rescale::scale && !epilogue.has_float_output())
+    for (std::uint64_t i = 0; i < tensors[kScale].buffer.size() / sizeof(float); ++i)
+      tensors[kScale].as<float>()[i] = std::ldexp(tensors[kScale].as<float>()[i], -drop);
+  for (const auto& [index, value] : {std::pair{kLo, -100}, {kHi, 100}})
+    if (tensors[index].buffer.size() != 0) {
+      if (tensors[index].dtype == Dtype::f32)
+        *tensors[index].as<float>() = static_cast<float>(value);
+      else
+        *tensors[index].as<std::int32_t>() = epilogue.c_dtype == int8_mm::CDtype::u8 ? value + 110 : value;
+    }
+}
 
 Result<Invocation> prepare_int8_mm(const Kernel& kernel, const KernelDesc& desc, std::span<Tensor> tensors) {
   const auto& plan = *static_cast<const int8_mm::Plan*>(kernel.plan());
   const auto b_layout = static_cast<int8_mm::BLayout>(desc.value[int8_mm::kBLayout]);
-  Result<int8_mm::Pack> made =
-      int8_mm::Pack::make(plan.layout, tensors[kB].as<std::int8_t>(), row_length(tensors[kB]), b_layout,
-                          desc.value[int8_mm::kN], desc.value[int8_mm::kK], kernel.runtime().parallel);
+  Result<int8_mm::Pack> made = int8_mm::Pack::make(
+      plan.layout, tensors[kB].as<void>(), row_length(tensors[kB]), b_layout, desc.value[int8_mm::kN],
+      desc.value[int8_mm::kK], kernel.runtime().parallel, static_cast<int8_mm::BDtype>(desc.value[int8_mm::kBDtype]));
   if (!made)
     return made.status();
   if (desc.device.kind == DeviceKind::cuda)
@@ -103,32 +179,58 @@ Result<Invocation> prepare_int8_mm(const Kernel& kernel, const KernelDesc& desc,
   for (const auto& [operand, index] : {std::pair{&state->scale, kScale}, {&state->c, kC}})
     if (Status s = operand->place(desc, kernel.runtime(), tensors[index]); !s)
       return s;
-  const bool has_scale = desc.value[int8_mm::kRescale] != 0;
+  const bool has_scale = int8_mm::Epilogue::of(desc).rescale == int8_mm::Rescale::scale;
   const int8_mm::Args args = {.m = desc.value[int8_mm::kM],
-                              .a = state->a.as<const std::int8_t>(),
+                              .a = state->a.as<void>(),
                               .lda = std::max(row_length(tensors[kA]), static_cast<std::int64_t>(state->a.row_bytes())),
                               .pack = &state->pack,
                               .c = state->c.as<void>(),
                               .ldc = row_length(tensors[kC]),
-                              .scale = has_scale ? state->scale.as<const float>() : nullptr};
+                              .values =
+                                  int8_mm_values(desc, tensors, has_scale ? state->scale.as<const float>() : nullptr)};
   return Invocation{completed(kernel, [&kernel, args] { return int8_mm::run(kernel, args); }),
                     [state, tensors] { return state->c.bring_back(tensors[kC]); }};
 }
 
 void reference_int8_mm(const KernelDesc& desc, std::span<Tensor> tensors) {
-  const std::int64_t m = desc.value[int8_mm::kM], n = desc.value[int8_mm::kN];
-  const auto sums_to = [&](std::int32_t* sums) {
-    int8_mm::reference(m, n, desc.value[int8_mm::kK], tensors[kA].as<std::int8_t>(), row_length(tensors[kA]),
-                       tensors[kB].as<std::int8_t>(), row_length(tensors[kB]),
-                       static_cast<int8_mm::BLayout>(desc.value[int8_mm::kBLayout]), sums, n);
-  };
-  if (desc.value[int8_mm::kRescale] == 0) {
-    sums_to(tensors[kC].as<std::int32_t>());
-    return;
-  }
-  std::vector<std::int32_t> sums(static_cast<std::size_t>(m * n));
-  sums_to(sums.data());
-  int8_mm::rescale_reference(desc, sums.data(), m, tensors[kScale].as<float>(), tensors[kC].as<void>());
+  int8_mm::reference(int8_mm::Epilogue::of(desc), int8_mm_values(desc, tensors, tensors[kScale].as<float>()),
+                     desc.value[int8_mm::kM], desc.value[int8_mm::kN], desc.value[int8_mm::kK], tensors[kA].as<void>(),
+                     row_length(tensors[kA]), tensors[kB].as<void>(), row_length(tensors[kB]),
+                     static_cast<int8_mm::BLayout>(desc.value[int8_mm::kBLayout]), tensors[kC].as<void>(),
+                     row_length(tensors[kC]));
+}
+
+// ---------------------------------------------------------------- int8_linear
+
+enum Int8LinearTensor { kLinearX, kLinearW, kLinearWs, kLinearBias, kLinearY };
+
+Result<Invocation> prepare_int8_linear(const Kernel& kernel, const KernelDesc& desc, std::span<Tensor> tensors) {
+  const auto& plan = *static_cast<const int8_linear::Plan*>(kernel.plan());
+  Result<int8_mm::Pack> made =
+      int8_mm::Pack::make(plan.layout, tensors[kLinearW].as<std::int8_t>(), row_length(tensors[kLinearW]),
+                          static_cast<int8_linear::WLayout>(desc.value[int8_linear::kWLayout]),
+                          desc.value[int8_linear::kN], desc.value[int8_linear::kK], kernel.runtime().parallel);
+  if (!made)
+    return made.status();
+  const auto pack = std::make_shared<const int8_mm::Pack>(std::move(*made));
+  const int8_linear::Args args = {.m = desc.value[int8_linear::kM],
+                                  .x = tensors[kLinearX].as<void>(),
+                                  .ldx = row_length(tensors[kLinearX]),
+                                  .pack = pack.get(),
+                                  .ws = tensors[kLinearWs].as<float>(),
+                                  .bias = int8_linear::has_bias(desc) ? tensors[kLinearBias].as<float>() : nullptr,
+                                  .y = tensors[kLinearY].as<void>(),
+                                  .ldy = row_length(tensors[kLinearY])};
+  return Invocation{[&kernel, pack, args] { return int8_linear::run(kernel, args); }, {}};
+}
+
+void reference_int8_linear(const KernelDesc& desc, std::span<Tensor> tensors) {
+  const DefaultFloatingPoint scope;
+  int8_linear::reference(desc, desc.value[int8_linear::kM], tensors[kLinearX].as<void>(), row_length(tensors[kLinearX]),
+                         tensors[kLinearW].as<std::int8_t>(), row_length(tensors[kLinearW]),
+                         tensors[kLinearWs].as<float>(),
+                         int8_linear::has_bias(desc) ? tensors[kLinearBias].as<float>() : nullptr,
+                         tensors[kLinearY].as<void>(), row_length(tensors[kLinearY]));
 }
 
 // ---------------------------------------------------------------- int4_mm
@@ -177,7 +279,12 @@ void reference_int4_mm(const KernelDesc& desc, std::span<Tensor> tensors) {
 }
 
 constexpr OpRunner kRunners[] = {
-    {.op = OpId::int8_mm, .prepare = prepare_int8_mm, .reference = reference_int8_mm, .relative_bound = 0},
+    {.op = OpId::int8_mm,
+     .prepare = prepare_int8_mm,
+     .reference = reference_int8_mm,
+     .relative_bound = 0,
+     .make_sensible = make_sensible_int8_mm},
+    {.op = OpId::int8_linear, .prepare = prepare_int8_linear, .reference = reference_int8_linear, .relative_bound = 0},
     {.op = OpId::int4_mm, .prepare = prepare_int4_mm, .reference = reference_int4_mm, .relative_bound = 4e-3},
 };
 
@@ -203,6 +310,8 @@ Result<std::vector<Tensor>> random_tensors(const KernelDesc& desc) {
       fill_random(*tensor, tensors.size());
     tensors.push_back(std::move(*tensor));
   }
+  if (const OpRunner& runner = runner_of(desc.op); runner.make_sensible != nullptr)
+    runner.make_sensible(desc, tensors);
   return tensors;
 }
 

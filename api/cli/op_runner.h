@@ -24,6 +24,8 @@ struct OpRunner {
   void (*reference)(const KernelDesc&, std::span<Tensor> tensors);
   /// Largest Difference::relative of an output that OPS.md allows.
   double relative_bound;
+  /// Null, or brings random inputs into the ranges that the op allows.
+  void (*make_sensible)(const KernelDesc&, std::span<Tensor> tensors) = nullptr;
 };
 
 const OpRunner& runner_of(OpId op);

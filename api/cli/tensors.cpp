@@ -10,6 +10,7 @@
 #include <fmt/ranges.h>
 
 #include "jit/bf16.h"
+#include "jit/f16.h"
 
 namespace kiln::cli {
 namespace {
@@ -25,6 +26,13 @@ struct Bf16 {
 };
 double value_of(Bf16 element) {
   return static_cast<double>(float_of_bf16(element.bits));
+}
+
+struct F16 {
+  std::uint16_t bits;
+};
+double value_of(F16 element) {
+  return static_cast<double>(float_of_f16(element.bits));
 }
 
 /// Infinite where one side is not a number and the other is.
@@ -100,10 +108,12 @@ void fill_random(Tensor& tensor, std::uint64_t seed) {
   const auto in_unit = [&] {
     return static_cast<float>(static_cast<std::int64_t>(random() >> 39) - (1 << 24)) / (1 << 24);
   };
-  if (tensor.dtype == Dtype::bf16 || tensor.dtype == Dtype::f32) {
+  if (tensor.dtype == Dtype::bf16 || tensor.dtype == Dtype::f16 || tensor.dtype == Dtype::f32) {
     for (std::uint64_t i = 0; i < tensor.buffer.size() / size_of(tensor.dtype); ++i)
       if (tensor.dtype == Dtype::bf16)
         tensor.as<std::uint16_t>()[i] = bf16_of_float(in_unit());
+      else if (tensor.dtype == Dtype::f16)
+        tensor.as<std::uint16_t>()[i] = f16_of_float(in_unit());
       else
         tensor.as<float>()[i] = in_unit();
     return;
@@ -122,6 +132,8 @@ Difference difference(const Tensor& actual, const Tensor& expected) {
     return difference_of<std::int8_t>(actual, expected);
   case Dtype::bf16:
     return difference_of<Bf16>(actual, expected);
+  case Dtype::f16:
+    return difference_of<F16>(actual, expected);
   case Dtype::f32:
     return difference_of<float>(actual, expected);
   default:

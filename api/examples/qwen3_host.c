@@ -1,12 +1,14 @@
-/* The linear layers of Qwen3-1.7B with 8-bit weights and activations, run through Kiln as an inference engine would: a
- * prefill of 64 tokens, then decode steps of one. What stands between the layers (norms, attention, requantisation) is
- * left out, and weights and activations are random. Every layer has weights of its own, so that a step reads all of
- * them once and each call finds its weights in memory, not in a CPU cache.
+/* The linear layers of Qwen3-1.7B with 8-bit weights, run through Kiln as an inference engine would: a prefill of 64
+ * tokens, then decode steps of one. Activations are bf16; each call quantises them, multiplies and gives bf16 again
+ * (int8_linear). What stands between the layers (norms, attention) is left out, and weights and activations are random.
+ * Every layer has weights of its own, so that a step reads all of them once and each call finds its weights in memory,
+ * not in a CPU cache.
  *
  * The shapes are those of bench/models/qwen3-1.7b.json; `kiln warmup --model` on that file fills the cache for this
  * program. */
 #define _POSIX_C_SOURCE 199309L /* clock_gettime */
 #include <kiln.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,9 +46,10 @@ typedef struct options {
 typedef struct model {
   kiln_engine* engine;
   long layers;
-  kiln_pack** packs; /* layers · LM_HEAD, layer by layer, then the lm_head */
-  int8_t* activations;
-  int32_t* outputs; /* large enough for every call */
+  kiln_pack** packs;     /* layers · LM_HEAD, layer by layer, then the lm_head */
+  float* scales;         /* of the weights: one for each output, the same for every layer */
+  uint16_t* activations; /* bf16 */
+  uint16_t* outputs;     /* bf16; large enough for every call */
 } model;
 
 /* What one kind of layer did in one phase. */
@@ -88,13 +91,27 @@ static void fill_random(int8_t* out, size_t count, uint64_t seed) {
   }
 }
 
+static float from_bf16(uint16_t bits) {
+  const uint32_t wide = (uint32_t)bits << 16;
+  float value;
+  memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+/* To nearest even; not for NaN. */
+static uint16_t to_bf16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
 /* Of the linear layer with this index in model.packs. */
 static int kind_of(const model* m, long index) {
   return index < m->layers * LM_HEAD ? (int)(index % LM_HEAD) : LM_HEAD;
 }
 
-static kiln_int8_mm_desc desc_of(int kind, int64_t tokens) {
-  kiln_int8_mm_desc desc = KILN_INT8_MM_DESC_INIT;
+static kiln_int8_linear_desc desc_of(int kind, int64_t tokens) {
+  kiln_int8_linear_desc desc = KILN_INT8_LINEAR_DESC_INIT;
   desc.m = tokens;
   desc.n = kinds[kind].n;
   desc.k = kinds[kind].k;
@@ -106,6 +123,7 @@ static void model_destroy(model* m) {
     for (long i = 0; i <= m->layers * LM_HEAD; ++i)
       kiln_pack_release(m->packs[i]);
   free(m->packs);
+  free(m->scales);
   free(m->activations);
   free(m->outputs);
   kiln_engine_destroy(m->engine);
@@ -120,18 +138,26 @@ static int model_create(model* m, long layers) {
   const double created = now_us();
 
   m->packs = calloc((size_t)(layers * LM_HEAD + 1), sizeof *m->packs);
-  m->activations = malloc((size_t)PREFILL_TOKENS * INTERMEDIATE);
+  m->scales = malloc((size_t)VOCABULARY * sizeof *m->scales);
+  m->activations = malloc((size_t)PREFILL_TOKENS * INTERMEDIATE * sizeof *m->activations);
   m->outputs =
       malloc((size_t)PREFILL_TOKENS * INTERMEDIATE * sizeof *m->outputs); /* one row of the lm_head is smaller */
   int8_t* weights = malloc((size_t)VOCABULARY * HIDDEN);
-  int done = allocated(m->packs, "packs") && allocated(m->activations, "activations") &&
-             allocated(m->outputs, "outputs") && allocated(weights, "weights");
-  if (done)
-    fill_random(m->activations, (size_t)PREFILL_TOKENS * INTERMEDIATE, 1);
+  int done = allocated(m->packs, "packs") && allocated(m->scales, "scales") &&
+             allocated(m->activations, "activations") && allocated(m->outputs, "outputs") &&
+             allocated(weights, "weights");
+  if (done) {
+    int8_t* random = weights;
+    fill_random(random, (size_t)PREFILL_TOKENS * INTERMEDIATE, 1);
+    for (size_t i = 0; i < (size_t)PREFILL_TOKENS * INTERMEDIATE; ++i)
+      m->activations[i] = to_bf16((float)random[i] / 50);
+    for (size_t i = 0; i < VOCABULARY; ++i)
+      m->scales[i] = (float)(1 + i % 100) / 10000;
+  }
 
   uint64_t bytes = 0;
   for (long i = 0; done && i <= layers * LM_HEAD; ++i) {
-    const kiln_int8_mm_desc desc = desc_of(kind_of(m, i), KILN_ANY);
+    const kiln_int8_linear_desc desc = desc_of(kind_of(m, i), KILN_ANY);
     kiln_pack_info info = KILN_PACK_INFO_INIT;
     fill_random(weights, (size_t)(desc.n * desc.k), (uint64_t)i << 32);
     done = ok(kiln_pack_create(m->engine, &desc.base, weights, desc.k, &m->packs[i]), "kiln_pack_create") &&
@@ -168,20 +194,21 @@ static int run_layer(const model* m, long index, int64_t tokens, measured* resul
   if (first && !ok(kiln_get_stats(m->engine, &before), "kiln_get_stats"))
     return 0;
 
-  const kiln_int8_mm_desc desc = desc_of(kind_of(m, index), tokens);
+  const kiln_int8_linear_desc desc = desc_of(kind_of(m, index), tokens);
   kiln_kernel* kernel = NULL;
   const double start = now_us();
   if (!ok(kiln_get(m->engine, &desc.base, &kernel), "kiln_get"))
     return 0;
   const double got = now_us();
 
-  kiln_int8_mm_args args = KILN_INT8_MM_ARGS_INIT;
+  kiln_int8_linear_args args = KILN_INT8_LINEAR_ARGS_INIT;
   args.m = tokens;
-  args.a = m->activations;
-  args.lda = desc.k;
-  args.b_pack = m->packs[index];
-  args.c = m->outputs;
-  args.ldc = desc.n;
+  args.x = m->activations;
+  args.ldx = desc.k;
+  args.w_pack = m->packs[index];
+  args.ws = m->scales;
+  args.y = m->outputs;
+  args.ldy = desc.n;
   const double ready = now_us();
   int done = ok(kiln_run(kernel, &args.base), "kiln_run");
   result->run_us[result->calls++] = now_us() - ready;
@@ -195,26 +222,48 @@ static int run_layer(const model* m, long index, int64_t tokens, measured* resul
   return done;
 }
 
-/* Compares a whole prefill result of one layer with what the definition gives. */
+/* One row of activations, as kiln_int8_linear_desc tells. Returns s. */
+static float quantise(const uint16_t* x, int64_t k, int8_t* q) {
+  float a = 0;
+  for (int64_t i = 0; i < k; ++i) { /* not fmaxf, whose loop GCC 12 for aarch64 crashes on */
+    const float magnitude = fabsf(from_bf16(x[i]));
+    a = magnitude > a ? magnitude : a;
+  }
+  const float r = 127 / a;
+  for (int64_t i = 0; i < k; ++i)
+    q[i] = isfinite(r) ? (int8_t)nearbyintf(from_bf16(x[i]) * r) : 0;
+  return isfinite(r) ? a / 127 : 0;
+}
+
+static int32_t dot(const int8_t* a, const int8_t* b, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i)
+    sum += a[i] * b[i];
+  return sum;
+}
+
+/* Compares a whole prefill result of one layer with what the definition gives, bit by bit. */
 static int check_layer(const model* m) {
   const int64_t n = kinds[K_PROJ].n, k = kinds[K_PROJ].k;
   int8_t* weights = malloc((size_t)(n * k));
+  int8_t* q = malloc((size_t)k);
   double unused_us;
   measured unused = {.run_us = &unused_us};
-  int done = allocated(weights, "weights") && run_layer(m, K_PROJ, PREFILL_TOKENS, &unused);
+  int done = allocated(weights, "weights") && allocated(q, "a row") && run_layer(m, K_PROJ, PREFILL_TOKENS, &unused);
   if (done)
     fill_random(weights, (size_t)(n * k), (uint64_t)K_PROJ << 32);
-  for (int64_t row = 0; done && row < PREFILL_TOKENS; ++row)
+  for (int64_t row = 0; done && row < PREFILL_TOKENS; ++row) {
+    const float s = quantise(m->activations + row * k, k, q);
     for (int64_t column = 0; done && column < n; ++column) {
-      int32_t expected = 0;
-      for (int64_t i = 0; i < k; ++i)
-        expected += m->activations[row * k + i] * weights[column * k + i];
-      const int32_t got = m->outputs[row * n + column];
+      const float sum = (float)dot(q, weights + column * k, k), t = s * m->scales[column];
+      const uint16_t expected = to_bf16(fmaf(sum, t, 0)), got = m->outputs[row * n + column];
       done = got == expected;
       if (!done)
-        fprintf(stderr, "qwen3_host: k_proj of layer 0 at [%d, %d]: %d, expected %d\n", (int)row, (int)column, (int)got,
-                (int)expected);
+        fprintf(stderr, "qwen3_host: k_proj of layer 0 at [%d, %d]: %g, expected %g\n", (int)row, (int)column,
+                (double)from_bf16(got), (double)from_bf16(expected));
     }
+  }
+  free(q);
   free(weights);
   if (done)
     printf("k_proj of layer 0, %d tokens: all %d results equal those of a plain loop\n", PREFILL_TOKENS,

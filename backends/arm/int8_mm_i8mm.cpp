@@ -61,7 +61,8 @@ std::string declines(const KernelDesc& desc, const Target& target) {
 Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
   if (!reads_layout(pack_layout, desc, target))
     return unreadable(IsaPath::i8mm, pack_layout, desc);
-  const NestShape shape = shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout));
+  NestShape shape = shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout));
+  shape.epilogue = int8_mm::Epilogue::of(desc);
   Assembler a;
   SmmlaPath path(a, shape);
   return emit_nest(a, shape, path, kFeatures, 0);

@@ -73,7 +73,8 @@ bool reads_layout(std::string_view id, const KernelDesc&, const Target&) {
 Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
   if (!reads_layout(pack_layout, desc, target))
     return unreadable(IsaPath::neon, pack_layout, desc);
-  const NestShape shape = shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout));
+  NestShape shape = shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout));
+  shape.epilogue = int8_mm::Epilogue::of(desc);
   Assembler a;
   NeonPath path(a, shape);
   return emit_nest(a, shape, path, kFeatures, 0);

@@ -16,7 +16,7 @@ using int8_mm::Call;
 namespace {
 
 // Roles that only the nest itself knows, beside those of the header. x18 belongs to the platform.
-constexpr GpX call = x0;          // until the arguments are loaded
+constexpr GpX call = x0;
 constexpr GpX b = x1;             // the column tile's first byte
 constexpr GpX c = x2;             // the column tile's row 0
 constexpr GpX n_left = x3;        // columns from here to the end of the call
@@ -34,6 +34,7 @@ constexpr GpX slices_left = x24;  // of the panel
 constexpr GpX m = x25;            // of the call
 constexpr GpX pair_rows = x26;    // rows of the tile, where units are pairs
 constexpr GpX c_tile = x27;       // the row tile's row 0 in C
+constexpr GpX terms = x28;        // of the column tile's first column
 constexpr GpX other = x16;        // scratch
 constexpr int kSavedGeneral = 10, kSavedVectors = 8;
 
@@ -185,14 +186,14 @@ private:
 class Nest {
 public:
   Nest(Assembler& assembler, const NestShape& shape, Path& path)
-      : a_(assembler), shape_(shape), path_(path), steps_(shape, path), heights_(shape.heights),
-        tail_(assembler.newLabel()), row_tile_done_(assembler.newLabel()) {}
+      : a_(assembler), shape_(shape), path_(path), steps_(shape, path), finish_(assembler, shape.epilogue),
+        heights_(shape.heights), tail_(assembler.newLabel()), row_tile_done_(assembler.newLabel()) {}
 
   bool emit() {
     const Label column_tile = a_.newLabel(), row_tile = a_.newLabel();
     a_.enter(kSavedGeneral, kSavedVectors);
     split_rows();
-    if (shape_.k > 0)
+    if (shape_.k > 0 || shape_.has_row_values())
       copy_rows();
     load_arguments();
 
@@ -201,19 +202,29 @@ public:
     a_.bind(row_tile);
     begin_row_tile();
     const bool fits = row_tile_heights();
-    a_.cmp(n_left, shape_.tile_columns());
-    a_.b_lt(tail_);
+    if (finishes()) {
+      finish_tile();
+    } else {
+      a_.cmp(n_left, shape_.tile_columns());
+      a_.b_lt(tail_);
+    }
     a_.bind(row_tile_done_);
     end_row_tile(row_tile);
     end_column_tile(column_tile);
     a_.leave();
 
-    a_.bind(tail_);
-    copy_tail();
+    if (!finishes()) {
+      a_.bind(tail_);
+      copy_tail();
+    }
     return fits;
   }
 
 private:
+  bool finishes() const { return !shape_.epilogue.is_absent(); }
+  bool a_is_u8() const { return shape_.epilogue.a_dtype == int8_mm::ADtype::u8; }
+  int c_shift() const { return std::countr_zero(static_cast<unsigned>(shape_.epilogue.c_bytes())); }
+
   const GpX& rows() const { return shape_.unit_rows == 1 ? height : pair_rows; }
 
   /// m rows into tiles of which heights.
@@ -274,6 +285,7 @@ private:
   void copy_rows() {
     const GpX row = x1, lda = x2, last = x3, tile_out = x4, out = x5, k = x9, next = x14, groups_left = x16;
     const GpX group[4] = {x10, x11, x12, x13};
+    const GpX row_sum = x6, row_zp = x24;
     const int rows_of_group = group_rows(), groups = shape_.a_rows / rows_of_group;
     const std::int64_t whole = shape_.k / 16 * 16, rest = shape_.k % 16;
     const int chunk_bytes = 16 * shape_.a_rows * shape_.a_copies;
@@ -286,6 +298,10 @@ private:
     a_.add_constant(tile_out, workspace, shape_.a_offset(), next);
     if (rest > 0)
       a_.movi(zero().b16(), 0);
+    if (a_is_u8())
+      a_.movi(sign_bits().b16(), 0x80);
+    if (shape_.epilogue.a_zp == int8_mm::AZp::row)
+      a_.ldr(row_zp, ptr(call, offsetof(Call, a_zp)));
     if (!heights_.single_tile)
       a_.mov(tiles_left, tiles);
     if (shape_.unit_rows == 2)
@@ -294,6 +310,20 @@ private:
     row_tile_size();
     a_.sub(next, rows(), 1);
     a_.madd(last, next, lda, row);
+    if (shape_.epilogue.a_zp == int8_mm::AZp::row) {
+      const GpX to = x10, left = x9;
+      const GpW value = w11;
+      const Label next_zp = a_.newLabel();
+      a_.add_constant(to, tile_out, shape_.a_elements_bytes() + NestShape::kRowValues, next);
+      a_.mov(left, rows());
+      a_.bind(next_zp);
+      a_.ldr(value, ptr_post(row_zp, 4));
+      a_.str(value, ptr_post(to, 4));
+      a_.subs(left, left, 1);
+      a_.b_ne(next_zp);
+    }
+    if (shape_.epilogue.needs_row_sums())
+      a_.add_constant(row_sum, tile_out, shape_.a_elements_bytes(), next);
     a_.mov(group[0], row);
     if (groups > 1)
       a_.mov(groups_left, groups);
@@ -306,11 +336,16 @@ private:
     for (int i = 1; i < rows_of_group; ++i)
       step_row(group[i], group[i - 1]);
     a_.mov(out, tile_out);
+    const bool sums_rows = shape_.epilogue.needs_row_sums();
+    if (sums_rows)
+      for (int i = 0; i < rows_of_group; ++i)
+        a_.movi(sum_of(i).s4(), 0);
     if (whole > 0) {
       a_.mov(k, -whole);
       a_.bind(next_chunk);
       for (int i = 0; i < rows_of_group; ++i)
         a_.ldr(bytes_of(i), ptr(group[i], k));
+      convert(rows_of_group);
       interleave(out);
       a_.add(out, out, chunk_bytes);
       a_.adds(k, k, 16);
@@ -320,8 +355,14 @@ private:
       a_.mov(k, rest - 16);
       for (int i = 0; i < rows_of_group; ++i)
         load_rest(bytes_of(i), group[i], k, next);
+      convert(rows_of_group);
       interleave(out);
     }
+    if (sums_rows)
+      for (int i = 0; i < rows_of_group; ++i) {
+        a_.addv(sum_of(i).s(), sum_of(i).s4());
+        a_.str(sum_of(i).s(), ptr_post(row_sum, 4));
+      }
     if (groups > 1) {
       step_row(group[0], group[rows_of_group - 1]);
       a_.add(tile_out, tile_out, group_bytes());
@@ -336,6 +377,27 @@ private:
       a_.sub(rows_left, rows_left, pair_rows);
     a_.subs(tiles_left, tiles_left, 1);
     a_.b_ne(next_tile);
+  }
+
+  static VecV sum_of(int i) { return VecV(16 + i); }
+  static VecV sign_bits() { return VecV(30); }
+
+  /// Adds the bytes of the group's rows to their sums, where they take part, and makes u8 less 128 of u8.
+  void convert(int rows_of_group) {
+    const VecV pairs = VecV(29);
+    for (int i = 0; i < rows_of_group; ++i) {
+      if (shape_.epilogue.needs_row_sums()) {
+        if (a_is_u8()) {
+          a_.uaddlp(pairs.h8(), bytes_of(i).b16());
+          a_.uadalp(sum_of(i).s4(), pairs.h8());
+        } else {
+          a_.saddlp(pairs.h8(), bytes_of(i).b16());
+          a_.sadalp(sum_of(i).s4(), pairs.h8());
+        }
+      }
+      if (a_is_u8())
+        a_.eor(bytes_of(i).b16(), bytes_of(i).b16(), sign_bits().b16());
+    }
   }
 
   static VecV bytes_of(int i) { return VecV(i); }
@@ -428,7 +490,10 @@ private:
     a_.ldr(c, ptr(call, offsetof(Call, c)));
     a_.ldr(n_left, ptr(call, offsetof(Call, n)));
     a_.ldr(ldc, ptr(call, offsetof(Call, ldc)));
-    a_.lsl(ldc, ldc, 2);
+    if (c_shift() > 0)
+      a_.lsl(ldc, ldc, c_shift());
+    if (finishes())
+      a_.ldr(terms, ptr(call, offsetof(Call, terms)));
     if (shape_.slices() > 1)
       a_.mov(slices_left, shape_.slices());
   }
@@ -445,10 +510,15 @@ private:
   void begin_row_tile() {
     row_tile_size();
     // Columns beyond N are stored to the workspace, and copied from there as far as they are C's.
-    a_.mov(role::scratch, 4 * shape_.tile_columns());
-    a_.cmp(n_left, shape_.tile_columns());
-    a_.csel(role::c_row, c_tile, workspace, CondCode::kGE);
-    a_.csel(role::store_stride, ldc, role::scratch, CondCode::kGE);
+    if (finishes()) { // all are, and its stages take them from there
+      a_.mov(role::c_row, workspace);
+      a_.mov(role::store_stride, 4 * shape_.tile_columns());
+    } else {
+      a_.mov(role::scratch, 4 * shape_.tile_columns());
+      a_.cmp(n_left, shape_.tile_columns());
+      a_.csel(role::c_row, c_tile, workspace, CondCode::kGE);
+      a_.csel(role::store_stride, ldc, role::scratch, CondCode::kGE);
+    }
     path_.clear();
     if (shape_.steps() == 0)
       return;
@@ -531,19 +601,79 @@ private:
     const std::int64_t panels_bytes = shape_.columns.panels * shape_.layout.panel_bytes(shape_.k);
     if (shape_.slices() == 1) {
       a_.add_constant(b, b, panels_bytes, role::scratch);
+      if (finishes())
+        a_.add_constant(terms, terms, shape_.columns.panels * shape_.terms_panel_bytes(), role::scratch);
     } else {
       const Label same_panel = a_.newLabel();
       const int slice_bytes = shape_.columns.vectors * shape_.vector_bytes;
       a_.add(b, b, slice_bytes);
+      if (finishes())
+        a_.add(terms, terms, 4 * shape_.slice_columns());
       a_.subs(slices_left, slices_left, 1);
       a_.b_ne(same_panel);
       a_.mov(slices_left, shape_.slices());
       a_.add_constant(b, b, panels_bytes - shape_.slices() * slice_bytes, role::scratch);
+      if (finishes())
+        a_.add_constant(terms, terms, shape_.terms_panel_bytes() - 4 * shape_.layout.n_block, role::scratch);
       a_.bind(same_panel);
     }
-    a_.add(c, c, 4 * shape_.tile_columns());
+    a_.add(c, c, shape_.epilogue.c_bytes() * shape_.tile_columns());
     a_.subs(n_left, n_left, shape_.tile_columns());
     a_.b_gt(column_tile);
+  }
+
+  /// The tile's sums, as far as they are C's, from the workspace through the stages to C: four columns at a time, whose
+  /// terms stay in registers while all rows pass.
+  void finish_tile() {
+    const GpX sums = x8, of_columns = x9, to_columns = x10, left = x11, rows_to_do = x12, from = x13, to = x14,
+              values = x16, scratch = role::c_row, groups_left = role::store_stride;
+    const Label next_columns = a_.newLabel(), next_row = a_.newLabel(), some = a_.newLabel(), stored = a_.newLabel();
+    constexpr int kColumns = 4;
+    finish_.load_scalars(call, scratch);
+    a_.mov(sums, workspace);
+    a_.mov(of_columns, terms);
+    a_.mov(to_columns, c_tile);
+    a_.mov(left, shape_.tile_columns());
+    a_.cmp(n_left, left);
+    a_.csel(left, n_left, left, CondCode::kLT);
+    if (shape_.columns.panels > 1)
+      a_.mov(groups_left, shape_.slice_columns() / kColumns);
+    a_.bind(next_columns);
+    finish_.load_columns(of_columns, 4 * shape_.layout.n_block, scratch);
+    a_.mov(rows_to_do, rows());
+    a_.mov(from, sums);
+    if (shape_.has_row_values())
+      a_.add_constant(values, a_tile, shape_.a_elements_bytes(), scratch);
+    a_.mov(to, to_columns);
+    a_.bind(next_row);
+    a_.ldr(q0, ptr(from));
+    finish_.apply(values, NestShape::kRowValues, scratch);
+    a_.cmp(left, kColumns);
+    a_.b_lt(some);
+    finish_.store(to);
+    a_.bind(stored);
+    a_.add(from, from, 4 * shape_.tile_columns());
+    a_.add(to, to, ldc);
+    if (shape_.has_row_values())
+      a_.add(values, values, 4);
+    a_.subs(rows_to_do, rows_to_do, 1);
+    a_.b_ne(next_row);
+    a_.add(sums, sums, 4 * kColumns);
+    a_.add(of_columns, of_columns, 4 * kColumns);
+    a_.add(to_columns, to_columns, shape_.epilogue.c_bytes() * kColumns);
+    if (shape_.columns.panels > 1) {
+      const Label same_panel = a_.newLabel();
+      a_.subs(groups_left, groups_left, 1);
+      a_.b_ne(same_panel);
+      a_.mov(groups_left, shape_.slice_columns() / kColumns);
+      a_.add_constant(of_columns, of_columns, shape_.terms_panel_bytes() - 4 * shape_.slice_columns(), scratch);
+      a_.bind(same_panel);
+    }
+    a_.subs(left, left, kColumns);
+    a_.b_gt(next_columns);
+    a_.b(row_tile_done_);
+    a_.bind(some);
+    finish_.store_some(to, left, stored);
   }
 
   /// The tile's first n_left columns, from the workspace to C.
@@ -584,6 +714,7 @@ private:
   const NestShape& shape_;
   Path& path_;
   Steps steps_;
+  EpilogueEmitter finish_;
   const int8_mm::Heights heights_;
   const int left_out_ = shape_.left_out();
   Label tail_, row_tile_done_;
@@ -619,11 +750,13 @@ void VectorPath::load_two(int to, int second, const Gp& base, int offset) {
 }
 
 int8_mm::Plan NestShape::plan() const {
+  const bool flips = epilogue.a_dtype == int8_mm::ADtype::u8;
   return {.layout = layout,
           .m_step = unit_rows, // heights adapt to any cut
           .n_step = columns.panels * layout.n_block,
           .workspace_fixed = a_offset() + a_tile_bytes(), // the last tile may lack rows
-          .workspace_per_row = (a_tile_bytes() + tile_rows() - 1) / tile_rows()};
+          .workspace_per_row = (a_tile_bytes() + tile_rows() - 1) / tile_rows(),
+          .a_shift = flips ? -128 : 0};
 }
 
 Result<CodeObject> emit_nest(Assembler& a, const NestShape& shape, Path& path, Features features,
@@ -656,7 +789,7 @@ Status unreadable(IsaPath isa, std::string_view pack_layout, const KernelDesc& d
 }
 
 Status supports_nest(const KernelDesc& desc, const Target&) {
-  return int8_mm::check_s8(desc, std::int64_t{1} << 26);
+  return int8_mm::check_k(desc, std::int64_t{1} << 26);
 }
 
 } // namespace kiln::arm

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backends/arm/emit.h"
+#include "backends/arm/epilogue.h"
 #include "jit/implementation.h"
 #include "jit/ops/int8_mm_tiles.h"
 
@@ -50,6 +51,13 @@ struct NestShape {
   bool pairs = true;     ///< two 16-byte loads in one instruction
   int a_bias = 0;        ///< added to a_k, for loads whose offsets begin below 0
   int unroll = 4;        ///< steps of K in one turn of the loop
+  /// Its stages take a tile's sums from the workspace, in NEON registers; a tile of A in the workspace then ends with
+  /// the sums of its rows and their a_zp, as far as they take part.
+  int8_mm::Epilogue epilogue;
+
+  bool has_row_values() const { return epilogue.needs_row_sums() || epilogue.a_zp == int8_mm::AZp::row; }
+  static constexpr int kRowValues = 64; ///< bytes of each of the two
+  int terms_panel_bytes() const { return static_cast<int>(int8_mm::TermsLayout::of(epilogue).panel_bytes(layout)); }
 
   std::int64_t steps() const { return (k + layout.k_block - 1) / layout.k_block; }
   int step_bytes() const { return layout.n_block * layout.k_block; }
@@ -63,8 +71,9 @@ struct NestShape {
   std::int64_t turns() const { return steps() <= unroll ? 1 : (steps() + unroll - 1) / unroll; }
   /// Steps of a turn that the first turn leaves out, as it is entered behind them.
   int left_out() const { return steps() <= unroll ? 0 : static_cast<int>(turns() * unroll - steps()); }
-  /// Bytes of a row tile in the workspace: whole vectors of A's rows, zero beyond K.
-  std::int64_t a_tile_bytes() const { return (k + 15) / 16 * 16 * a_rows * a_copies; }
+  /// Bytes of a row tile in the workspace: whole vectors of A's rows, zero beyond K; then their values.
+  std::int64_t a_elements_bytes() const { return (k + 15) / 16 * 16 * a_rows * a_copies; }
+  std::int64_t a_tile_bytes() const { return a_elements_bytes() + (has_row_values() ? 2 * kRowValues : 0); }
   /// The workspace begins with a tile of C for columns that end at N.
   std::int64_t c_scratch_bytes() const { return (std::int64_t{4} * tile_rows() * tile_columns() + 63) / 64 * 64; }
   /// Where A begins behind it, so that a turn's first load of A is aligned.
@@ -135,7 +144,7 @@ Implementation nest_row(IsaPath isa, Features needs, std::string (*pack_layout)(
 /// Code::unsupported: the path reads no packs of this layout, with this class of m.
 Status unreadable(IsaPath isa, std::string_view pack_layout, const KernelDesc& desc);
 
-/// What the nest can serve: s8 rows, whose steps are counted in 32 bits.
+/// What the nest can serve: rows whose steps are counted in 32 bits.
 Status supports_nest(const KernelDesc& desc, const Target& target);
 
 } // namespace kiln::arm

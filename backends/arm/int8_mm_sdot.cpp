@@ -93,7 +93,8 @@ bool reads_layout(std::string_view id, const KernelDesc& desc, const Target&) {
 Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
   if (!reads_layout(pack_layout, desc, target))
     return unreadable(IsaPath::sdot, pack_layout, desc);
-  const NestShape shape = shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout));
+  NestShape shape = shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout));
+  shape.epilogue = int8_mm::Epilogue::of(desc);
   Assembler a;
   if (shape.layout.k_block == 8) {
     ByPairs path(a, shape);

@@ -535,7 +535,7 @@ Implementation int8_mm_sme() {
   row.needs = Emitter::kNeeds;
   row.vector_bits = [](const Target& target) -> std::int32_t { return target.sme_bits; };
   row.supports = [](const KernelDesc& desc, const Target& target) -> Status {
-    if (Status status = int8_mm::check_s8(desc, kMaxK); !status)
+    if (Status status = int8_mm::check_plain(desc, kMaxK); !status)
       return status;
     if (target.sme_bits < 128 || target.sme_bits > 2048 || !std::has_single_bit(static_cast<unsigned>(target.sme_bits)))
       return Status::error(Code::unsupported, fmt::format("streaming vectors of {} bits: allowed is 128, 256, "

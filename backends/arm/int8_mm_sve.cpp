@@ -13,6 +13,8 @@ namespace {
 Status supports(const KernelDesc& desc, const Target& target) {
   if (target.sve_bits < 256)
     return Status::error(Code::unsupported, "made for vectors of 256 bits or more: NEON's do as well at 128");
+  if (Status s = int8_mm::check_plain(desc, INT64_MAX); !s) // its code without vectors has no epilogue
+    return s;
   return supports_nest(desc, target);
 }
 

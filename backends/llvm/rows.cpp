@@ -24,11 +24,11 @@ Features vector_features(const KernelDesc&, const Target& target) {
   return {};
 }
 
-Status supports(const KernelDesc& desc, const Target& target) {
+Status supports(const KernelDesc&, const Target& target) {
   if (target.arch != Arch::x86_64 && target.arch != Arch::aarch64)
     return Status::error(Code::unsupported,
                          fmt::format("portable generates x86_64 and aarch64 code, not {}", name_of(target.arch)));
-  return int8_mm::check_s8(desc, INT64_MAX);
+  return {};
 }
 
 std::string pack_layout(const KernelDesc&, const Target& target) {
@@ -48,10 +48,8 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
   return CodeObject::parse(*code);
 }
 
-} // namespace
-
-Implementation int8_mm() {
-  return {.op = OpId::int8_mm,
+Implementation row_of(OpId op) {
+  return {.op = op,
           .isa = IsaPath::portable,
           .backend = BackendId::portable,
           .generator = GeneratorId::llvm,
@@ -61,6 +59,15 @@ Implementation int8_mm() {
           .supports = supports,
           .pack_layout = pack_layout,
           .compile = compile};
+}
+
+} // namespace
+
+Implementation int8_mm() {
+  return row_of(OpId::int8_mm);
+}
+Implementation int8_linear() {
+  return row_of(OpId::int8_linear);
 }
 
 } // namespace kiln::portable

@@ -6,5 +6,6 @@
 namespace kiln::portable {
 
 Implementation int8_mm();
+Implementation int8_linear();
 
 } // namespace kiln::portable

@@ -23,10 +23,16 @@ constexpr std::int64_t kManyBlocks = 128;
 constexpr std::int64_t kBlockK = 128;
 
 Status supports_fields(const KernelDesc& desc) {
-  if (desc.value[kADtype] != static_cast<std::int64_t>(ADtype::s8))
-    return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
+  KernelDesc without_scale = desc;
+  without_scale.value[kRescale] = static_cast<std::int64_t>(Rescale::none);
+  without_scale.value[kCDtype] = static_cast<std::int64_t>(CDtype::s32);
+  if (Status s = check_plain(without_scale, INT64_MAX); !s)
+    return s;
+  const auto c_dtype = static_cast<CDtype>(desc.value[kCDtype]);
+  const auto rescale = static_cast<Rescale>(desc.value[kRescale]);
   const bool scaled = desc.value[kRescale] == static_cast<std::int64_t>(Rescale::scale);
-  if (scaled == (desc.value[kCDtype] == static_cast<std::int64_t>(CDtype::s32)))
+  if ((!scaled && (rescale != Rescale::none || c_dtype != CDtype::s32)) ||
+      (scaled && c_dtype != CDtype::s8 && c_dtype != CDtype::bf16))
     return Status::error(Code::unsupported, "c_dtype and rescale: allowed on GPUs is c_dtype=s32 without rescale, or "
                                             "c_dtype=s8 or bf16 with rescale=scale");
   return {};

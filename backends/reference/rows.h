@@ -5,6 +5,7 @@
 namespace kiln::reference {
 
 Implementation int8_mm();
+Implementation int8_linear();
 Implementation int4_mm();
 
 } // namespace kiln::reference

@@ -20,25 +20,39 @@ public:
 
   void convert_rows() {
     const Ymm words = ymm0;
-    emit_rows(a_, shape_.k, shape_.row_stride, 16, 2,
-              [&](const Gp& from, const Gp& to, int width, std::int64_t offset) {
-                const int at = static_cast<int>(offset);
-                if (width == 16) {
-                  a_.vpmovsxbw(words, ptr(from, at));
-                  a_.vmovdqu(ptr(to, 2 * at), words);
-                } else if (width == 8) {
-                  a_.vpmovsxbw(Xmm(words.id()), ptr(from, at));
-                  a_.vmovdqu(ptr(to, 2 * at), Xmm(words.id()));
-                } else {
-                  for (int i = at; i < at + width; ++i) {
-                    a_.movsx(eax, byte_ptr(from, i));
-                    a_.mov(ptr(to, 2 * i), ax);
-                  }
-                }
-              });
+    const auto widen = [&](const Vec& to, const Mem& from) {
+      if (a_is_u8_)
+        a_.vpmovzxbw(to, from);
+      else
+        a_.vpmovsxbw(to, from);
+    };
+    begin_rows();
+    emit_rows(
+        a_, shape_, 16, 2,
+        [&](const Gp& from, const Gp& to, int width, std::int64_t offset) {
+          const int at = static_cast<int>(offset);
+          if (width == 16) {
+            widen(words, ptr(from, at));
+            a_.vmovdqu(ptr(to, 2 * at), words);
+          } else if (width == 8) {
+            widen(Xmm(words.id()), ptr(from, at));
+            a_.vmovdqu(ptr(to, 2 * at), Xmm(words.id()));
+          } else {
+            for (int i = at; i < at + width; ++i) {
+              if (a_is_u8_)
+                a_.movzx(eax, byte_ptr(from, i));
+              else
+                a_.movsx(eax, byte_ptr(from, i));
+              a_.mov(ptr(to, 2 * i), ax);
+            }
+          }
+        },
+        [&] { finish_row(); });
   }
 
   void begin_row_tile() {
+    if (begin_at_offsets())
+      return;
     for (int row = 0; row < shape_.heights.max; ++row)
       for (int half = 0; half < 2; ++half)
         a_.vpxor(acc(row, half), acc(row, half), acc(row, half));
@@ -60,14 +74,27 @@ public:
 
 Result<CodeObject> compile(const KernelDesc& desc, const Target&, std::string_view) {
   constexpr int bytes_per_element = 2;
-  return compile_vex<Path>(desc, kLayout, kFeatures, bytes_per_element);
+  return compile_vex<Path>(desc, kLayout, kFeatures, bytes_per_element, false);
+}
+
+Result<CodeObject> compile_linear(const KernelDesc& desc, const Target&, std::string_view) {
+  return compile_linear_vex<Path>(desc, kLayout, kFeatures, QuantisedRows::Form::s16);
 }
 
 } // namespace
 
+Implementation int8_linear_avx2() {
+  return linear_row(
+      IsaPath::avx2, kFeatures,
+      [](const KernelDesc& desc, const Target&) { return linear_vex_features(kFeatures, desc); },
+      [](const KernelDesc&, const Target&) { return kLayout.id(); }, compile_linear);
+}
+
 Implementation int8_mm_avx2() {
-  return nest_row(
+  Implementation row = nest_row(
       IsaPath::avx2, kFeatures, [](const KernelDesc&, const Target&) { return kLayout.id(); }, compile);
+  row.uses = [](const KernelDesc& desc, const Target&) { return vex_features(kFeatures, desc); };
+  return row;
 }
 
 } // namespace kiln::x86

@@ -20,48 +20,57 @@ public:
 
   void convert_rows() {
     const Ymm flip = ymm0, bytes = ymm1;
-    constexpr std::uint64_t sign_bits = 0x8080808080808080;
-    if (shape_.k == 0)
+    const std::uint64_t sign_bits = a_is_u8_ ? 0 : 0x8080808080808080; // u8 stay as they are
+    begin_rows();
+    if (shape_.k == 0 && !shape_.has_row_values())
       return;
     a_.mov(rax, sign_bits);
     a_.vmovq(Xmm(flip.id()), rax);
     a_.vpbroadcastq(flip, Xmm(flip.id()));
-    emit_rows(a_, shape_.k, shape_.row_stride, 32, 1,
-              [&](const Gp& from, const Gp& to, int width, std::int64_t offset) {
-                const int at = static_cast<int>(offset);
-                switch (width) {
-                case 32:
-                  a_.vpxor(bytes, flip, ptr(from, at));
-                  a_.vmovdqu(ptr(to, at), bytes);
-                  break;
-                case 16:
-                  a_.vpxor(Xmm(bytes.id()), Xmm(flip.id()), ptr(from, at));
-                  a_.vmovdqu(ptr(to, at), Xmm(bytes.id()));
-                  break;
-                case 8:
-                  a_.mov(rbx, ptr(from, at));
-                  a_.xor_(rbx, rax);
-                  a_.mov(ptr(to, at), rbx);
-                  break;
-                case 4:
-                  a_.mov(ebx, ptr(from, at));
-                  a_.xor_(ebx, eax);
-                  a_.mov(ptr(to, at), ebx);
-                  break;
-                case 2:
-                  a_.movzx(ebx, word_ptr(from, at));
-                  a_.xor_(ebx, eax);
-                  a_.mov(ptr(to, at), bx);
-                  break;
-                default:
-                  a_.movzx(ebx, byte_ptr(from, at));
-                  a_.xor_(ebx, eax);
-                  a_.mov(ptr(to, at), bl);
-                }
-              });
+    emit_rows(
+        a_, shape_, 32, 1,
+        [&](const Gp& from, const Gp& to, int width, std::int64_t offset) {
+          const int at = static_cast<int>(offset);
+          switch (width) {
+          case 32:
+            a_.vpxor(bytes, flip, ptr(from, at));
+            a_.vmovdqu(ptr(to, at), bytes);
+            break;
+          case 16:
+            a_.vpxor(Xmm(bytes.id()), Xmm(flip.id()), ptr(from, at));
+            a_.vmovdqu(ptr(to, at), Xmm(bytes.id()));
+            break;
+          case 8:
+            a_.mov(rbx, ptr(from, at));
+            a_.xor_(rbx, rax);
+            a_.mov(ptr(to, at), rbx);
+            break;
+          case 4:
+            a_.mov(ebx, ptr(from, at));
+            a_.xor_(ebx, eax);
+            a_.mov(ptr(to, at), ebx);
+            break;
+          case 2:
+            a_.movzx(ebx, word_ptr(from, at));
+            a_.xor_(ebx, eax);
+            a_.mov(ptr(to, at), bx);
+            break;
+          default:
+            a_.movzx(ebx, byte_ptr(from, at));
+            a_.xor_(ebx, eax);
+            a_.mov(ptr(to, at), bl);
+          }
+        },
+        [&] {
+          finish_row();
+          if (shape_.has_row_values())
+            a_.mov(rax, sign_bits);
+        });
   }
 
   void begin_row_tile() {
+    if (begin_at_offsets())
+      return;
     const int rows = shape_.heights.max;
     const Ymm zero = product();
     a_.vpxor(zero, zero, zero);
@@ -89,14 +98,27 @@ public:
 
 Result<CodeObject> compile(const KernelDesc& desc, const Target&, std::string_view) {
   constexpr int bytes_per_element = 1;
-  return compile_vex<Path>(desc, kLayout, kFeatures, bytes_per_element);
+  return compile_vex<Path>(desc, kLayout, kFeatures, bytes_per_element, true);
+}
+
+Result<CodeObject> compile_linear(const KernelDesc& desc, const Target&, std::string_view) {
+  return compile_linear_vex<Path>(desc, kLayout, kFeatures, QuantisedRows::Form::u8);
 }
 
 } // namespace
 
+Implementation int8_linear_avxvnni() {
+  return linear_row(
+      IsaPath::avxvnni, kFeatures,
+      [](const KernelDesc& desc, const Target&) { return linear_vex_features(kFeatures, desc); },
+      [](const KernelDesc&, const Target&) { return kLayout.id(); }, compile_linear);
+}
+
 Implementation int8_mm_avxvnni() {
-  return nest_row(
+  Implementation row = nest_row(
       IsaPath::avxvnni, kFeatures, [](const KernelDesc&, const Target&) { return kLayout.id(); }, compile);
+  row.uses = [](const KernelDesc& desc, const Target&) { return vex_features(kFeatures, desc); };
+  return row;
 }
 
 } // namespace kiln::x86

@@ -14,6 +14,15 @@ namespace {
 /// Stack slots below the saved registers, bytes from rsp.
 constexpr int kTallCode = 0, kShortCode = 8, kShortTiles = 16, kTiles = 24, kWorkspace = 32, kColumnTiles = 40,
               kStreamBytes = 48, kFrame = 56;
+/// With an epilogue.
+constexpr int kScratch = 56, kTermsStride = 64, kEpilogueFrame = 72;
+
+int frame_bytes(const NestShape& shape) {
+  return shape.terms > 0 ? kEpilogueFrame : kFrame;
+}
+int log2(int power) {
+  return std::countr_zero(static_cast<unsigned>(power));
+}
 
 } // namespace
 
@@ -22,7 +31,17 @@ std::int64_t workspace_row_stride(std::int64_t bytes) {
 }
 
 Status supports_nest(const KernelDesc& desc, const Target&) {
-  return int8_mm::check_s8(desc, std::int64_t{1} << 26);
+  return int8_mm::check_k(desc, kNestMaxK);
+}
+
+void NestShape::add_epilogue(const int8_mm::Epilogue& epilogue, int epilogue_scratch_bytes) {
+  c_bytes = epilogue.c_bytes();
+  terms = int8_mm::TermsLayout::of(epilogue).count;
+  scratch_bytes = epilogue_scratch_bytes;
+  row_zp = epilogue.a_zp == int8_mm::AZp::row;
+  row_sums = epilogue.needs_row_sums();
+  if (row_zp && row_sums) // the stride has room for one
+    row_stride += 4;
 }
 
 Implementation nest_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),
@@ -60,7 +79,7 @@ asmjit::x86::Mem columns_at(const Gp& base, int p, int displacement) {
 
 void Nest::begin() {
   a_.enter(role::saved);
-  a_.sub(rsp, kFrame);
+  a_.sub(rsp, frame_bytes(shape_));
 }
 
 void Nest::split_rows() {
@@ -98,12 +117,20 @@ void Nest::split_rows() {
 void Nest::load_arguments() {
   const int columns = shape_.columns();
   a_.mov(role::b, ptr(rdi, offsetof(Call, b)));
-  a_.mov(role::b_sums, ptr(rdi, offsetof(Call, b_sums)));
+  a_.mov(role::b_sums, ptr(rdi, shape_.terms > 0 ? offsetof(Call, terms) : offsetof(Call, b_sums)));
   a_.mov(role::c, ptr(rdi, offsetof(Call, c)));
   a_.mov(role::ldc, ptr(rdi, offsetof(Call, ldc)));
-  a_.shl(role::ldc, 2);
+  if (shape_.c_bytes > 1)
+    a_.shl(role::ldc, log2(shape_.c_bytes));
   a_.mov(role::n_left, ptr(rdi, offsetof(Call, n)));
   a_.mov(rax, ptr(rdi, offsetof(Call, workspace)));
+  if (shape_.scratch_field > 0) {
+    a_.mov(rbx, ptr(rdi, shape_.scratch_field));
+    a_.mov(ptr(rsp, kScratch), rbx);
+  } else if (shape_.terms > 0) {
+    a_.mov(ptr(rsp, kScratch), rax);
+    a_.add(rax, shape_.scratch_bytes);
+  }
   a_.mov(ptr(rsp, kWorkspace), rax);
 
   a_.lea(rax, ptr(role::n_left, columns - 1));
@@ -113,7 +140,11 @@ void Nest::load_arguments() {
     return;
   if (!shape_.streams)
     a_.mov(eax, 1);
-  a_.imul(role::stream_columns, rax, shape_.layout.n_block * 4);
+  a_.imul(role::stream_columns, rax, shape_.layout.n_block * shape_.c_bytes);
+  if (shape_.terms > 0) {
+    a_.imul(rbx, rax, shape_.terms_panel_bytes());
+    a_.mov(ptr(rsp, kTermsStride), rbx);
+  }
   if (shape_.panels == 4)
     a_.lea(role::stream_columns_3, ptr(role::stream_columns, role::stream_columns, 1));
   a_.imul(rax, rax, shape_.layout.panel_bytes(shape_.k));
@@ -128,7 +159,8 @@ void Nest::begin_column_tile() {
     a_.xor_(zero.r32(), zero.r32());
     a_.mov(columns_left, role::n_left);
     a_.mov(columns_of_stream, role::stream_columns);
-    a_.shr(columns_of_stream, 2);
+    if (shape_.c_bytes > 1)
+      a_.shr(columns_of_stream, log2(shape_.c_bytes));
     // A stream that has no panel left is computed from another's, and not stored.
     for (int p = 1; p < shape_.panels; ++p) {
       const Gp stream = role::stream[p - 1], previous = p == 1 ? zero : role::stream[p - 2];
@@ -148,6 +180,32 @@ void Nest::begin_column_tile() {
     a_.lea(role::ahead, ptr(role::b, shape_.advance() * shape_.layout.panel_bytes(shape_.k)));
     a_.mov(role::ahead_step.r32(), shape_.step_bytes());
   }
+}
+
+void Nest::begin_preparing() {
+  a_.mov(rdi, role::b_sums);
+  a_.mov(rbx, role::n_left);
+  a_.mov(role::c_row, ptr(rsp, kScratch));
+}
+
+/// Those of a panel that does not exist are another's again.
+void Nest::prepare_next() {
+  a_.mov(rax, role::stream_columns);
+  if (shape_.c_bytes > 1)
+    a_.shr(rax, log2(shape_.c_bytes));
+  a_.sub(rbx, rax);
+  a_.mov(rax, rdi);
+  a_.add(rax, ptr(rsp, kTermsStride));
+  a_.test(rbx, rbx);
+  a_.cmovg(rdi, rax);
+}
+
+void Nest::end_preparing() {
+  a_.mov(role::c_row, role::c);
+}
+
+void Nest::load_scratch() {
+  a_.mov(role::scratch, ptr(rsp, kScratch));
 }
 
 void Nest::dispatch() {
@@ -188,15 +246,15 @@ void Nest::end_row_tile() {
 void Nest::end_column_tile() {
   const int columns = shape_.advance() * shape_.layout.n_block;
   a_.add(role::b, shape_.advance() * shape_.layout.panel_bytes(shape_.k));
-  a_.add(role::b_sums, columns * 4);
-  a_.add(role::c, columns * 4);
+  a_.add(role::b_sums, shape_.terms > 0 ? shape_.advance() * shape_.terms_panel_bytes() : columns * 4);
+  a_.add(role::c, columns * shape_.c_bytes);
   a_.sub(role::n_left, columns);
   a_.dec(qword_ptr(rsp, kColumnTiles));
   a_.jnz(column_tile_);
 }
 
 void Nest::end() {
-  a_.add(rsp, kFrame);
+  a_.add(rsp, frame_bytes(shape_));
   a_.leave(role::saved);
 }
 

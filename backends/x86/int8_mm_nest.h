@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backends/x86/emit.h"
+#include "backends/x86/epilogue.h"
 #include "jit/implementation.h"
 #include "jit/ops/int8_mm_tiles.h"
 
@@ -22,7 +23,10 @@ namespace kiln::x86 {
 /// step (+1 % at K = 4096 on Zen 5).
 std::int64_t workspace_row_stride(std::int64_t bytes);
 
-/// What the nest can serve: s8 rows, whose tile is addressed by 32-bit displacements.
+/// The largest K of the nest: a tile of rows is addressed by 32-bit displacements.
+inline constexpr std::int64_t kNestMaxK = std::int64_t{1} << 26;
+
+/// What the nest can serve: a tile of rows is addressed by 32-bit displacements.
 Status supports_nest(const KernelDesc& desc, const Target& target);
 
 /// A row of the implementation table, but for what differs between the nest's paths.
@@ -41,6 +45,24 @@ struct NestShape {
   bool ahead = false; ///< fetch a panel of the next column tile into L2 during each of the first row tiles; one or two
                       ///< panels, not single tiles
 
+  /// With an epilogue; the workspace then begins with its scratch memory, and each row ends with its own values: a_zp
+  /// and the sum of its elements, as far as they take part.
+  int c_bytes = 4;
+  int terms = 0; ///< arrays of its terms; 0: no epilogue
+  int scratch_bytes = 0;
+  bool row_zp = false, row_sums = false;
+  /// Where in the Call a pointer to the scratch memory is, when the rows of `workspace` are there already, without
+  /// scratch memory before them; 0: they are not.
+  int scratch_field = 0;
+
+  /// Where a row's values lie, from its first byte.
+  int row_sum_at() const { return static_cast<int>(row_stride) - 4; }
+  int row_zp_at() const { return static_cast<int>(row_stride) - (row_sums ? 8 : 4); }
+  bool has_row_values() const { return row_zp || row_sums; }
+  int terms_panel_bytes() const { return 4 * terms * layout.n_block; }
+  /// Takes from the epilogue what the loops must know; `row_stride` is that without one.
+  void add_epilogue(const int8_mm::Epilogue& epilogue, int epilogue_scratch_bytes);
+
   std::int64_t steps() const { return (k + layout.k_block - 1) / layout.k_block; }
   int step_bytes() const { return layout.n_block * layout.k_block; }
   int columns() const { return panels * layout.n_block; }
@@ -52,7 +74,7 @@ struct NestShape {
 namespace role {
 using namespace asmjit::x86;
 inline constexpr Gp b = rsi;              ///< the column tile's panel in the first stream
-inline constexpr Gp b_sums = rcx;         ///< of its first column
+inline constexpr Gp b_sums = rcx;         ///< of its first column; with an epilogue the terms of its first panel
 inline constexpr Gp c = rdx;              ///< its row 0
 inline constexpr Gp n_left = r8;          ///< columns from here to the end of the call
 inline constexpr Gp ldc = r9;             ///< bytes
@@ -66,6 +88,7 @@ inline constexpr Gp stream_columns = rbp;   ///< bytes of C, and of b_sums, from
 inline constexpr Gp stream_columns_3 = r15; ///< three times that, with four panels
 inline constexpr Gp tiles_left = r15;       ///< row tiles, unless single
 inline constexpr Gp ahead = r13, ahead_step = r14; ///< next line to fetch
+inline constexpr Gp scratch = rdi;                 ///< the epilogue's, outside the K loop (load_scratch)
 inline constexpr std::initializer_list<Gp> saved = {rbx, rbp, r12, r13, r14, r15};
 } // namespace role
 
@@ -83,6 +106,8 @@ asmjit::x86::Mem columns_at(const asmjit::x86::Gp& base, int p, int displacement
 ///   void end_k(int height);
 ///   void store_row(int row);           accumulator row `row` to c_row
 ///   void data();                       constants, behind the code
+/// With an epilogue also, and begin_row_tile and store_row then find role::scratch loaded:
+///   void prepare_columns(int p, Gp terms);  those of panel p; rax and every vector register are free
 template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path& path);
 
 /// Parts of emit_nest that do not depend on the path.
@@ -93,6 +118,10 @@ public:
   void split_rows();     ///< how many tiles of which height, and where their code is
   void load_arguments(); ///< from the Call to the roles
   void begin_column_tile();
+  void begin_preparing(); ///< the terms of panel 0 to rdi, the scratch memory to role::c_row
+  void prepare_next();    ///< the terms of the next panel
+  void end_preparing();
+  void load_scratch();
   void dispatch(); ///< to the K loop of this row tile's height
   void end_row_tile();
   void end_column_tile();
@@ -123,7 +152,18 @@ template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path&
     if (p + 1 < shape.panels)
       a.sub(x86::rax, x86::rbx);
   }
+  if (shape.terms > 0) {
+    nest.begin_preparing();
+    for (int p = 0; p < shape.panels; ++p) {
+      if (p > 0)
+        nest.prepare_next();
+      path.prepare_columns(p, x86::rdi);
+    }
+    nest.end_preparing();
+  }
   a.bind(nest.row_tile);
+  if (shape.terms > 0)
+    nest.load_scratch();
   path.begin_row_tile();
   nest.dispatch();
 
@@ -152,8 +192,10 @@ template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path&
     for (int index = 0; index < shape.steps() % shape.unroll; ++index)
       path.step(height, index);
     path.end_k(height);
-    if (!single_tile)
+    if (!single_tile || shape.has_row_values()) // those are then at fixed distances for every height
       a.add(role::a_tile, height * shape.row_stride);
+    if (shape.terms > 0)
+      nest.load_scratch();
     if (height < max)
       a.jmp(nest.store[height - min]);
   }

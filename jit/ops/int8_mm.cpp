@@ -7,7 +7,7 @@
 
 #include <fmt/format.h>
 
-#include "jit/bf16.h"
+#include "jit/ops/int8_mm_epilogue.h"
 
 namespace kiln::int8_mm {
 namespace {
@@ -18,9 +18,16 @@ constexpr std::int64_t kMaxSize = (std::int64_t{1} << 31) - 1;
 
 constexpr std::string_view kBLayoutNames[] = {"kn", "nk"};
 constexpr std::string_view kADtypeNames[] = {"s8", "u8"};
-constexpr std::string_view kCDtypeNames[] = {"s32", "s8", "bf16"};
-constexpr std::string_view kRescaleNames[] = {"none", "scale"};
+constexpr std::string_view kBDtypeNames[] = {"s8", "u8"};
+constexpr std::string_view kCDtypeNames[] = {"s32", "s8", "bf16", "u8", "f32", "f16"};
+constexpr std::string_view kRescaleNames[] = {"none", "scale", "q_scale", "shift_right", "shift_left"};
 constexpr std::string_view kRescalePerNames[] = {"tensor", "channel"};
+constexpr std::string_view kAZpNames[] = {"none", "tensor", "row"};
+constexpr std::string_view kChannelNames[] = {"none", "tensor", "channel"};
+constexpr std::string_view kBiasNames[] = {"none", "channel"};
+constexpr std::string_view kTensorNames[] = {"none", "tensor"};
+constexpr std::string_view kRoundingNames[] = {"zero", "away", "minus_inf", "plus_inf", "even", "odd"};
+constexpr std::string_view kActNames[] = {"none", "relu", "leaky_relu"};
 
 constexpr FieldSpec kFields[] = {
     {.name = "m", .min = 0, .max = kMaxSize, .required = true, .any_allowed = true},
@@ -33,6 +40,14 @@ constexpr FieldSpec kFields[] = {
     {.name = "rescale_per",
      .default_value = static_cast<std::int64_t>(RescalePer::channel),
      .choices = kRescalePerNames},
+    {.name = "b_dtype", .choices = kBDtypeNames},
+    {.name = "a_zp", .choices = kAZpNames},
+    {.name = "b_zp", .choices = kChannelNames},
+    {.name = "bias", .choices = kBiasNames},
+    {.name = "rounding", .choices = kRoundingNames},
+    {.name = "act", .choices = kActNames},
+    {.name = "c_zp", .choices = kTensorNames},
+    {.name = "clamp", .choices = kTensorNames},
 };
 static_assert(std::size(kFields) == kFieldCount);
 
@@ -49,8 +64,35 @@ std::int64_t k_of(const KernelDesc& d) {
 bool has_scale(const KernelDesc& d) {
   return d.value[kRescale] == static_cast<std::int64_t>(Rescale::scale);
 }
-std::int64_t scales_of(const KernelDesc& d) {
-  return d.value[kRescalePer] == static_cast<std::int64_t>(RescalePer::channel) ? n_of(d) : 1;
+
+Dtype dtype_of(CDtype dtype) {
+  constexpr Dtype dtypes[] = {Dtype::s32, Dtype::s8, Dtype::bf16, Dtype::u8, Dtype::f32, Dtype::f16};
+  return dtypes[static_cast<int>(dtype)];
+}
+Dtype s32_tensor(const KernelDesc&) {
+  return Dtype::s32;
+}
+Dtype f32_tensor(const KernelDesc&) {
+  return Dtype::f32;
+}
+/// Of lo and hi.
+Dtype bound_tensor(const KernelDesc& d) {
+  return Epilogue::of(d).has_float_output() ? Dtype::f32 : Dtype::s32;
+}
+std::vector<std::int64_t> one(const KernelDesc&) {
+  return {1};
+}
+std::vector<std::int64_t> channels(const KernelDesc& d) {
+  return {n_of(d)};
+}
+std::vector<std::int64_t> rescale_values(const KernelDesc& d) {
+  return {Epilogue::of(d).rescale_per == RescalePer::channel ? n_of(d) : 1};
+}
+bool has_integer_slope(const KernelDesc& d) {
+  return Epilogue::of(d).has_integer_slope();
+}
+bool has_clamp(const KernelDesc& d) {
+  return d.value[kClamp] != 0;
 }
 
 const TensorSpec kTensors[] = {
@@ -64,30 +106,55 @@ const TensorSpec kTensors[] = {
            return std::vector{m_of(d), k_of(d)};
          }},
     {.name = "b",
-     .dtype = [](const KernelDesc&) { return Dtype::s8; },
+     .dtype =
+         [](const KernelDesc& d) {
+           return d.value[kBDtype] == static_cast<std::int64_t>(BDtype::u8) ? Dtype::u8 : Dtype::s8;
+         },
      .shape =
          [](const KernelDesc& d) {
            return d.value[kBLayout] == static_cast<std::int64_t>(BLayout::kn) ? std::vector{k_of(d), n_of(d)}
                                                                               : std::vector{n_of(d), k_of(d)};
          }},
-    {.name = "scale",
-     .dtype = [](const KernelDesc&) { return Dtype::f32; },
-     .shape = [](const KernelDesc& d) { return std::vector{scales_of(d)}; },
-     .present = has_scale},
+    {.name = "scale", .dtype = f32_tensor, .shape = rescale_values, .present = has_scale},
+    {.name = "a_zp",
+     .dtype = s32_tensor,
+     .shape =
+         [](const KernelDesc& d) { return std::vector{Epilogue::of(d).a_zp == AZp::row ? m_of(d) : std::int64_t{1}}; },
+     .present = [](const KernelDesc& d) { return d.value[kAZp] != 0; }},
+    {.name = "b_zp",
+     .dtype = s32_tensor,
+     .shape =
+         [](const KernelDesc& d) {
+           return std::vector{Epilogue::of(d).b_zp == BZp::channel ? n_of(d) : std::int64_t{1}};
+         },
+     .present = [](const KernelDesc& d) { return d.value[kBZp] != 0; }},
+    {.name = "bias",
+     .dtype = s32_tensor,
+     .shape = channels,
+     .present = [](const KernelDesc& d) { return d.value[kBias] != 0; }},
+    {.name = "mult",
+     .dtype = s32_tensor,
+     .shape = rescale_values,
+     .present = [](const KernelDesc& d) { return Epilogue::of(d).rescale == Rescale::q_scale; }},
+    {.name = "shift",
+     .dtype = s32_tensor,
+     .shape = rescale_values,
+     .present = [](const KernelDesc& d) { return Epilogue::of(d).rescale != Rescale::none && !has_scale(d); }},
+    {.name = "slope_mult", .dtype = s32_tensor, .shape = one, .present = has_integer_slope},
+    {.name = "slope_shift", .dtype = s32_tensor, .shape = one, .present = has_integer_slope},
+    {.name = "slope",
+     .dtype = f32_tensor,
+     .shape = one,
+     .present = [](const KernelDesc& d) { return Epilogue::of(d).has_float_slope(); }},
+    {.name = "c_zp",
+     .dtype = s32_tensor,
+     .shape = one,
+     .present = [](const KernelDesc& d) { return d.value[kCZp] != 0; }},
+    {.name = "lo", .dtype = bound_tensor, .shape = one, .present = has_clamp},
+    {.name = "hi", .dtype = bound_tensor, .shape = one, .present = has_clamp},
     {.name = "c",
      .output = true,
-     .dtype =
-         [](const KernelDesc& d) {
-           switch (static_cast<CDtype>(d.value[kCDtype])) {
-           case CDtype::s8:
-             return Dtype::s8;
-           case CDtype::bf16:
-             return Dtype::bf16;
-           case CDtype::s32:
-             break;
-           }
-           return Dtype::s32;
-         },
+     .dtype = [](const KernelDesc& d) { return dtype_of(static_cast<CDtype>(d.value[kCDtype])); },
      .shape =
          [](const KernelDesc& d) {
            return std::vector{m_of(d), n_of(d)};
@@ -100,8 +167,17 @@ Status check(const KernelDesc& d) {
   if (4.0 * static_cast<double>(m_of(d)) * static_cast<double>(n_of(d)) > kMostBytes)
     return Status::error(Code::invalid_argument,
                          fmt::format("int8_mm: m={} n={}: allowed is a C of at most 2^61 bytes", m_of(d), n_of(d)));
-  if (d.value[kCDtype] == static_cast<std::int64_t>(CDtype::bf16) && !has_scale(d))
-    return Status::error(Code::invalid_argument, "int8_mm: c_dtype=bf16 rescale=none: allowed is rescale=scale");
+  if (const Epilogue e = Epilogue::of(d); e.has_float_output()) {
+    const std::string_view c_dtype = kCDtypeNames[d.value[kCDtype]];
+    if (!has_scale(d))
+      return Status::error(Code::invalid_argument,
+                           fmt::format("int8_mm: c_dtype={} rescale={}: allowed is rescale=scale", c_dtype,
+                                       kRescaleNames[d.value[kRescale]]));
+    if (e.c_zp)
+      return Status::error(
+          Code::invalid_argument,
+          fmt::format("int8_mm: c_zp=tensor c_dtype={}: allowed is c_zp=none, or an integer c_dtype", c_dtype));
+  }
   return {};
 }
 
@@ -122,8 +198,11 @@ KernelDesc canonical(const KernelDesc& d) {
     }
   // Packed or packed on the fly: a kernel only ever sees panels.
   out.value[kBLayout] = static_cast<std::int64_t>(BLayout::nk);
-  if (!has_scale(d))
+  const Epilogue e = Epilogue::of(d);
+  if (e.rescale == Rescale::none)
     out.value[kRescalePer] = static_cast<std::int64_t>(RescalePer::channel);
+  if (!e.rounds_wide() && !e.has_integer_slope())
+    out.value[kRounding] = static_cast<std::int64_t>(Rounding::zero);
   return out;
 }
 
@@ -139,11 +218,9 @@ MRange m_range(const KernelDesc& d) {
 }
 
 KernelDesc pack_desc(const KernelDesc& d) {
-  KernelDesc out = d;
-  out.value[kM] = kAny;
-  // Whatever becomes of the sums.
-  out.value[kCDtype] = static_cast<std::int64_t>(CDtype::s32);
-  out.value[kRescale] = static_cast<std::int64_t>(Rescale::none);
+  // Whatever they meet, and whatever becomes of the sums: u8 weights lie as s8 ones do.
+  KernelDesc out = make_desc(kAny, n_of(d), k_of(d));
+  out.device = d.device;
   return canonical(out);
 }
 
@@ -153,7 +230,7 @@ double operations(const KernelDesc& d) {
 
 double bytes(const KernelDesc& d) {
   const double m = static_cast<double>(m_of(d)), n = static_cast<double>(n_of(d)), k = static_cast<double>(k_of(d));
-  return m * k + n * k + 4 * m * n;
+  return m * k + n * k + Epilogue::of(d).c_bytes() * m * n;
 }
 
 Result<std::shared_ptr<const void>> bind_plan(std::span<const std::pair<std::string, std::int64_t>> values) {
@@ -193,15 +270,22 @@ KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, BLayout b_l
   return d;
 }
 
-Status check_s8(const KernelDesc& desc, std::int64_t max_k) {
-  if (desc.value[kADtype] != static_cast<std::int64_t>(ADtype::s8))
-    return Status::error(Code::unsupported, "a_dtype=u8: allowed is s8");
-  if (desc.value[kCDtype] != static_cast<std::int64_t>(CDtype::s32) ||
-      desc.value[kRescale] != static_cast<std::int64_t>(Rescale::none))
-    return Status::error(Code::unsupported, "c_dtype and rescale: allowed on CPUs is c_dtype=s32 without rescale");
+Status check_k(const KernelDesc& desc, std::int64_t max_k) {
   if (k_of(desc) > max_k)
     return Status::error(Code::unsupported, fmt::format("k={}: allowed is at most {}", k_of(desc), max_k));
   return {};
+}
+
+Status check_plain(const KernelDesc& desc, std::int64_t max_k) {
+  const KernelDesc plain = make_desc(0, 0, 0);
+  for (const Field field : {kADtype, kBDtype, kCDtype, kRescale, kAZp, kBZp, kBias, kAct, kCZp, kClamp})
+    if (desc.value[field] != plain.value[field]) {
+      const FieldSpec& spec = kFields[field];
+      const auto name = [&](std::int64_t value) { return spec.choices[static_cast<std::size_t>(value)]; };
+      return Status::error(Code::unsupported, fmt::format("{}={}: allowed here is {}", spec.name,
+                                                          name(desc.value[field]), name(plain.value[field])));
+    }
+  return check_k(desc, max_k);
 }
 
 std::string PackLayout::id() const {
@@ -236,30 +320,6 @@ void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t
     }
 }
 
-void rescale_reference(const KernelDesc& desc, const std::int32_t* sums, std::int64_t m, const float* scale, void* c) {
-  const std::int64_t n = n_of(desc);
-  const bool per_channel = scales_of(desc) == n && desc.value[kRescalePer] != 0;
-  for (std::int64_t i = 0; i < m; ++i)
-    for (std::int64_t j = 0; j < n; ++j) {
-      const float y = static_cast<float>(sums[i * n + j]) * scale[per_channel ? j : 0]; // each rounded to nearest even
-      // The integers round once, half to even, and saturate.
-      const auto integer = [&](double lo, double hi) {
-        return std::clamp(std::nearbyint(static_cast<double>(y)), lo, hi);
-      };
-      switch (static_cast<CDtype>(desc.value[kCDtype])) {
-      case CDtype::s32:
-        static_cast<std::int32_t*>(c)[i * n + j] = static_cast<std::int32_t>(integer(-0x1p31, 0x1p31 - 1));
-        break;
-      case CDtype::s8:
-        static_cast<std::int8_t*>(c)[i * n + j] = static_cast<std::int8_t>(integer(-128, 127));
-        break;
-      case CDtype::bf16:
-        static_cast<std::uint16_t*>(c)[i * n + j] = bf16_of_float(y);
-        break;
-      }
-    }
-}
-
 std::vector<std::pair<std::string, std::int64_t>> Plan::values() const {
   if (launch) {
     std::vector<std::pair<std::string, std::int64_t>> values = {{"n_block", layout.n_block},
@@ -267,8 +327,12 @@ std::vector<std::pair<std::string, std::int64_t>> Plan::values() const {
     launch->append_to(values);
     return values;
   }
-  return {{"n_block", layout.n_block}, {"k_block", layout.k_block},          {"m_step", m_step},
-          {"n_step", n_step},          {"workspace_fixed", workspace_fixed}, {"workspace_per_row", workspace_per_row}};
+  std::vector<std::pair<std::string, std::int64_t>> values = {
+      {"n_block", layout.n_block}, {"k_block", layout.k_block},          {"m_step", m_step},
+      {"n_step", n_step},          {"workspace_fixed", workspace_fixed}, {"workspace_per_row", workspace_per_row}};
+  if (a_shift != 0)
+    values.emplace_back("a_shift", a_shift);
+  return values;
 }
 
 Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> values) {
@@ -277,15 +341,18 @@ Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> va
                          kMaxWorkspacePerRow = (std::int64_t{1} << 32) - (1 << 20);
   Plan plan;
   bool fine = true;
-  const auto take = [&](const char* name, auto& field, std::int64_t max) {
+  const auto take_if_there = [&](const char* name, auto& field, std::int64_t min, std::int64_t max) {
     int found = 0;
     for (const auto& [key, value] : values)
       if (key == name) {
         ++found;
-        fine = fine && value >= 0 && value <= max;
+        fine = fine && value >= min && value <= max;
         field = static_cast<std::remove_reference_t<decltype(field)>>(value);
       }
-    fine = fine && found == 1;
+    return found;
+  };
+  const auto take = [&](const char* name, auto& field, std::int64_t max) {
+    fine = take_if_there(name, field, 0, max) == 1 && fine;
   };
   take("n_block", plan.layout.n_block, 256);
   take("k_block", plan.layout.k_block, 64);
@@ -301,6 +368,7 @@ Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> va
     take("n_step", plan.n_step, 1 << 16);
     take("workspace_fixed", plan.workspace_fixed, kMaxWorkspaceFixed);
     take("workspace_per_row", plan.workspace_per_row, kMaxWorkspacePerRow);
+    fine = take_if_there("a_shift", plan.a_shift, -128, 128) <= 1 && fine;
   }
   if (!fine || plan.layout.n_block < 1 || plan.layout.k_block < 1 || plan.m_step < 1 || plan.n_step < 1 ||
       plan.n_step % plan.layout.n_block != 0)

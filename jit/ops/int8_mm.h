@@ -14,19 +14,42 @@
 #include "jit/desc.h"
 #include "jit/op.h"
 
-/// int8_mm: C[M,N] = A[M,K] · B[K,N], s8 × s8, exact s32 sums that wrap, and the epilogue's `scale` stage (GPU so far).
+/// int8_mm: C[M,N] = A[M,K] · B[K,N], s8 or u8, exact s32 sums that wrap, and an epilogue (jit/ops/int8_mm_epilogue.h).
 /// Typed view of its desc, the layout of packed weights, and the interface between its drivers and every kernel of it.
 namespace kiln::int8_mm {
 
 /// Order of the field table: KernelDesc::value[…].
-enum Field : int { kM, kN, kK, kBLayout, kADtype, kCDtype, kRescale, kRescalePer, kFieldCount };
+enum Field : int {
+  kM,
+  kN,
+  kK,
+  kBLayout,
+  kADtype,
+  kCDtype,
+  kRescale,
+  kRescalePer,
+  kBDtype,
+  kAZp,
+  kBZp,
+  kBias,
+  kRounding,
+  kAct,
+  kCZp,
+  kClamp,
+  kFieldCount
+};
 enum class BLayout : std::int64_t { kn, nk };
 enum class ADtype : std::int64_t { s8, u8 };
-enum class CDtype : std::int64_t { s32, s8, bf16 };
-/// The epilogue's third stage. `scale`: y = f32(acc) · scale[n], each rounded to nearest even; then bf16, or rounded
-/// half to even and saturated to s8.
-enum class Rescale : std::int64_t { none, scale };
+enum class BDtype : std::int64_t { s8, u8 };
+enum class CDtype : std::int64_t { s32, s8, bf16, u8, f32, f16 };
+// Stages of the epilogue (OPS.md): absent, one value, or one for each row or column.
+enum class AZp : std::int64_t { none, tensor, row };
+enum class BZp : std::int64_t { none, tensor, channel };
+enum class Rescale : std::int64_t { none, scale, q_scale, shift_right, shift_left };
 enum class RescalePer : std::int64_t { tensor, channel };
+/// Where v / 2^s lies half way between two integers.
+enum class Rounding : std::int64_t { zero, away, minus_inf, plus_inf, even, odd };
+enum class Act : std::int64_t { none, relu, leaky_relu };
 
 const OpSpec& op();
 KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, BLayout b_layout = BLayout::nk);
@@ -55,32 +78,46 @@ struct PackLayout {
 };
 
 /// Packs panels [panel_begin, panel_end) of B: `panels_out` receives them one after another, `sums_out` their n_block
-/// sums each. `ldb` ≥ N (kn) or ≥ K (nk). Vectorised plain C++; writes nothing else.
-void pack_panels(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n,
-                 std::int64_t k, std::int64_t panel_begin, std::int64_t panel_end, std::int8_t* panels_out,
-                 std::int32_t* sums_out);
+/// sums each. `ldb` ≥ N (kn) or ≥ K (nk). A u8 element b is packed, and summed, as b − 128. Vectorised plain C++;
+/// writes nothing else.
+void pack_panels(PackLayout layout, const void* b, std::int64_t ldb, BLayout b_layout, std::int64_t n, std::int64_t k,
+                 std::int64_t panel_begin, std::int64_t panel_end, std::int8_t* panels_out, std::int32_t* sums_out,
+                 BDtype b_dtype = BDtype::s8);
 
-/// What s8-only kernels serve: Code::unsupported, naming the field, for other inputs or k above `max_k`.
-Status check_s8(const KernelDesc& desc, std::int64_t max_k);
+/// Code::unsupported for k above `max_k`.
+Status check_k(const KernelDesc& desc, std::int64_t max_k);
+/// What kernels without an epilogue serve: Code::unsupported, naming the field, for anything but s8 · s8 → s32 without
+/// a stage, or k above `max_k`.
+Status check_plain(const KernelDesc& desc, std::int64_t max_k);
 
 struct Plan;
+struct Epilogue;
+struct EpilogueValues;
+struct Scalars;
 
 /// One call of a kernel entry: m rows × n columns of C. Runs on one thread; kernels read nothing outside A's m rows of
 /// K elements, the pack's panels of that range and its sums, and write nothing outside C's m × n elements and the
 /// workspace. N and K are constants of the kernel; n is what the driver gives this call.
 struct Call {
-  const std::int8_t* a;       ///< any alignment
+  const std::int8_t* a;       ///< of a_dtype; any alignment
   std::int64_t lda;           ///< elements
   const std::int8_t* b;       ///< the first panel of the range
   const std::int32_t* b_sums; ///< of its first column
-  std::int32_t* c;            ///< its first column, row 0; any 4-byte alignment
+  void* c;                    ///< of c_dtype: its first column, row 0; aligned to its elements
   std::int64_t ldc;           ///< elements
   std::int64_t m;             ///< in the kernel's range of m, > 0
   std::int64_t n;             ///< columns to compute, > 0; a multiple of plan.n_step unless the range ends at N
   void* workspace;            ///< 64-byte aligned, plan.workspace_bytes(m); private to the call
-  // What generated code has as constants, for `reference`:
+  // With an epilogue, else null:
+  const std::int32_t* terms; ///< TermsLayout: of its first panel
+  const Scalars* scalars;
+  const std::int32_t* a_zp; ///< [m], with a_zp=row
+  // What generated code has as constants, for `reference`, and what it reads instead of terms:
   std::int64_t k;
   const Plan* plan;
+  const Epilogue* epilogue;
+  const EpilogueValues* values;
+  std::int64_t row, column; ///< of the whole product, that the call begins at
 };
 using Entry = void (*)(const Call*);
 
@@ -90,6 +127,7 @@ struct Plan {
   std::int32_t m_step = 1;  ///< rows that a register tile handles at best: the driver cuts m at multiples of it
   std::int32_t n_step = 16; ///< columns likewise; a multiple of layout.n_block
   std::int64_t workspace_fixed = 0, workspace_per_row = 0;
+  std::int32_t a_shift = 0; ///< what the kernel adds to A's elements: 128 for s8 as u8, −128 for u8 as s8, 0
   std::int64_t workspace_bytes(std::int64_t m) const { return workspace_fixed + m * workspace_per_row; }
   /// Of GPU kernels; then the steps and workspaces above say nothing.
   std::optional<cuda::LaunchPlan> launch;
@@ -113,10 +151,8 @@ struct GpuParameters {
   static constexpr int kCount = 9;
 };
 
-/// What the reference op gives (plain C++, s32 wrap-around), for any strides.
+/// What the reference op gives for s8 without an epilogue (plain C++, s32 wrap-around), for any strides.
 void reference(std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a, std::int64_t lda,
                const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int32_t* c, std::int64_t ldc);
-/// The desc's `scale` stage by its definition: sums [m][n] to c [m][n] of the desc's c_dtype, both dense.
-void rescale_reference(const KernelDesc& desc, const std::int32_t* sums, std::int64_t m, const float* scale, void* c);
 
 } // namespace kiln::int8_mm

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cfenv>
 #include <cstring>
 #include <tuple>
 
 #include <fmt/format.h>
 
 #include "jit/cuda/call.h"
+#include "jit/ops/int8_cut.h"
 #include "jit/pack_file.h"
 #include "jit/pages.h"
 
@@ -34,7 +36,7 @@ Status check_matrix(std::string_view name, std::string_view stride_name, const v
   return {};
 }
 
-Status check_pack(const Plan& plan, const Pack& pack, Device device, std::int64_t n, std::int64_t k) {
+Status check_pack(const Plan& plan, const Pack& pack, Device device, BDtype b_dtype, std::int64_t n, std::int64_t k) {
   const auto place = [](Device d) {
     return d.kind == DeviceKind::cpu ? std::string("a pack in host memory")
                                      : fmt::format("a pack in memory of cuda:{}", d.index);
@@ -43,6 +45,9 @@ Status check_pack(const Plan& plan, const Pack& pack, Device device, std::int64_
     return bad("b_pack", place(pack.device()), place(device));
   if (pack.n() != n || pack.k() != k)
     return bad("b_pack", fmt::format("a pack of n={} k={}", pack.n(), pack.k()), fmt::format("one of n={} k={}", n, k));
+  if (pack.b_dtype() != b_dtype)
+    return bad("b_pack", pack.b_dtype() == BDtype::u8 ? "a pack of u8" : "a pack of s8",
+               b_dtype == BDtype::u8 ? "one of u8, the desc's b_dtype" : "one of s8, the desc's b_dtype");
   if (!(pack.layout() == plan.layout))
     return bad(
         "b_pack", fmt::format("a pack of layout {}", pack.layout().id()),
@@ -69,7 +74,8 @@ Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std:
   if (args.threads < 0)
     return bad("threads", std::to_string(args.threads), "0 or more");
   if (args.pack != nullptr)
-    return args.b == nullptr ? check_pack(plan, *args.pack, kernel.desc().device, n, k)
+    return args.b == nullptr ? check_pack(plan, *args.pack, kernel.desc().device,
+                                          static_cast<BDtype>(kernel.desc().value[kBDtype]), n, k)
                              : bad("b", "given beside b_pack", "one of the two");
   if (args.b == nullptr && n > 0 && k > 0)
     return bad("b", "null, and so is b_pack", "one of the two");
@@ -79,47 +85,16 @@ Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std:
 
 // ---------------------------------------------------------------- cutting a call into ranges
 
-constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) {
-  return (v + step - 1) / step * step;
-}
-
-/// Part i of `parts` nearly equal parts of [0, size), cut at multiples of `step`.
-struct Range {
-  std::int64_t begin, end;
-  std::int64_t size() const { return end - begin; }
-};
-Range part(std::int64_t size, std::int64_t step, std::int64_t parts, std::int64_t i) {
-  if (parts == 1) // the usual case, without its divisions
-    return {0, size};
-  const std::int64_t units = (size + step - 1) / step;
-  return {std::min(size, units * i / parts * step), std::min(size, units * (i + 1) / parts * step)};
-}
-
 /// How a call is cut: tasks for threads, row blocks that keep A in the L2 cache, and for a raw B the columns packed at
 /// a time. Every cut of rows leaves pieces that the kernel's class of m serves.
 struct Cut {
   std::int64_t n_parts = 1, m_parts = 1;
-  std::int64_t m_blocks = 1;                          ///< of each part
-  std::int64_t chunk_columns = 0;                     ///< of a raw B, 0 for a pack
-  std::int64_t kernel_workspace = 0, chunk_bytes = 0; ///< of one task, multiples of 64
+  std::int64_t m_blocks = 1;                                           ///< of each part
+  std::int64_t chunk_columns = 0;                                      ///< of a raw B, 0 for a pack
+  std::int64_t kernel_workspace = 0, chunk_bytes = 0, terms_bytes = 0; ///< of one task, multiples of 64
   std::int64_t tasks() const { return n_parts * m_parts; }
-  std::int64_t task_bytes() const { return kernel_workspace + chunk_bytes; }
+  std::int64_t task_bytes() const { return kernel_workspace + chunk_bytes + terms_bytes; }
 };
-
-/// A second thread pays when the call takes longer than a few times the pool's hand-over; rates are those of one recent
-/// core.
-constexpr double kOperationsPerMicrosecond = 1e6, kBytesPerMicrosecond = 1e5, kFewestMicroseconds = 8;
-
-bool worth_threads(std::int64_t m, std::int64_t n, std::int64_t k) {
-  const double microseconds_per_weight =
-      std::max(2 * static_cast<double>(m) / kOperationsPerMicrosecond, 1 / kBytesPerMicrosecond);
-  return static_cast<double>(n) * static_cast<double>(k) * microseconds_per_weight > kFewestMicroseconds;
-}
-
-/// The most parts of m rows that all stay within the kernel's class.
-std::int64_t most_row_parts(const Kernel& kernel, const Plan& plan, std::int64_t m) {
-  return std::max<std::int64_t>(1, m / (std::max<std::int64_t>(kernel.m_range().min, 1) + plan.m_step));
-}
 
 Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int64_t n, std::int64_t k) {
   const Runtime& runtime = kernel.runtime();
@@ -127,17 +102,10 @@ Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int6
   const int threads =
       args.threads > 0 ? std::min(args.threads, runtime.parallel.threads()) : runtime.parallel.threads();
   if (threads > 1 && worth_threads(args.m, n, k)) {
-    const std::int64_t most_n = std::min<std::int64_t>(threads, (n + plan.n_step - 1) / plan.n_step);
-    const std::int64_t most_m = std::min<std::int64_t>(threads, most_row_parts(kernel, plan, args.m));
-    // What is not cut, every thread goes through: all of B, or all of A, which costs a row's bytes about three times
-    // (read, converted, written to workspace).
-    if (3 * args.m > n) {
-      cut.m_parts = most_m;
-      cut.n_parts = std::min(threads / cut.m_parts, most_n);
-    } else {
-      cut.n_parts = most_n;
-      cut.m_parts = std::min(threads / cut.n_parts, most_m);
-    }
+    const Parts parts =
+        parts_for(threads, args.m, most_row_parts(kernel.m_range(), plan.m_step, args.m), n, plan.n_step);
+    cut.n_parts = parts.n;
+    cut.m_parts = parts.m;
   }
   std::int64_t rows = args.m; // at most, of one call of the kernel
   if (cut.m_parts > 1)
@@ -148,21 +116,47 @@ Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int6
     const std::int64_t rows_in_cache = std::max<std::int64_t>(plan.m_step, l2 / 2 / std::max<std::int64_t>(k, 1));
     cut.m_blocks = std::clamp<std::int64_t>(
         (rows + rows_in_cache - 1) / rows_in_cache, 1,
-        most_row_parts(kernel, plan, cut.m_parts > 1 ? args.m / cut.m_parts - plan.m_step : args.m));
+        most_row_parts(kernel.m_range(), plan.m_step, cut.m_parts > 1 ? args.m / cut.m_parts - plan.m_step : args.m));
     rows = (rows + cut.m_blocks - 1) / cut.m_blocks + plan.m_step;
   }
   cut.kernel_workspace = round_up(plan.workspace_bytes(rows), 64);
+  const std::int64_t columns = round_up((n + cut.n_parts - 1) / cut.n_parts, plan.n_step);
   if (args.pack == nullptr) {
     const std::int64_t step_bytes = plan.n_step / plan.layout.n_block * plan.layout.panel_bytes(k);
     const std::int64_t columns_in_cache =
         std::max<std::int64_t>(1, l2 / 2 / std::max<std::int64_t>(step_bytes, 1)) * plan.n_step;
-    cut.chunk_columns = std::min(columns_in_cache, round_up((n + cut.n_parts - 1) / cut.n_parts, plan.n_step));
+    cut.chunk_columns = std::min(columns_in_cache, columns);
     cut.chunk_bytes = plan.layout.bytes(cut.chunk_columns, k);
   }
+  if (const Epilogue epilogue = Epilogue::of(kernel.desc()); !epilogue.is_absent())
+    cut.terms_bytes = round_up(plan.layout.panels(args.pack == nullptr ? cut.chunk_columns : columns) *
+                                   TermsLayout::of(epilogue).panel_bytes(plan.layout),
+                               64);
   return cut;
 }
 
 // ---------------------------------------------------------------- running
+
+/// The processor's default floating-point state, and in the end the caller's.
+class DefaultFloatingPoint {
+public:
+  explicit DefaultFloatingPoint(bool needed) : needed_(needed) {
+    if (needed_) {
+      std::fegetenv(&before_);
+      std::fesetenv(FE_DFL_ENV);
+    }
+  }
+  ~DefaultFloatingPoint() {
+    if (needed_)
+      std::fesetenv(&before_);
+  }
+  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
+  DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
+
+private:
+  const bool needed_;
+  std::fenv_t before_{};
+};
 
 struct Run {
   const Plan& plan;
@@ -170,24 +164,39 @@ struct Run {
   Entry entry;
   std::int64_t n, k;
   Cut cut;
+  Epilogue epilogue;
+  Scalars scalars;
   std::atomic<bool> out_of_memory{false};
 
   /// Columns [columns.begin, columns.end) with their panels at b, for every row block of `rows`.
-  void columns_of(Range rows, Range columns, const std::int8_t* b, const std::int32_t* sums, void* workspace) const {
+  void columns_of(Range rows, Range columns, const std::int8_t* b, const std::int32_t* sums,
+                  std::uint8_t* workspace) const {
+    const bool finishes = cut.terms_bytes > 0;
+    auto* const terms = reinterpret_cast<std::int32_t*>(workspace + cut.kernel_workspace + cut.chunk_bytes);
+    if (finishes)
+      make_terms(epilogue, args.values, plan.layout, k, plan.a_shift, sums, columns.begin, columns.size(), terms);
     for (std::int64_t i = 0; i < cut.m_blocks; ++i) {
       const Range block = part(rows.size(), plan.m_step, cut.m_blocks, i);
       const std::int64_t row = rows.begin + block.begin;
-      const Call call = {.a = args.a + row * args.lda,
+      const Call call = {.a = static_cast<const std::int8_t*>(args.a) + row * args.lda,
                          .lda = args.lda,
                          .b = b,
                          .b_sums = sums,
-                         .c = static_cast<std::int32_t*>(args.c) + row * args.ldc + columns.begin,
+                         .c =
+                             static_cast<std::uint8_t*>(args.c) + (row * args.ldc + columns.begin) * epilogue.c_bytes(),
                          .ldc = args.ldc,
                          .m = block.size(),
                          .n = columns.size(),
                          .workspace = workspace,
+                         .terms = finishes ? terms : nullptr,
+                         .scalars = finishes ? &scalars : nullptr,
+                         .a_zp = epilogue.a_zp == AZp::row ? args.values.a_zp + row : nullptr,
                          .k = k,
-                         .plan = &plan};
+                         .plan = &plan,
+                         .epilogue = finishes ? &epilogue : nullptr,
+                         .values = finishes ? &args.values : nullptr,
+                         .row = row,
+                         .column = columns.begin};
       entry(&call);
     }
   }
@@ -206,6 +215,7 @@ struct Run {
       out_of_memory = true;
       return;
     }
+    const DefaultFloatingPoint floating_point(epilogue.rescale == Rescale::scale);
     if (args.pack != nullptr && columns.begin == 0) { // the whole of a call that is not shared
       columns_of(rows, columns, args.pack->panels(), args.pack->sums(), workspace);
       return;
@@ -221,7 +231,7 @@ struct Run {
     for (std::int64_t begin = columns.begin; begin < columns.end; begin += cut.chunk_columns) {
       const Range chunk = {begin, std::min(columns.end, begin + cut.chunk_columns)};
       pack_panels(plan.layout, args.b, args.ldb, args.b_layout, n, k, chunk.begin / plan.layout.n_block,
-                  plan.layout.panels(chunk.end), panels, sums);
+                  plan.layout.panels(chunk.end), panels, sums, epilogue.b_dtype);
       columns_of(rows, chunk, panels, sums, workspace);
     }
   }
@@ -244,7 +254,7 @@ Status check_gpu_args(const Args& args, const KernelDesc& desc) {
         std::tuple{"ldb", raw ? args.ldb : 0, std::int64_t{kGpuAlignment}}})
     if (stride % step != 0 || stride > kMaxStride)
       return bad(name, std::to_string(stride), fmt::format("a multiple of {} up to 2^31 - 1 on a GPU", step));
-  if (desc.value[kRescale] == static_cast<std::int64_t>(Rescale::scale) && args.scale == nullptr)
+  if (desc.value[kRescale] == static_cast<std::int64_t>(Rescale::scale) && args.values.scale == nullptr)
     return bad("scale", "null",
                desc.value[kRescalePer] == static_cast<std::int64_t>(RescalePer::channel)
                    ? fmt::format("{} floats", desc.value[kN])
@@ -263,8 +273,7 @@ Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
   if (!plan.launch)
     return Status::error(Code::internal, "int8_mm: a GPU kernel without a launch plan");
   const std::int64_t n = desc.value[kN], k = desc.value[kK];
-  const auto c_dtype = static_cast<CDtype>(desc.value[kCDtype]);
-  const int c_bytes = c_dtype == CDtype::s32 ? 4 : c_dtype == CDtype::bf16 ? 2 : 1;
+  const int c_bytes = Epilogue::of(desc).c_bytes();
   const std::uint64_t b = args.pack != nullptr ? args.pack->gpu_address() : reinterpret_cast<std::uintptr_t>(args.b);
   const std::int64_t ldb = args.pack != nullptr ? plan.layout.panel_bytes(k) : args.ldb;
   const std::int64_t rows_at_once = gpu_rows_at_once(*plan.launch, args.m);
@@ -273,18 +282,18 @@ Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
     std::array<cuda::PointerArgument, 4> pointers;
     std::size_t count = 0;
     void* const c = static_cast<std::uint8_t*>(args.c) + row * args.ldc * c_bytes;
-    const std::int8_t* const a = args.a + row * args.lda;
+    const std::int8_t* const a = static_cast<const std::int8_t*>(args.a) + row * args.lda;
     pointers[count++] = {"c", c, c_bytes};
     if (k > 0)
       pointers[count++] = {"a", a, kGpuAlignment};
     if (args.pack == nullptr && k > 0)
       pointers[count++] = {"b", args.b, kGpuAlignment};
-    if (args.scale != nullptr)
-      pointers[count++] = {"scale", args.scale, 4};
+    if (args.values.scale != nullptr)
+      pointers[count++] = {"scale", args.values.scale, 4};
     GpuParameters p = {.a = reinterpret_cast<std::uintptr_t>(a),
                        .b = b,
                        .c = reinterpret_cast<std::uintptr_t>(c),
-                       .scale = reinterpret_cast<std::uintptr_t>(args.scale),
+                       .scale = reinterpret_cast<std::uintptr_t>(args.values.scale),
                        .workspace = 0,
                        .m = static_cast<std::uint32_t>(rows),
                        .lda = static_cast<std::uint32_t>(args.lda),
@@ -317,8 +326,17 @@ Status run(const Kernel& kernel, const Args& args) {
     return {};
   if (kernel.cuda_module() != nullptr)
     return run_on_gpu(kernel, plan, args);
-  Run run = {plan, args, reinterpret_cast<Entry>(reinterpret_cast<std::uintptr_t>(kernel.entry())),
-             n,    k,    cut_call(kernel, plan, args, n, k)};
+  const Epilogue epilogue = Epilogue::of(kernel.desc());
+  if (Status status = check_values(epilogue, args.values, n); !status)
+    return status;
+  Run run = {plan,
+             args,
+             reinterpret_cast<Entry>(reinterpret_cast<std::uintptr_t>(kernel.entry())),
+             n,
+             k,
+             cut_call(kernel, plan, args, n, k),
+             epilogue,
+             scalars_of(epilogue, args.values)};
   if (args.workspace != nullptr) {
     if (reinterpret_cast<std::uintptr_t>(args.workspace) % 64 != 0)
       return bad("workspace", fmt::format("{}", args.workspace), "64-byte aligned memory");
@@ -362,9 +380,19 @@ void Pack::Free::operator()(std::int8_t* p) const {
   free_pages(p);
 }
 
-Result<Pack> Pack::allocate(PackLayout layout, std::int64_t n, std::int64_t k) {
+constexpr std::string_view kU8Suffix = "/u8";
+std::string_view without_suffix(std::string_view id) {
+  return id.ends_with(kU8Suffix) ? id.substr(0, id.size() - kU8Suffix.size()) : id;
+}
+
+std::string Pack::id() const {
+  return layout_.id() + std::string(b_dtype_ == BDtype::u8 ? kU8Suffix : "");
+}
+
+Result<Pack> Pack::allocate(PackLayout layout, BDtype b_dtype, std::int64_t n, std::int64_t k) {
   Pack pack;
   pack.layout_ = layout;
+  pack.b_dtype_ = b_dtype;
   pack.n_ = n;
   pack.k_ = k;
   const std::int64_t bytes = std::max<std::int64_t>(pack.bytes(), 64);
@@ -376,17 +404,17 @@ Result<Pack> Pack::allocate(PackLayout layout, std::int64_t n, std::int64_t k) {
   return pack;
 }
 
-Result<Pack> Pack::make(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n,
-                        std::int64_t k, Parallel& parallel) {
+Result<Pack> Pack::make(PackLayout layout, const void* b, std::int64_t ldb, BLayout b_layout, std::int64_t n,
+                        std::int64_t k, Parallel& parallel, BDtype b_dtype) {
   const bool nk = b_layout == BLayout::nk;
   if (Status s = check_matrix("b", "ldb", b, nk ? n : k, nk ? k : n, ldb); !s)
     return s;
-  Result<Pack> pack = allocate(layout, n, k);
+  Result<Pack> pack = allocate(layout, b_dtype, n, k);
   if (!pack)
     return pack;
   struct Job {
     const Pack& pack;
-    const std::int8_t* b;
+    const void* b;
     std::int64_t ldb;
     BLayout b_layout;
     std::int64_t panels;
@@ -400,7 +428,8 @@ Result<Pack> Pack::make(PackLayout layout, const std::int8_t* b, std::int64_t ld
         const std::int64_t begin = static_cast<std::int64_t>(i) * kPanelsPerTask,
                            end = std::min(j.panels, begin + kPanelsPerTask);
         pack_panels(l, j.b, j.ldb, j.b_layout, j.pack.n_, j.pack.k_, begin, end,
-                    j.pack.data_.get() + begin * l.panel_bytes(j.pack.k_), j.pack.sums_ + begin * l.n_block);
+                    j.pack.data_.get() + begin * l.panel_bytes(j.pack.k_), j.pack.sums_ + begin * l.n_block,
+                    j.pack.b_dtype_);
       },
       &job);
   // The alignment gap after the sums is part of the file and its digest.
@@ -437,18 +466,20 @@ Status Pack::save(const std::string& path) const {
         return s;
     data = copy;
   }
-  return save_pack_file(path, op().name, layout_.id(), n_, k_, data);
+  return save_pack_file(path, op().name, id(), n_, k_, data);
 }
 
 Result<Pack> Pack::load(const std::string& path) {
   const Result<PackFile> file =
       load_pack_file(path, op().name, [](std::string_view id, std::int64_t n, std::int64_t k) -> std::int64_t {
-        const Result<PackLayout> layout = PackLayout::parse(id);
+        const Result<PackLayout> layout = PackLayout::parse(without_suffix(id));
         return layout ? layout->bytes(n, k) : -1;
       });
   if (!file)
     return file.status();
-  Result<Pack> pack = allocate(*PackLayout::parse(file->layout), file->n, file->k);
+  const std::string_view id = without_suffix(file->layout);
+  Result<Pack> pack =
+      allocate(*PackLayout::parse(id), id.size() < file->layout.size() ? BDtype::u8 : BDtype::s8, file->n, file->k);
   if (pack && !file->data.empty())
     std::memcpy(pack->data_.get(), file->data.data(), file->data.size());
   return pack;

@@ -156,10 +156,13 @@ void sum_panel(const std::int8_t* panel, std::int64_t k_groups, int n_block, int
 
 } // namespace
 
-void pack_panels(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLayout b_layout, std::int64_t n,
+void pack_panels(PackLayout layout, const void* b_elements, std::int64_t ldb, BLayout b_layout, std::int64_t n,
                  std::int64_t k, std::int64_t panel_begin, std::int64_t panel_end, std::int8_t* panels_out,
-                 std::int32_t* sums_out) {
+                 std::int32_t* sums_out, BDtype b_dtype) {
   const std::int64_t panel_bytes = layout.panel_bytes(k), k_groups = layout.k_padded(k) / layout.k_block;
+  // What is no element is 0 in the end: u8 panels are flipped whole.
+  const int padding = b_dtype == BDtype::u8 ? 0x80 : 0;
+  const auto* const b = static_cast<const std::int8_t*>(b_elements);
   for (std::int64_t panel = panel_begin; panel < panel_end; ++panel) {
     const std::int64_t column = panel * layout.n_block;
     const Panel p = {.b = b + column * (b_layout == BLayout::nk ? ldb : 1),
@@ -171,10 +174,13 @@ void pack_panels(PackLayout layout, const std::int8_t* b, std::int64_t ldb, BLay
                      .out = panels_out + (panel - panel_begin) * panel_bytes};
     const bool ragged = p.columns < p.n_block;
     if (ragged)
-      std::memset(p.out, 0, static_cast<std::size_t>(panel_bytes));
+      std::memset(p.out, padding, static_cast<std::size_t>(panel_bytes));
     const std::int64_t done = pack_whole(p, b_layout);
-    std::memset(p.out + done * p.n_block, 0, static_cast<std::size_t>(panel_bytes - done * p.n_block));
+    std::memset(p.out + done * p.n_block, padding, static_cast<std::size_t>(panel_bytes - done * p.n_block));
     pack_elements(p, b_layout, done);
+    if (b_dtype == BDtype::u8)
+      for (std::int64_t i = 0; i < panel_bytes; ++i)
+        p.out[i] = static_cast<std::int8_t>(p.out[i] ^ 0x80);
     sum_panel(p.out, k_groups, p.n_block, p.k_block, sums_out + (panel - panel_begin) * layout.n_block);
   }
 }

@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <optional>
 
 #include <llvm/IR/IntrinsicsX86.h>
 #include <llvm/IR/Module.h>
 
+#include "backends/llvm/generator/epilogue.h"
 #include "backends/llvm/generator/ir.h"
+#include "backends/llvm/generator/quantise.h"
 #include "backends/llvm/int8_mm_layout.h"
 
 namespace kiln::generator {
@@ -82,28 +85,71 @@ class Int8Mm {
 public:
   Int8Mm(llvm::Function* function, const KernelDesc& desc, const Target& target)
       : ir_(function->getContext()), call_(function->getArg(0)), block_(blocking_of(desc, target)),
-        n_(desc.value[int8_mm::kN]), k_(desc.value[int8_mm::kK]) {
+        n_(desc.value[int8_mm::kN]), k_(desc.value[int8_mm::kK]), epilogue_(int8_mm::Epilogue::of(desc)),
+        terms_panel_bytes_(int8_mm::TermsLayout::of(epilogue_).panel_bytes(block_.layout)),
+        c_bytes_(epilogue_.c_bytes()), row_ends_with_value_(epilogue_.a_zp == int8_mm::AZp::row) {
     ir_.SetInsertPoint(llvm::BasicBlock::Create(ir_.getContext(), "entry", function));
+    if (!epilogue_.is_absent())
+      writer_.emplace(ir_, epilogue_, target, block_.lanes, call_);
+  }
+
+  /// int8_linear, whose Call begins with an int8_mm's.
+  struct Linear {};
+  Int8Mm(llvm::Function* function, const KernelDesc& desc, const Target& target, Linear)
+      : ir_(function->getContext()), call_(function->getArg(0)),
+        block_(blocking_of(int8_linear::product_desc(desc), target)), n_(desc.value[int8_linear::kN]),
+        k_(desc.value[int8_linear::kK]),
+        terms_panel_bytes_(std::int64_t{4} * int8_linear::TermsLayout::count(desc) * block_.layout.n_block),
+        c_bytes_(static_cast<int>(int8_linear::bytes_of(int8_linear::y_of(desc)))), row_ends_with_value_(true) {
+    static_assert(offsetof(int8_linear::Call, product) == 0);
+    ir_.SetInsertPoint(llvm::BasicBlock::Create(ir_.getContext(), "entry", function));
+    writer_.emplace(ir_, desc, target, block_.lanes);
+  }
+
+  void emit_linear(int8_linear::Float x_type) {
+    load_arguments();
+    Value* const steps = field<std::uint64_t>(offsetof(int8_linear::Call, steps));
+    const auto when_asked = [&](int8_linear::Step step, llvm::function_ref<void()> body) {
+      when(ir_, ir_.CreateIsNotNull(ir_.CreateAnd(steps, step)), body);
+    };
+    when_asked(int8_linear::kQuantise, [&] {
+      Values cursors{field<void*>(offsetof(int8_linear::Call, x)), workspace_};
+      Value* const x_step = ir_.CreateMul(field<std::int64_t>(offsetof(int8_linear::Call, ldx)),
+                                          ir_.getInt64(static_cast<std::uint64_t>(int8_linear::bytes_of(x_type))));
+      loop(ir_, ir_.getInt64(0), m_, 1, cursors, [&](Value*, Values& at) {
+        quantise_row(ir_, x_type, k_, block_.lanes, at[0], at[1], advance(ir_, at[1], row_zp_at()));
+        at[0] = advance(ir_, at[0], x_step);
+        at[1] = advance(ir_, at[1], block_.row_stride);
+      });
+    });
+    when_asked(int8_linear::kMultiply, [&] {
+      Value* c_block_step = ir_.CreateMul(c_stride_, ir_.getInt64(block_.block_rows));
+      Values cursors{workspace_, field<void*>(offsetof(Call, c))};
+      loop(ir_, ir_.getInt64(0), m_, block_.block_rows, cursors, [&](Value* row, Values& at) {
+        workspace_ = at[0];
+        multiply_panels(at[1], rows_of_block(row));
+        at[0] = advance(ir_, at[0], block_.block_rows * block_.row_stride);
+        at[1] = advance(ir_, at[1], c_block_step);
+      });
+    });
+    ir_.CreateRetVoid();
   }
 
   void emit() {
-    m_ = field<std::int64_t>(offsetof(Call, m));
-    columns_ = field<std::int64_t>(offsetof(Call, n));
+    load_arguments();
     lda_ = field<std::int64_t>(offsetof(Call, lda));
-    c_stride_ = ir_.CreateShl(field<std::int64_t>(offsetof(Call, ldc)), 2);
-    b_ = field<void*>(offsetof(Call, b));
-    workspace_ = field<void*>(offsetof(Call, workspace));
-    c_tile_step_ = ir_.CreateMul(c_stride_, ir_.getInt64(block_.rows));
     Value* a_block_step = ir_.CreateMul(lda_, ir_.getInt64(block_.block_rows));
     Value* c_block_step = ir_.CreateMul(c_stride_, ir_.getInt64(block_.block_rows));
 
     Values cursors{field<void*>(offsetof(Call, a)), field<void*>(offsetof(Call, c))};
+    if (has_row_zp())
+      cursors.push_back(field<void*>(offsetof(Call, a_zp)));
     loop(ir_, ir_.getInt64(0), m_, block_.block_rows, cursors, [&](Value* row, Values& at) {
-      Value* left = ir_.CreateSub(m_, row);
-      Value* rows = ir_.CreateSelect(ir_.CreateICmpSLT(left, ir_.getInt64(block_.block_rows)), left,
-                                     ir_.getInt64(block_.block_rows));
-      widen_rows(at[0], rows);
+      Value* rows = rows_of_block(row);
+      widen_rows(at[0], rows, has_row_zp() ? at[2] : nullptr);
       multiply_panels(at[1], rows);
+      if (has_row_zp())
+        at[2] = advance(ir_, at[2], 4 * block_.block_rows);
       at[0] = advance(ir_, at[0], a_block_step);
       at[1] = advance(ir_, at[1], c_block_step);
     });
@@ -111,6 +157,23 @@ public:
   }
 
 private:
+  void load_arguments() {
+    m_ = field<std::int64_t>(offsetof(Call, m));
+    columns_ = field<std::int64_t>(offsetof(Call, n));
+    c_stride_ = ir_.CreateShl(field<std::int64_t>(offsetof(Call, ldc)), llvm::Log2_32(static_cast<unsigned>(c_bytes_)));
+    terms_ = writer_ ? field<void*>(offsetof(Call, terms)) : nullptr;
+    b_ = field<void*>(offsetof(Call, b));
+    workspace_ = field<void*>(offsetof(Call, workspace));
+    c_tile_step_ = ir_.CreateMul(c_stride_, ir_.getInt64(block_.rows));
+  }
+
+  /// Rows of the block that begins at `row`.
+  Value* rows_of_block(Value* row) {
+    Value* left = ir_.CreateSub(m_, row);
+    return ir_.CreateSelect(ir_.CreateICmpSLT(left, ir_.getInt64(block_.block_rows)), left,
+                            ir_.getInt64(block_.block_rows));
+  }
+
   template <class T> Value* field(std::size_t offset) {
     llvm::Type* type = std::is_pointer_v<T> ? static_cast<llvm::Type*>(ir_.getPtrTy()) : ir_.getInt64Ty();
     return ir_.CreateLoad(type, advance(ir_, call_, static_cast<std::int64_t>(offset)));
@@ -122,29 +185,54 @@ private:
     return ir_.CreateAlignedLoad(type, advance(ir_, base, offset), llvm::Align(alignment));
   }
 
-  /// Rows of A as s16 in the workspace. What lies beyond K there stays as it was: it meets the pack's zeros.
-  void widen_rows(Value* a, Value* rows) {
+  bool has_row_zp() const { return epilogue_.a_zp == int8_mm::AZp::row; }
+  // Where a row's values lie in the workspace, behind what the products read.
+  std::int64_t row_sum_at() const { return block_.row_stride - 4; }
+  std::int64_t row_zp_at() const { return block_.row_stride - 8; }
+
+  /// Rows of A as s16 in the workspace, and their values for the epilogue. What lies beyond K there stays as it was: it
+  /// meets the pack's zeros.
+  void widen_rows(Value* a, Value* rows, Value* a_zp) {
     Values cursors{a, workspace_};
+    if (a_zp != nullptr)
+      cursors.push_back(a_zp);
     loop(ir_, ir_.getInt64(0), rows, 1, cursors, [&](Value*, Values& at) {
       constexpr int kChunk = 32;
       const std::int64_t whole = k_ / kChunk * kChunk;
-      Values none;
-      loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), kChunk, none,
-           [&](Value* k, Values&) { widen(advance(ir_, at[0], k), advance(ir_, at[1], ir_.CreateShl(k, 1)), kChunk); });
+      Values sums;
+      if (epilogue_.needs_row_sums())
+        sums.push_back(llvm::Constant::getNullValue(vector_of(32, kChunk)));
+      loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), kChunk, sums, [&](Value* k, Values& so_far) {
+        Value* wide = widen(advance(ir_, at[0], k), advance(ir_, at[1], ir_.CreateShl(k, 1)), kChunk);
+        if (!so_far.empty())
+          so_far[0] = ir_.CreateAdd(so_far[0], ir_.CreateSExt(wide, vector_of(32, kChunk)));
+      });
+      Value* sum = sums.empty() ? nullptr : ir_.CreateAddReduce(sums[0]);
       std::int64_t k = whole;
       for (int piece = kChunk / 2; piece > 0; piece /= 2)
         if ((k_ - whole) & piece) {
-          widen(advance(ir_, at[0], k), advance(ir_, at[1], 2 * k), piece);
+          Value* wide = widen(advance(ir_, at[0], k), advance(ir_, at[1], 2 * k), piece);
+          if (sum != nullptr)
+            sum = ir_.CreateAdd(sum, ir_.CreateAddReduce(ir_.CreateSExt(wide, vector_of(32, piece))));
           k += piece;
         }
+      if (sum != nullptr)
+        ir_.CreateAlignedStore(sum, advance(ir_, at[1], row_sum_at()), llvm::Align(4));
+      if (a_zp != nullptr) {
+        ir_.CreateAlignedStore(load(ir_.getInt32Ty(), at[2], 0, 4), advance(ir_, at[1], row_zp_at()), llvm::Align(4));
+        at[2] = advance(ir_, at[2], 4);
+      }
       at[0] = advance(ir_, at[0], lda_);
       at[1] = advance(ir_, at[1], block_.row_stride);
     });
   }
 
-  void widen(Value* from, Value* to, int count) {
+  Value* widen(Value* from, Value* to, int count) {
     Value* narrow = ir_.CreateAlignedLoad(vector_of(8, count), from, llvm::Align(1));
-    ir_.CreateAlignedStore(ir_.CreateSExt(narrow, vector_of(16, count)), to, llvm::Align(2));
+    const bool is_u8 = epilogue_.a_dtype == int8_mm::ADtype::u8;
+    Value* wide = is_u8 ? ir_.CreateZExt(narrow, vector_of(16, count)) : ir_.CreateSExt(narrow, vector_of(16, count));
+    ir_.CreateAlignedStore(wide, to, llvm::Align(2));
+    return wide;
   }
 
   /// All columns of a block of rows: groups of panels, then single panels, then the columns that end N inside a panel.
@@ -153,27 +241,38 @@ private:
     Value* full = ir_.CreateLShr(columns_, ir_.getInt64(llvm::Log2_64(n_block)));
     Value* done = ir_.getInt64(0);
     Values cursors{b_, c};
+    if (writer_)
+      cursors.push_back(terms_);
     for (int panels = block_.panels; panels >= 1; panels = panels > 1 ? 1 : 0) {
       if (n_ / n_block < panels)
         continue;
       Value* end = panels == 1 ? full : ir_.CreateSub(full, ir_.CreateURem(full, ir_.getInt64(panels)));
       loop(ir_, done, end, panels, cursors, [&](Value*, Values& at) {
-        multiply_tiles(at[0], at[1], rows, panels, n_block);
+        multiply_tiles(at[0], at[1], writer_ ? at[2] : nullptr, rows, panels, n_block);
         at[0] = advance(ir_, at[0], panels * panel_bytes);
-        at[1] = advance(ir_, at[1], panels * n_block * 4);
+        at[1] = advance(ir_, at[1], panels * n_block * c_bytes_);
+        if (writer_)
+          at[2] = advance(ir_, at[2], panels * terms_panel_bytes_);
       });
       done = end;
     }
     if (const std::int64_t rest = n_ % n_block)
       when(ir_, ir_.CreateIsNotNull(ir_.CreateAnd(columns_, n_block - 1)),
-           [&] { multiply_tiles(cursors[0], cursors[1], rows, 1, rest); });
+           [&] { multiply_tiles(cursors[0], cursors[1], writer_ ? cursors[2] : nullptr, rows, 1, rest); });
   }
 
-  void multiply_tiles(Value* b, Value* c, Value* rows, int panels, std::int64_t columns_of_last) {
+  void multiply_tiles(Value* b, Value* c, Value* terms, Value* rows, int panels, std::int64_t columns_of_last) {
+    tile_columns_.clear();
+    if (writer_)
+      for (int panel = 0; panel < panels; ++panel)
+        for (int i = 0; i < block_.vectors; ++i)
+          tile_columns_.push_back(writer_->load_columns(terms,
+                                                        panel * terms_panel_bytes_ + std::int64_t{4} * i * block_.lanes,
+                                                        std::int64_t{4} * block_.layout.n_block));
     Values cursors{workspace_, c};
     loop(ir_, ir_.getInt64(0), rows, block_.rows, cursors, [&](Value* row, Values& at) {
       const Values sums = multiply(at[0], b, panels);
-      store(sums, at[1], ir_.CreateSub(rows, row), panels, columns_of_last);
+      store(sums, at[0], at[1], ir_.CreateSub(rows, row), panels, columns_of_last);
       at[0] = advance(ir_, at[0], block_.rows * block_.row_stride);
       at[1] = advance(ir_, at[1], c_tile_step_);
     });
@@ -260,7 +359,7 @@ private:
   }
 
   /// The rows of the tile that exist; `columns_of_last` of the last panel's columns.
-  void store(const Values& sums, Value* c, Value* rows_left, int panels, std::int64_t columns_of_last) {
+  void store(const Values& sums, Value* a, Value* c, Value* rows_left, int panels, std::int64_t columns_of_last) {
     llvm::Function* function = ir_.GetInsertBlock()->getParent();
     auto* stored = llvm::BasicBlock::Create(ir_.getContext(), "stored", function);
     const std::size_t vectors = static_cast<std::size_t>(panels * block_.vectors);
@@ -274,9 +373,16 @@ private:
           ir_.SetInsertPoint(next);
         }
       }
-      for (std::size_t i = 0; i < vectors; ++i)
-        store_vector(sums[static_cast<std::size_t>(row) * vectors + i], c, static_cast<std::int64_t>(i) * block_.lanes,
-                     columns);
+      const auto of_row = [&](bool present, std::int64_t at) -> Value* {
+        return present ? load(ir_.getInt32Ty(), a, row * block_.row_stride + at, 4) : nullptr;
+      };
+      Value* const a_zp = of_row(row_ends_with_value_, row_zp_at());
+      Value* const row_sum = of_row(epilogue_.needs_row_sums(), row_sum_at());
+      for (std::size_t i = 0; i < vectors; ++i) {
+        Value* const sum = sums[static_cast<std::size_t>(row) * vectors + i];
+        store_vector(writer_ ? writer_->finish(sum, tile_columns_[i], a_zp, row_sum) : sum, c,
+                     static_cast<std::int64_t>(i) * block_.lanes, columns);
+      }
     }
     ir_.CreateBr(stored);
     ir_.SetInsertPoint(stored);
@@ -290,7 +396,8 @@ private:
       if (!(count & piece))
         continue;
       Value* part = piece == block_.lanes ? sums : ir_.CreateShuffleVector(sums, lanes_from(from, piece));
-      ir_.CreateAlignedStore(part, advance(ir_, c, (first + from) * 4), llvm::Align(4));
+      ir_.CreateAlignedStore(part, advance(ir_, c, (first + from) * c_bytes_),
+                             llvm::Align(static_cast<std::uint64_t>(c_bytes_)));
       from += piece;
     }
   }
@@ -299,16 +406,27 @@ private:
   Value* call_;
   const Blocking block_;
   const std::int64_t n_, k_;
+  const int8_mm::Epilogue epilogue_; ///< of int8_mm
+  const std::int64_t terms_panel_bytes_;
+  const int c_bytes_;
+  const bool row_ends_with_value_;       ///< row_zp_at: a_zp, or int8_linear's s
+  std::optional<EpilogueWriter> writer_; ///< with an epilogue
+  Value* terms_ = nullptr;
+  std::vector<EpilogueWriter::Columns> tile_columns_; ///< of the tile's vectors
   Value *m_ = nullptr, *columns_ = nullptr, *lda_ = nullptr, *b_ = nullptr, *workspace_ = nullptr;
   Value *c_stride_ = nullptr, *c_tile_step_ = nullptr; ///< bytes
 };
 
+llvm::Function* make_function(llvm::Module& module, const char* name) {
+  llvm::LLVMContext& context = module.getContext();
+  auto* type = llvm::FunctionType::get(llvm::Type::getVoidTy(context), {llvm::PointerType::getUnqual(context)}, false);
+  return llvm::Function::Create(type, llvm::GlobalValue::ExternalLinkage, name, module);
+}
+
 } // namespace
 
 llvm::Function* emit_int8_mm(llvm::Module& module, const KernelDesc& desc, const Target& target) {
-  llvm::LLVMContext& context = module.getContext();
-  auto* type = llvm::FunctionType::get(llvm::Type::getVoidTy(context), {llvm::PointerType::getUnqual(context)}, false);
-  auto* function = llvm::Function::Create(type, llvm::GlobalValue::ExternalLinkage, "int8_mm", module);
+  llvm::Function* function = make_function(module, "int8_mm");
   Int8Mm(function, desc, target).emit();
   return function;
 }
@@ -319,6 +437,22 @@ int8_mm::Plan int8_mm_plan(const KernelDesc& desc, const Target& target) {
           .m_step = block.rows,
           .n_step = block.layout.n_block,
           .workspace_fixed = block.block_rows * block.row_stride};
+}
+
+llvm::Function* emit_int8_linear(llvm::Module& module, const KernelDesc& desc, const Target& target) {
+  llvm::Function* function = make_function(module, "int8_linear");
+  Int8Mm(function, desc, target, Int8Mm::Linear()).emit_linear(int8_linear::x_of(desc));
+  return function;
+}
+
+int8_linear::Plan int8_linear_plan(const KernelDesc& desc, const Target& target) {
+  const Blocking block = blocking_of(int8_linear::product_desc(desc), target);
+  return {.layout = block.layout,
+          .m_step = block.rows,
+          .n_step = block.layout.n_block,
+          .q_row_bytes = block.row_stride,
+          .q_end_bytes = (block.rows - 1) * block.row_stride, // of a tile that m ends in
+          .terms = true};
 }
 
 } // namespace kiln::generator

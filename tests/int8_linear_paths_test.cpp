@@ -1,0 +1,258 @@
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <cfenv>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "backends/table.h"
+#include "jit/engine.h"
+#include "jit/floating_point.h"
+#include "jit/ops/int8_linear_driver.h"
+#include "tests/guarded_buffer.h"
+#include "tests/int8_linear_values.h"
+#include "tests/int8_values.h"
+
+/// Every int8_linear row of the implementation table that this machine can run, through engine and driver, against the
+/// reference op to the bit: sampled shapes × types × values × with and without bias and workspace × one and three
+/// threads, in buffers that touch inaccessible pages, under the caller's own floating-point state.
+
+using namespace kiln;
+using namespace kiln::test;
+using int8_linear::bytes_of;
+using int8_linear::Float;
+
+namespace {
+
+constexpr std::int64_t kSizes[] = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 255, 257};
+constexpr Float kFloats[] = {Float::bf16, Float::f16, Float::f32};
+
+/// KILN_TEST_SAMPLES asks for more or fewer.
+int samples() {
+  const char* text = std::getenv("KILN_TEST_SAMPLES");
+  return text != nullptr ? std::atoi(text) : 40;
+}
+
+std::unique_ptr<Engine> engine_for(std::optional<IsaPath> isa, int threads, std::int64_t l2_bytes = 0,
+                                   std::optional<Features> features = {}) {
+  EngineOptions options;
+  options.config.cache = CacheMode::off;
+  options.config.threads = threads;
+  if (isa)
+    options.config.forced.push_back({OpId::int8_linear, *isa});
+  options.machine = detect_machine();
+  if (features)
+    options.machine.target.features = *features;
+  if (l2_bytes > 0)
+    options.machine.l2_bytes = l2_bytes;
+  options.implementations = implementation_table();
+  Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
+  REQUIRE_MESSAGE(engine.is_ok(), (engine ? "" : engine.status().message()));
+  return std::move(*engine);
+}
+
+struct Case {
+  std::int64_t m, n, k;
+  std::int64_t ldx, ldy;
+  Float x, y;
+  bool bias, special_scales, own_workspace;
+  Values w_values;
+  XValues x_values;
+  Guard guard;
+  unsigned seed;
+
+  std::string text() const {
+    return fmt::format("m={} n={} k={} ldx={} ldy={} x_dtype={} y_dtype={} bias={} scales={} workspace={} w {} x {} "
+                       "guard {} seed {}",
+                       m, n, k, ldx, ldy, static_cast<int>(x), static_cast<int>(y), bias, special_scales, own_workspace,
+                       name_of(w_values), name_of(x_values), guard == Guard::after ? "after" : "before", seed);
+  }
+};
+
+Case random_case(unsigned seed) {
+  std::mt19937 random(seed);
+  const auto pick = [&](auto&& list) { return list[random() % std::size(list)]; };
+  Case c{};
+  c.seed = seed;
+  c.m = pick(kSizes);
+  c.n = pick(kSizes);
+  c.k = pick(kSizes);
+  const auto stride = [&](std::int64_t length) { return length + (random() % 3 == 0 ? random() % 70 : 0); };
+  c.ldx = stride(c.k);
+  c.ldy = stride(c.n);
+  c.x = pick(kFloats);
+  c.y = pick(kFloats);
+  c.bias = random() % 2;
+  c.special_scales = random() % 3 == 0;
+  c.own_workspace = random() % 4 == 0;
+  c.w_values = pick(kAllValues);
+  c.x_values = pick(kAllXValues);
+  return c;
+}
+
+/// Elements from the first to the last of a strided matrix: what a call may touch.
+std::int64_t extent(std::int64_t rows, std::int64_t columns, std::int64_t stride) {
+  return rows == 0 || columns == 0 ? 0 : (rows - 1) * stride + columns;
+}
+
+/// Round toward zero while it lives, which a call must neither use nor change.
+class OtherRounding {
+public:
+  OtherRounding() { std::fesetround(FE_TOWARDZERO); }
+  ~OtherRounding() {
+    CHECK(std::fegetround() == FE_TOWARDZERO);
+    std::fesetround(FE_TONEAREST);
+  }
+};
+
+void check_case(Engine& engine, const Case& c) {
+  INFO(c.text());
+  std::mt19937 random(c.seed);
+  const std::int64_t x_size = extent(c.m, c.k, c.ldx), y_size = extent(c.m, c.n, c.ldy);
+  const GuardedBuffer x(static_cast<std::size_t>(x_size * bytes_of(c.x)), c.guard),
+      y(static_cast<std::size_t>(y_size * bytes_of(c.y)), c.guard), ws(static_cast<std::size_t>(c.n) * 4, c.guard),
+      bias(static_cast<std::size_t>(c.n) * 4, c.guard);
+  std::vector<std::int8_t> w(static_cast<std::size_t>(c.n * c.k));
+  if (x_size > 0)
+    fill_x(c.x, x.as<void>(), c.m, c.k, c.ldx, c.x_values, random);
+  fill(w.data(), c.n * c.k, c.w_values, random);
+  fill_floats(ws.as<float>(), c.n, c.special_scales, random);
+  fill_floats(bias.as<float>(), c.n, c.special_scales, random);
+  const std::size_t y_bytes = static_cast<std::size_t>(y_size * bytes_of(c.y));
+  std::memset(y.as<void>(), 0x5A, y_bytes);
+  std::vector<std::uint8_t> expected(y_bytes, 0x5A);
+
+  const KernelDesc desc = int8_linear::make_desc(c.m, c.n, c.k, c.x, c.y, c.bias);
+  const Result<KernelRef> kernel = engine.get(desc);
+  REQUIRE_MESSAGE(kernel.is_ok(), (kernel ? "" : kernel.status().message()));
+  const Result<std::string> layout = engine.pack_layout(desc);
+  REQUIRE(layout.is_ok());
+  const Result<int8_mm::Pack> pack = int8_mm::Pack::make(*int8_mm::PackLayout::parse(*layout), w.data(), c.k,
+                                                         int8_linear::WLayout::nk, c.n, c.k, engine.runtime().parallel);
+  REQUIRE(pack.is_ok());
+  int8_linear::Args args{.m = c.m,
+                         .x = x.as<void>(),
+                         .ldx = c.ldx,
+                         .pack = &*pack,
+                         .ws = ws.as<float>(),
+                         .bias = c.bias ? bias.as<float>() : nullptr,
+                         .y = y.as<void>(),
+                         .ldy = c.ldy};
+  std::optional<GuardedBuffer> workspace;
+  if (c.own_workspace) {
+    const Result<std::uint64_t> bytes = int8_linear::workspace_bytes(**kernel, args);
+    REQUIRE(bytes.is_ok());
+    workspace.emplace((*bytes + 63) / 64 * 64, c.guard);
+    std::memset(workspace->as<void>(), 0xA5, *bytes);
+    args.workspace = workspace->as<void>();
+    args.workspace_bytes = *bytes;
+  }
+  Status status;
+  {
+    const OtherRounding scope;
+    status = int8_linear::run(**kernel, args);
+  }
+  REQUIRE_MESSAGE(status.is_ok(), status.message());
+  int8_linear::reference(desc, c.m, x.as<void>(), c.ldx, w.data(), c.k, ws.as<float>(),
+                         c.bias ? bias.as<float>() : nullptr, expected.data(), c.ldy);
+  std::int64_t wrong = 0, first = -1;
+  for (std::int64_t i = 0; i < y_size; ++i) // the gaps between rows too
+    if (std::memcmp(y.as<std::uint8_t>() + i * bytes_of(c.y), expected.data() + i * bytes_of(c.y),
+                    static_cast<std::size_t>(bytes_of(c.y))) != 0 &&
+        wrong++ == 0)
+      first = i;
+  std::uint32_t got = 0, want = 0;
+  if (wrong > 0) {
+    std::memcpy(&got, y.as<std::uint8_t>() + first * bytes_of(c.y), static_cast<std::size_t>(bytes_of(c.y)));
+    std::memcpy(&want, expected.data() + first * bytes_of(c.y), static_cast<std::size_t>(bytes_of(c.y)));
+  }
+  INFO(fmt::format("{} wrong, the first at row {} column {}: {:#x}, expected {:#x}", wrong,
+                   first / std::max<std::int64_t>(c.ldy, 1), first % std::max<std::int64_t>(c.ldy, 1), got, want));
+  CHECK(wrong == 0);
+}
+
+} // namespace
+
+TEST_CASE("every path equals the reference op") {
+  const Target target = detect_machine().target;
+  const KernelDesc small = int8_linear::make_desc(kAny, 64, 64);
+  int paths = 0;
+  for (const Implementation& row : implementation_table()) {
+    if (row.op != OpId::int8_linear || (!row.any_arch && row.arch != target.arch))
+      continue;
+    const std::string isa(name_of(row.isa));
+    if (!target.features.contains(row.features_for(small, target))) {
+      MESSAGE("not run here, the machine lacks its features: ", isa);
+      continue;
+    }
+    if (const Status fits = row.supports ? row.supports(small, target) : Status(); !fits) {
+      MESSAGE("not run here: ", isa, ": ", fits.message());
+      continue;
+    }
+    ++paths;
+    SUBCASE(isa.c_str()) {
+      for (const int threads : {1, 3}) {
+        const std::unique_ptr<Engine> engine = engine_for(row.isa, threads);
+        for (int i = 0; i < samples(); ++i)
+          for (Case c = random_case(static_cast<unsigned>(1000 * threads + i));
+               const Guard guard : {Guard::after, Guard::before}) {
+            c.guard = guard;
+            check_case(*engine, c);
+          }
+      }
+    }
+  }
+  CHECK(paths >= 1);
+}
+
+TEST_CASE("portable code for the same processor with less") {
+  const Target target = detect_machine().target;
+  if (target.arch != Arch::x86_64)
+    return; // NEON is the least there
+  for (const Features features : {Features{}, Features{Feature::avx2}}) {
+    if (!target.features.contains(features))
+      continue;
+    CAPTURE(features.text());
+    const std::unique_ptr<Engine> engine = engine_for(IsaPath::portable, 1, 0, features);
+    for (int i = 0; i < samples(); ++i) {
+      Case c = random_case(static_cast<unsigned>(5000 + i));
+      c.guard = Guard::after;
+      check_case(*engine, c);
+    }
+  }
+}
+
+TEST_CASE("large enough for several threads, row blocks and rows quantised for all") {
+  const std::unique_ptr<Engine> engine = engine_for({}, 3, 64 << 10); // a small L2, so that the driver cuts
+  for (const std::int64_t m : {1, 40, 300})
+    for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{1000, 1100}, {40, 3000}, {700, 9000}}) {
+      if (m * n * k > 400'000'000)
+        continue;
+      for (const bool own_workspace : {false, true})
+        check_case(*engine, {.m = m,
+                             .n = n,
+                             .k = k,
+                             .ldx = k,
+                             .ldy = n,
+                             .x = Float::bf16,
+                             .y = Float::bf16,
+                             .bias = true,
+                             .special_scales = false,
+                             .own_workspace = own_workspace,
+                             .w_values = Values::random,
+                             .x_values = XValues::specials,
+                             .guard = Guard::after,
+                             .seed = 7});
+    }
+}
+
+TEST_CASE("a host whose m walks compiles a bounded number of kernels") {
+  const std::unique_ptr<Engine> engine = engine_for({}, 1);
+  for (std::int64_t m = 1; m <= 512; ++m)
+    REQUIRE(engine->get(int8_linear::make_desc(m, 96, 80)).is_ok());
+  CHECK(engine->stats().kernels <= 8);
+}
