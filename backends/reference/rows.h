@@ -6,5 +6,6 @@ namespace kiln::reference {
 
 Implementation int8_mm();
 Implementation int4_mm();
+Implementation attention();
 
 } // namespace kiln::reference
