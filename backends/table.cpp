@@ -17,6 +17,7 @@ std::span<const Implementation> implementation_table() {
       arm::int8_mm_sdot(),        arm::int8_mm_neon(),       portable::int8_mm(),     nvidia::int8_mm_wgmma(),
       nvidia::int8_mm_mma_sync(), reference::int8_mm(),      nvidia::int4_mm_wgmma(), nvidia::int4_mm_mma_sync(),
       reference::int4_mm(),
+      portable::attention_avx512bf16(), portable::attention(),
       reference::attention(),
   };
   return table;

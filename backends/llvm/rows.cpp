@@ -1,7 +1,5 @@
 #include "backends/llvm/rows.h"
 
-#include <fmt/format.h>
-
 #include "backends/llvm/int8_mm_layout.h"
 #include "backends/llvm/shared_object.h"
 #include "jit/ops/int8_mm.h"
@@ -25,9 +23,8 @@ Features vector_features(const KernelDesc&, const Target& target) {
 }
 
 Status supports(const KernelDesc& desc, const Target& target) {
-  if (target.arch != Arch::x86_64 && target.arch != Arch::aarch64)
-    return Status::error(Code::unsupported,
-                         fmt::format("portable generates x86_64 and aarch64 code, not {}", name_of(target.arch)));
+  if (Status status = supports_arch(desc, target); !status)
+    return status;
   return int8_mm::check_s8(desc, INT64_MAX);
 }
 
@@ -39,13 +36,7 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
   if (Status status = supports(desc, target); !status)
     return status;
   const Target used{.arch = target.arch, .features = vector_features(desc, target)};
-  Writer request = begin_request(llvm_abi::RequestKind::compile);
-  request.string(desc.text());
-  request.string(used.text());
-  const Result<Bytes> code = ask_llvm(request);
-  if (!code)
-    return code.status();
-  return CodeObject::parse(*code);
+  return compile_with_llvm(desc, used);
 }
 
 } // namespace

@@ -7,4 +7,8 @@ namespace kiln::portable {
 
 Implementation int8_mm();
 
+Implementation attention_avx512bf16();
+/// With f32 multiply-adds.
+Implementation attention();
+
 } // namespace kiln::portable

@@ -152,6 +152,13 @@ float scale_of(const Args& args, std::int64_t d) {
   return args.scale ? *args.scale : static_cast<float>(1 / std::sqrt(static_cast<double>(d)));
 }
 
+/// Never 0, which would make a NaN of the score of an invisible key, -infinity; the least of floats gives the same
+/// sums.
+float scale_log2e(const Args& args, std::int64_t d) {
+  constexpr double kLog2E = 1.44269504088896341;
+  return std::max(static_cast<float>(double{scale_of(args, d)} * kLog2E), std::numeric_limits<float>::min());
+}
+
 /// Keys that query 0 of the batch sees when keys had no end, and how many more the next query sees.
 struct Visible {
   std::int64_t first, step;
@@ -365,12 +372,11 @@ Status run(const Kernel& kernel, const Args& args) {
     return {};
   const KernelDesc& desc = kernel.desc();
   const Cut cut = cut_call(kernel, args);
-  constexpr double kLog2E = 1.44269504088896341;
   Run run = {.desc = desc,
              .args = args,
              .entry = reinterpret_cast<Entry>(reinterpret_cast<std::uintptr_t>(kernel.entry())),
              .cut = cut,
-             .scale_log2e = static_cast<float>(double{scale_of(args, desc.value[kD])} * kLog2E),
+             .scale_log2e = scale_log2e(args, desc.value[kD]),
              .stats = nullptr,
              .partials = nullptr};
   std::uint8_t* shared = static_cast<std::uint8_t*>(args.workspace);

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "backends/llvm/abi.h"
+#include "backends/llvm/generator/attention.h"
 #include "backends/llvm/generator/codegen.h"
 #include "backends/llvm/generator/fatal_error.h"
 #include "backends/llvm/generator/int8_mm.h"
@@ -19,9 +20,13 @@ namespace {
 struct OpGenerator {
   OpId op;
   llvm::Function* (*emit)(llvm::Module&, const KernelDesc&, const Target&);
-  int8_mm::Plan (*plan)(const KernelDesc&, const Target&);
+  std::vector<std::pair<std::string, std::int64_t>> (*plan)(const KernelDesc&, const Target&);
 };
-constexpr OpGenerator kOps[] = {{OpId::int8_mm, emit_int8_mm, int8_mm_plan}};
+constexpr OpGenerator kOps[] = {
+    {OpId::int8_mm, emit_int8_mm, [](const KernelDesc& d, const Target& t) { return int8_mm_plan(d, t).values(); }},
+    {OpId::attention, emit_attention,
+     [](const KernelDesc& d, const Target& t) { return attention_plan(d, t).values(); }},
+};
 
 const OpGenerator* find_generator(OpId op) {
   for (const OpGenerator& generator : kOps)
@@ -63,7 +68,7 @@ Result<Bytes> compile(Reader& request) {
   code.entries = {{.name = "main", .offset = image->entry}};
   code.arch = target->arch;
   code.features = target->features;
-  code.plan = op->plan(*desc, *target).values();
+  code.plan = op->plan(*desc, *target);
   const Result<MachineCode> decoded = MachineCode::decode(code.arch, code.image, code.entries);
   if (!decoded)
     return decoded.status();
