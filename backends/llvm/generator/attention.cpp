@@ -45,6 +45,7 @@ struct Blocking {
   std::int64_t q_rows, o_rows;        ///< s64 [rows]: byte offset of each row of Q and O
   std::int64_t limits;                ///< s32 [vectors][lanes]: keys below it are visible to the lane's row
   std::int64_t maxima, sums, factors; ///< f32 [vectors][lanes]: the softmax's state, and what O is multiplied by
+  std::int64_t squares;               ///< many rows: two of [lanes][lanes], for transposing
   std::int64_t q;                     ///< [q_dwords / lanes_per_row][vectors][lanes]
   std::int64_t scores, scores_vector; ///< f32 [vectors][tile / lanes_per_row][lanes], then P in its place
   std::int64_t o;                     ///< f32 [rows][dv_vectors][lanes]
@@ -102,6 +103,7 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
   b.maxima = take(state);
   b.sums = take(state);
   b.factors = take(state);
+  b.squares = take(2 * lanes * lanes * 4);
   b.q = take(b.q_dwords * b.rows * 4);
   b.scores_vector = b.tile * b.row_lanes * 4;
   b.scores = take(b.vectors * b.scores_vector);
@@ -296,47 +298,50 @@ private:
     }
     // Squares of `lanes` rows and dwords; the rows' ends in squares of fewer dwords.
     loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.vectors), 1, none, [&](Value* vector, Values&) {
-      Values rows;
-      for (std::int64_t i = 0; i < lanes; ++i)
-        rows.push_back(q_row(ir_.CreateAdd(times(vector, lanes), ir_.getInt64(i))));
-      Value* to = advance(ir_, at(b_.q), times(vector, lanes * 4));
+      Value* first = times(vector, lanes);
+      Value* to = advance(ir_, at(b_.q), times(vector, register_bytes()));
       const std::int64_t whole = dwords / lanes * lanes;
-      loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), lanes, none,
-           [&](Value* dword, Values&) { transpose_square(rows, dword, lanes, to); });
+      loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), lanes, none, [&](Value* dword, Values&) {
+        transpose_square(lanes, advance(ir_, to, times(dword, b_.rows * 4)),
+                         [&](Value* row) { return load_dwords(q_row(ir_.CreateAdd(first, row)), dword, lanes); });
+      });
       if (const std::int64_t rest = dwords % lanes)
-        transpose_square(rows, ir_.getInt64(whole), rest, to);
+        transpose_square(rest, advance(ir_, to, whole * b_.rows * 4), [&](Value* row) {
+          return load_last_dwords(q_row(ir_.CreateAdd(first, row)), whole, rest, lanes);
+        });
     });
   }
 
-  void transpose_square(const Values& rows, Value* dword, std::int64_t count, Value* to) {
+  /// The first `count` columns of a square whose rows load_row() gives: log2(lanes) rounds of interleaving the first
+  /// half of the registers with the second. As loops over memory: unrolled, their shuffles would take most of a
+  /// compile.
+  void transpose_square(std::int64_t count, Value* to, llvm::function_ref<Value*(Value* row)> load_row) {
     const int lanes = unit_.lanes;
-    Values square;
-    for (Value* row : rows) {
-      if (count == lanes) {
-        square.push_back(load_dwords(row, dword, count));
-      } else {
-        const std::int64_t first = llvm::cast<llvm::ConstantInt>(dword)->getSExtValue();
-        square.push_back(load_last_dwords(row, first, count, lanes));
-      }
-    }
-    // log2(lanes) rounds of interleaving the first half of the registers with the second.
     llvm::SmallVector<int, 16> low, high;
     for (int i = 0; i < lanes / 2; ++i) {
       low.append({i, lanes + i});
       high.append({lanes / 2 + i, lanes + lanes / 2 + i});
     }
+    Values none;
+    std::int64_t from = 0, into = b_.squares;
     for (int round = 1; round < lanes; round *= 2) {
-      Values next;
-      for (int i = 0; i < lanes / 2; ++i) {
-        Value *a = square[static_cast<std::size_t>(i)], *b = square[static_cast<std::size_t>(i + lanes / 2)];
-        next.push_back(ir_.CreateShuffleVector(a, b, low));
-        next.push_back(ir_.CreateShuffleVector(a, b, high));
-      }
-      square = next;
+      const bool is_first = round == 1, is_last = 2 * round == lanes;
+      loop(ir_, ir_.getInt64(0), ir_.getInt64(is_last ? (count + 1) / 2 : lanes / 2), 1, none, [&](Value* i, Values&) {
+        Value* other = ir_.CreateAdd(i, ir_.getInt64(lanes / 2));
+        const auto load_either = [&](Value* row) {
+          return is_first ? load_row(row)
+                          : load(unit_.dwords(ir_), advance(ir_, at(from), times(row, register_bytes())),
+                                 static_cast<int>(register_bytes()));
+        };
+        Value *a = load_either(i), *b = load_either(other);
+        const std::int64_t step = is_last ? b_.rows * 4 : register_bytes();
+        Value* pair = advance(ir_, is_last ? to : at(into), times(i, 2 * step));
+        store_vector(ir_.CreateShuffleVector(a, b, low), pair);
+        store_vector(ir_.CreateShuffleVector(a, b, high), advance(ir_, pair, step));
+      });
+      from = into;
+      into = from == b_.squares ? b_.squares + lanes * register_bytes() : b_.squares;
     }
-    Value* begin = advance(ir_, to, times(dword, b_.rows * 4));
-    for (std::int64_t i = 0; i < count; ++i)
-      store_vector(square[static_cast<std::size_t>(i)], advance(ir_, begin, i * b_.rows * 4));
   }
 
   void clear_state() {
