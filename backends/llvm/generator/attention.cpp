@@ -16,6 +16,8 @@ using attention::Call;
 using llvm::Value;
 
 constexpr std::int64_t kCacheLine = 64;
+/// How far before their use few rows have K fetched; V is fetched when the same keys are multiplied with Q.
+constexpr std::int64_t kKeysAhead = 32;
 
 constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) {
   return (v + step - 1) / step * step;
@@ -87,7 +89,7 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
   }
   b.value_vectors = static_cast<int>(std::min<std::int64_t>(b.value_vectors, b.dv_vectors));
   // What a tile needs (scores, and of K and V what is rearranged) stays in the smallest L2 in use, 512 KiB.
-  b.tile = round_up(b.widens_k() ? 64 : 128, b.keys);
+  b.tile = round_up(b.few || b.widens_k() ? 64 : 128, b.keys);
   b.q_dwords = round_up(b.d / b.unit.width, b.lanes_per_row);
 
   std::int64_t end = 0;
@@ -167,7 +169,7 @@ public:
           widen_k(k_of_tile, keys);
         if (!b_.few)
           rearrange_v(v_of_tile, keys, padded);
-        score(k_of_tile, keys, row_vectors);
+        score(k_of_tile, v_of_tile, keys, row_vectors);
         soften(key, padded, row_vectors, ir_.CreateICmpSGT(ir_.CreateAdd(key, padded), seen_by_all));
         accumulate(v_of_tile, keys, padded, rows);
       });
@@ -375,25 +377,45 @@ private:
     });
   }
 
-  /// Register `vector` of the values of one or, as pairs, two keys. Lanes beyond dv are 0.
-  Value* load_values(const Values& rows, Value* first, std::int64_t count) {
-    Values loaded;
-    for (Value* row : rows) {
-      Value* bits = load(vector_of(ir_.getInt16Ty(), count), advance(ir_, row, times(first, 2)), 2);
-      if (count < unit_.lanes) {
-        llvm::SmallVector<int, 16> filled;
-        for (int i = 0; i < unit_.lanes; ++i)
-          filled.push_back(i < count ? i : static_cast<int>(count));
-        bits = ir_.CreateShuffleVector(bits, llvm::Constant::getNullValue(bits->getType()), filled);
-      }
-      loaded.push_back(bits);
-    }
-    if (unit_.width == 1)
-      return ir_.CreateBitCast(widen(ir_, loaded[0]), unit_.dwords(ir_));
-    llvm::SmallVector<int, 32> interleaved;
+  /// `count` elements of a row of V; zeros fill a register that they do not.
+  Value* load_bits(Value* row, Value* element, std::int64_t count) {
+    Value* bits = load(vector_of(ir_.getInt16Ty(), count), advance(ir_, row, times(element, 2)), 2);
+    if (count >= unit_.lanes)
+      return bits;
+    llvm::SmallVector<int, 16> filled;
     for (int i = 0; i < unit_.lanes; ++i)
-      interleaved.append({i, unit_.lanes + i});
-    return ir_.CreateBitCast(ir_.CreateShuffleVector(loaded[0], loaded[1], interleaved), unit_.dwords(ir_));
+      filled.push_back(i < count ? i : static_cast<int>(count));
+    return ir_.CreateShuffleVector(bits, llvm::Constant::getNullValue(bits->getType()), filled);
+  }
+
+  /// Registers [first, first + count) of the values of one or, as pairs, two keys. `last`: the row ends in the last
+  /// one, and lanes beyond dv are 0.
+  Values load_values(const Values& rows, Value* first, int count, bool last) {
+    const int lanes = unit_.lanes;
+    const std::int64_t elements_of_last = b_.dv - (b_.dv_vectors - 1) * lanes;
+    Value* element = times(first, lanes);
+    Values out;
+    for (int i = 0; i < count; ++i) {
+      Value* from = ir_.CreateAdd(element, ir_.getInt64(i * lanes));
+      const std::int64_t elements = last && i == count - 1 ? elements_of_last : lanes;
+      if (unit_.width == 1) {
+        out.push_back(ir_.CreateBitCast(widen(ir_, load_bits(rows[0], from, elements)), unit_.dwords(ir_)));
+      } else if (i + 1 < count && (!last || i + 2 < count || elements_of_last == lanes)) {
+        Value *a = load_bits(rows[0], from, 2 * lanes), *b = load_bits(rows[1], from, 2 * lanes);
+        for (int half = 0; half < 2; ++half) { // registers i and i + 1
+          llvm::SmallVector<int, 32> interleaved;
+          for (int j = 0; j < lanes; ++j)
+            interleaved.append({half * lanes + j, 2 * lanes + half * lanes + j});
+          out.push_back(ir_.CreateBitCast(ir_.CreateShuffleVector(a, b, interleaved), unit_.dwords(ir_)));
+        }
+        ++i;
+      } else {
+        Value *low = ir_.CreateZExt(load_bits(rows[0], from, elements), unit_.dwords(ir_)),
+              *high = ir_.CreateZExt(load_bits(rows[1], from, elements), unit_.dwords(ir_));
+        out.push_back(ir_.CreateOr(low, ir_.CreateShl(high, llvm::ConstantInt::get(unit_.dwords(ir_), 16))));
+      }
+    }
+    return out;
   }
 
   /// The chunks of value_vectors registers that a row of V falls into, the whole ones in a loop: body(first register,
@@ -407,10 +429,6 @@ private:
          [&](Value* first, Values&) { body(first, chunk, false); });
     if (whole < b_.dv_vectors)
       body(ir_.getInt64(whole), static_cast<int>(b_.dv_vectors - whole), true);
-  }
-  /// Elements of the given register of a chunk.
-  std::int64_t elements_of(int vector, int count, bool last) const {
-    return last && vector == count - 1 ? b_.dv - (b_.dv_vectors - 1) * unit_.lanes : unit_.lanes;
   }
   Values key_rows(Value* tile, Value* key, Value* keys) {
     Values rows;
@@ -427,11 +445,9 @@ private:
     for_chunks([&](Value* first, int count, bool last) {
       Values to{v_chunk(first)};
       loop(ir_, ir_.getInt64(0), padded, unit_.width, to, [&](Value* key, Values& at) {
-        const Values rows = key_rows(v, key, keys);
+        const Values vectors = load_values(key_rows(v, key, keys), first, count, last);
         for (int i = 0; i < count; ++i)
-          store_vector(
-              load_values(rows, times(ir_.CreateAdd(first, ir_.getInt64(i)), unit_.lanes), elements_of(i, count, last)),
-              advance(ir_, at[0], i * register_bytes()));
+          store_vector(vectors[static_cast<std::size_t>(i)], advance(ir_, at[0], i * register_bytes()));
         at[0] = advance(ir_, at[0], count * register_bytes());
       });
     });
@@ -439,19 +455,19 @@ private:
 
   // ---------------------------------------------------------------- S = K · Qᵀ
 
-  void score(Value* k, Value* keys, Value* row_vectors) {
+  void score(Value* k, Value* v, Value* keys, Value* row_vectors) {
     // A block that ends the rows has fewer registers of them.
     for (int vectors = 1; vectors <= b_.vectors; ++vectors) {
       if (b_.few) {
         if (vectors == b_.vectors)
-          score_vectors(k, keys, vectors);
+          score_vectors(k, v, keys, vectors);
         continue;
       }
-      when(ir_, ir_.CreateICmpEQ(row_vectors, ir_.getInt64(vectors)), [&] { score_vectors(k, keys, vectors); });
+      when(ir_, ir_.CreateICmpEQ(row_vectors, ir_.getInt64(vectors)), [&] { score_vectors(k, v, keys, vectors); });
     }
   }
 
-  void score_vectors(Value* k, Value* keys, int vectors) {
+  void score_vectors(Value* k, Value* v, Value* keys, int vectors) {
     Values none;
     loop(ir_, ir_.getInt64(0), keys, b_.keys, none, [&](Value* key, Values&) {
       Values rows;
@@ -459,6 +475,10 @@ private:
         Value* index = ir_.CreateAdd(key, ir_.getInt64(i));
         rows.push_back(b_.widens_k() ? advance(ir_, at(b_.k_tile), times(index, b_.d * 4))
                                      : row_of(k, k_stride_, index, keys));
+      }
+      if (b_.few) {
+        prefetch_rows(k, k_stride_, ir_.CreateAdd(key, ir_.getInt64(kKeysAhead)), b_.d);
+        prefetch_rows(v, v_stride_, key, b_.dv);
       }
       Values sums(static_cast<std::size_t>(b_.keys * vectors), float_constant(0));
       if (b_.few)
@@ -476,6 +496,17 @@ private:
               sum_of_lanes(group),
               advance(ir_, to, vector * b_.scores_vector + static_cast<std::int64_t>(first) * b_.row_lanes * 4));
         }
+    });
+  }
+
+  /// Fetches one step's rows from `key` on into the cache, in the order of memory.
+  void prefetch_rows(Value* tile, Value* stride, Value* key, std::int64_t elements) {
+    Values row{advance(ir_, tile, ir_.CreateMul(key, stride))};
+    loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.keys), 1, row, [&](Value*, Values& now) {
+      for (std::int64_t byte = 0; byte < elements * 2; byte += kCacheLine)
+        ir_.CreateIntrinsic(llvm::Intrinsic::prefetch, {ir_.getPtrTy()},
+                            {advance(ir_, now[0], byte), ir_.getInt32(0), ir_.getInt32(3), ir_.getInt32(1)});
+      now[0] = advance(ir_, now[0], stride);
     });
   }
 
@@ -710,10 +741,8 @@ private:
       for (std::int64_t step = 0; step < b_.p_step(); ++step) {
         Values vectors;
         if (b_.few) {
-          const Values v_rows = key_rows(v, ir_.CreateAdd(key, ir_.getInt64(step * unit_.width)), keys);
-          for (int j = 0; j < count; ++j)
-            vectors.push_back(load_values(v_rows, times(ir_.CreateAdd(first, ir_.getInt64(j)), unit_.lanes),
-                                          elements_of(j, count, last)));
+          vectors =
+              load_values(key_rows(v, ir_.CreateAdd(key, ir_.getInt64(step * unit_.width)), keys), first, count, last);
         } else {
           Value* from =
               advance(ir_, values, times(ir_.CreateUDiv(key, ir_.getInt64(unit_.width)), count * register_bytes()));
