@@ -11,6 +11,8 @@ namespace {
 
 constexpr Features kAvx512Bf16{Feature::avx2, Feature::fma, Feature::avx512f, Feature::avx512bw, Feature::avx512bf16};
 
+constexpr Features kArmBf16{Feature::neon, Feature::bf16};
+
 /// f32 multiply-adds in the widest vectors that the target has, in steps: no more features in the key than change the
 /// code. x86_64 alone means SSE2.
 Features vector_features(const KernelDesc&, const Target& target) {
@@ -40,6 +42,19 @@ Implementation attention_avx512bf16() {
           .needs = kAvx512Bf16,
           .compile = [](const KernelDesc& desc, const Target&, std::string_view) {
             return compile_with_llvm(desc, {.arch = Arch::x86_64, .features = kAvx512Bf16});
+          }};
+}
+
+Implementation attention_bf16mm() {
+  return {.op = OpId::attention,
+          .isa = IsaPath::bf16mm,
+          .backend = BackendId::arm,
+          .generator = GeneratorId::llvm,
+          .generator_digest = k_llvm_generator_digest,
+          .arch = Arch::aarch64,
+          .needs = kArmBf16,
+          .compile = [](const KernelDesc& desc, const Target&, std::string_view) {
+            return compile_with_llvm(desc, {.arch = Arch::aarch64, .features = kArmBf16});
           }};
 }
 

@@ -7,7 +7,10 @@ namespace kiln::portable {
 
 Implementation int8_mm();
 
+/// With vdpbf16ps.
 Implementation attention_avx512bf16();
+/// With bfdot.
+Implementation attention_bf16mm();
 /// With f32 multiply-adds.
 Implementation attention();
 

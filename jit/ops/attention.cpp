@@ -89,8 +89,10 @@ Class class_of(const KernelDesc& d) {
   Class found;
   if (d.value[kBatchInvariant] != 0)
     return found;
-  for (const std::int64_t bound : kMClasses) {
-    if (bound == kAny || bound * group_of(d) > kMaxFewRows)
+  const std::int64_t most = kMaxFewRows / group_of(d);
+  for (const std::int64_t step : kMClasses) {
+    const std::int64_t bound = step == kAny ? most : std::min(step, most);
+    if (bound <= found.previous)
       break;
     if (d.value[kM] != kAny && d.value[kM] <= bound) {
       found.bound = bound;

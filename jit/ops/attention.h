@@ -30,9 +30,10 @@ std::int64_t group_of(const KernelDesc& desc);
 
 /// Rows, M · group, up to which a kernel made for few rows is the better one: it reads K and V as they lie.
 inline constexpr std::int64_t kMaxFewRows = 12;
-/// The classes of m, by their upper bounds; those of more than kMaxFewRows rows and batch_invariant=1 belong to kAny.
-/// b, hkv, m and n are run-time values of every kernel: a model has one kernel for each class and (group, D, Dv).
-inline constexpr std::int64_t kMClasses[] = {1, 2, 4, 8, 12, kAny};
+/// The classes of m, by their upper bounds: these as far as kMaxFewRows allows, the most that it allows, and kAny,
+/// which is the only one with batch_invariant=1. b, hkv, m and n are run-time values of every kernel: a model has one
+/// kernel for each class and (group, D, Dv, causal, lse).
+inline constexpr std::int64_t kMClasses[] = {1, 2, 4, 8, kAny};
 
 // ---------------------------------------------------------------- kernels
 
