@@ -328,6 +328,187 @@ void check_case(Engine& engine, const Case& c) {
 
 } // namespace
 
+namespace {
+
+/// A contiguous problem of random values that a test calls as it likes.
+struct Problem {
+  std::int64_t b, hq, hkv, m, n, d, dv;
+  std::vector<std::uint16_t> q, k, v, o;
+  std::vector<float> lse;
+
+  Problem(std::int64_t b_, std::int64_t hq_, std::int64_t hkv_, std::int64_t m_, std::int64_t n_, std::int64_t d_,
+          std::int64_t dv_)
+      : b(b_), hq(hq_), hkv(hkv_), m(m_), n(n_), d(d_), dv(dv_), q(random(b * hq * m * d)), k(random(b * hkv * n * d)),
+        v(random(b * hkv * n * dv)), o(static_cast<std::size_t>(b * hq * m * dv), Tensor::kFiller),
+        lse(static_cast<std::size_t>(b * hq * m)) {}
+  static std::vector<std::uint16_t> random(std::int64_t count) {
+    static std::mt19937 generator(1);
+    std::normal_distribution<float> normal;
+    std::vector<std::uint16_t> values(static_cast<std::size_t>(count));
+    for (std::uint16_t& value : values)
+      value = bf16_of_float(normal(generator));
+    return values;
+  }
+  Args args() {
+    Args a{.b = b, .hq = hq, .hkv = hkv, .m = m, .n = n};
+    a.q = q.data();
+    a.q_strides = Strides::contiguous(hq, m, d);
+    a.k = k.data();
+    a.k_strides = Strides::contiguous(hkv, n, d);
+    a.v = v.data();
+    a.v_strides = Strides::contiguous(hkv, n, dv);
+    a.o = o.data();
+    a.o_strides = Strides::contiguous(hq, m, dv);
+    return a;
+  }
+  KernelDesc desc(Causal causal = Causal::none) const { return attention::make_desc(b, hq, hkv, m, n, d, dv, causal); }
+};
+
+KernelRef kernel_of(Engine& engine, const KernelDesc& desc) {
+  Result<KernelRef> kernel = engine.get(desc);
+  REQUIRE_MESSAGE(kernel.is_ok(), (kernel ? "" : kernel.status().message()));
+  return std::move(*kernel);
+}
+
+} // namespace
+
+TEST_CASE("a bad argument is named, and nothing is written") {
+  const std::unique_ptr<Engine> engine = engine_for(IsaPath::reference, 1);
+  Problem p(2, 4, 2, 3, 5, 16, 8);
+  KernelDesc with_lse = p.desc();
+  with_lse.value[attention::kLse] = 1;
+  const KernelRef kernel = kernel_of(*engine, p.desc()), lse_kernel = kernel_of(*engine, with_lse);
+  std::int32_t kv_len[] = {5, 6};
+  const auto refused = [&](const KernelRef& of, auto change, std::string_view because) {
+    Args args = p.args();
+    change(args);
+    const Status status = attention::run(*of, args);
+    INFO(std::string(because), " | ", status.message());
+    CHECK(status.code() == Code::invalid_argument);
+    CHECK(status.message().find(because) != std::string::npos);
+    CHECK(std::all_of(p.o.begin(), p.o.end(), [](std::uint16_t bits) { return bits == Tensor::kFiller; }));
+  };
+  refused(
+      kernel, [](Args& a) { a.hq = 6; }, "hq is 6: allowed is 4");
+  refused(
+      kernel, [](Args& a) { a.n = -1; }, "n is -1");
+  refused(
+      kernel, [](Args& a) { a.b = -1; }, "b is -1");
+  refused(
+      kernel, [](Args& a) { a.m = 30; }, "m is 30: allowed is 3 to 4");
+  refused(
+      kernel, [](Args& a) { a.q = nullptr; }, "q is null: allowed is a 2 x 4 x 3 x 16 tensor");
+  refused(
+      kernel, [](Args& a) { a.o = nullptr; }, "o is null");
+  refused(
+      kernel, [](Args& a) { a.k_strides.column = 2; }, "k's innermost stride is 2: allowed is 1");
+  refused(
+      kernel, [](Args& a) { a.v_strides.row = -8; }, "v's row stride is -8: allowed is 0 or more");
+  refused(
+      kernel, [](Args& a) { a.o_strides.row = 7; }, "o's strides is 96, 24, 7");
+  refused(
+      kernel, [](Args& a) { a.o_strides.head = 0; }, "no two rows of o overlap");
+  refused(
+      kernel, [&](Args& a) { a.o = p.v.data(); }, "o is in memory that v spans");
+  refused(
+      kernel, [&](Args& a) { a.q = p.o.data(); }, "o is in memory that q spans");
+  refused(
+      kernel, [](Args& a) { a.scale = -1.0f; }, "scale is -1: allowed is a finite number, 0 or more");
+  refused(
+      kernel, [](Args& a) { a.scale = std::numeric_limits<float>::quiet_NaN(); }, "scale is nan");
+  refused(
+      kernel, [&](Args& a) { a.kv_len = kv_len; }, "kv_len[1] is 6: allowed is 0 to n, 5");
+  refused(
+      kernel, [&](Args& a) { a.lse = p.lse.data(); }, "lse is given: allowed is null");
+  refused(
+      lse_kernel, [](Args&) {}, "lse is null: allowed is a 2 x 4 x 3 tensor");
+  refused(
+      kernel, [](Args& a) { a.threads = -1; }, "threads is -1");
+  alignas(64) char workspace[64];
+  refused(
+      kernel, [&](Args& a) { a.workspace = workspace + 1; }, "64-byte aligned");
+
+  const std::pair<const char*, const char*> descs[] = {
+      {"attention hq=1 hkv=1 m=1 n=1 d=12 dv=8", "d=12: allowed is a multiple of 8"},
+      {"attention hq=1 hkv=1 m=1 n=1 d=8 dv=264", "dv=264: allowed is an integer from 8 to 256"},
+      {"attention hq=3 hkv=2 m=1 n=1 d=8 dv=8", "hq=3: allowed is a multiple of hkv, 2"},
+      {"attention hq=1 hkv=0 m=1 n=1 d=8 dv=8", "hq=1: allowed is a multiple of hkv, 0"},
+  };
+  for (const auto& [text, because] : descs) {
+    const Result<KernelDesc> desc = parse_desc(text);
+    REQUIRE_FALSE(desc.is_ok());
+    CHECK(desc.status().message().find(because) != std::string::npos);
+  }
+}
+
+TEST_CASE("the bits depend neither on threads nor on where the workspace is; with batch_invariant=1 not on M") {
+  for (const IsaPath isa : paths_here()) {
+    INFO("path ", std::string(kiln::name_of(isa)));
+    const std::unique_ptr<Engine> alone = engine_for(isa, 1), three = engine_for(isa, 3);
+    for (const std::int64_t m : {1, 3, 40}) {
+      Problem p(1, 6, 2, m, isa == IsaPath::reference ? 70 : 1500, 72, 40);
+      const KernelRef kernel = kernel_of(*alone, p.desc()), threaded = kernel_of(*three, p.desc());
+      Args args = p.args();
+      REQUIRE(attention::run(*kernel, args).is_ok());
+      const std::vector<std::uint16_t> first = p.o;
+      std::fill(p.o.begin(), p.o.end(), Tensor::kFiller);
+      REQUIRE(attention::run(*threaded, args).is_ok());
+      CHECK(p.o == first);
+      // Exactly the workspace that it asks for, filled with what must not matter.
+      const Result<std::uint64_t> bytes = attention::workspace_bytes(*threaded, args);
+      REQUIRE(bytes.is_ok());
+      for (const Guard guard : {Guard::after, Guard::before}) {
+        const GuardedBuffer workspace((*bytes + 63) / 64 * 64, guard);
+        std::memset(workspace.as<void>(), 0xFF, *bytes);
+        args.workspace = workspace.as<void>();
+        args.workspace_bytes = *bytes;
+        std::fill(p.o.begin(), p.o.end(), Tensor::kFiller);
+        REQUIRE(attention::run(*threaded, args).is_ok());
+        CHECK(p.o == first);
+      }
+      args.workspace_bytes = *bytes - 1;
+      if (*bytes > 0)
+        CHECK_FALSE(attention::run(*threaded, args).is_ok());
+    }
+    // The rows of a large call, one by one.
+    Problem p(1, 4, 2, 37, 200, 64, 64);
+    KernelDesc desc = p.desc();
+    desc.value[attention::kBatchInvariant] = 1;
+    const KernelRef kernel = kernel_of(*alone, desc);
+    REQUIRE(attention::run(*kernel, p.args()).is_ok());
+    const std::vector<std::uint16_t> all = p.o;
+    for (std::int64_t row = 0; row < p.m; ++row) {
+      Args args = p.args();
+      args.m = 1;
+      args.q += row * p.d;
+      args.o += row * p.dv;
+      REQUIRE(attention::run(*kernel, args).is_ok());
+    }
+    CHECK(p.o == all);
+  }
+}
+
+TEST_CASE("a NaN of a visible key is a NaN of the rows that see it, of no other and of one kind") {
+  for (const IsaPath isa : paths_here()) {
+    INFO("path ", std::string(kiln::name_of(isa)));
+    const std::unique_ptr<Engine> engine = engine_for(isa, 1);
+    for (const std::int64_t m : {8, 80}) {
+      Problem p(1, 1, 1, m, m, 32, 32);
+      constexpr std::int64_t kBad = 5;
+      p.k[kBad * 32 + 3] = 0xFFC1;
+      const KernelRef kernel = kernel_of(*engine, p.desc(Causal::top_left));
+      REQUIRE(attention::run(*kernel, p.args()).is_ok());
+      std::int64_t wrong = 0;
+      for (std::int64_t row = 0; row < m; ++row)
+        for (std::int64_t j = 0; j < 32; ++j) {
+          const std::uint16_t bits = p.o[static_cast<std::size_t>(row * 32 + j)];
+          wrong += row < kBad ? std::isnan(float_of_bf16(bits)) : bits != 0x7FC0;
+        }
+      CHECK(wrong == 0);
+    }
+  }
+}
+
 TEST_CASE("every path is within the bounds of the float64 reference, and stays inside its buffers") {
   const unsigned first_seed = std::getenv("KILN_TEST_SEED")
                                   ? static_cast<unsigned>(std::atoi(std::getenv("KILN_TEST_SEED")))
