@@ -46,14 +46,13 @@ Value* DotUnit::dot(llvm::IRBuilder<>& ir, Value* sums, Value* a, Value* b) cons
 Values DotUnit::splats(llvm::IRBuilder<>& ir, Value* from, int count) const {
   Values out;
   if (multiplies_by_lane && count % lanes == 0) {
-    // As floats: that is what instruction selection looks for to take a lane.
+    // As floats all the way: that is what instruction selection looks for to take a lane.
     Value* group = nullptr;
     for (int i = 0; i < count; ++i) {
       if (i % lanes == 0)
         group = ir.CreateAlignedLoad(floats(ir), advance(ir, from, i * 4), llvm::Align(2));
-      Value* splat =
-          ir.CreateShuffleVector(group, llvm::SmallVector<int, 16>(static_cast<std::size_t>(lanes), i % lanes));
-      out.push_back(ir.CreateBitCast(splat, dwords(ir)));
+      out.push_back(
+          ir.CreateShuffleVector(group, llvm::SmallVector<int, 16>(static_cast<std::size_t>(lanes), i % lanes)));
     }
     return out;
   }

@@ -20,9 +20,9 @@ struct DotUnit {
 
   static DotUnit of(const Target& target);
 
-  /// sums <lanes x float> + a · b, both <lanes x i32>.
+  /// sums <lanes x float> + a · b, both of `lanes` times 32 bits, whatever LLVM takes them for.
   llvm::Value* dot(llvm::IRBuilder<>& ir, llvm::Value* sums, llvm::Value* a, llvm::Value* b) const;
-  /// `count` vectors <lanes x i32>, each filled with one of the dwords at `from`.
+  /// `count` vectors, each filled with one of the dwords at `from`: operands of dot().
   Values splats(llvm::IRBuilder<>& ir, llvm::Value* from, int count) const;
   /// <n x float> to bf16 bits <n x i16>, to nearest even; a NaN is 0x7FC0.
   llvm::Value* narrow(llvm::IRBuilder<>& ir, llvm::Value* values) const;
