@@ -14,6 +14,7 @@
 #include "jit/bf16.h"
 #include "jit/engine.h"
 #include "jit/ops/attention_driver.h"
+#include "tests/emulator.h"
 #include "tests/guarded_buffer.h"
 
 /// Every attention row of the implementation table that this machine can run, through engine and driver, against the
@@ -31,7 +32,7 @@ namespace {
 /// Enough to take every branch; KILN_TEST_SAMPLES asks for more or fewer.
 int samples() {
   const char* text = std::getenv("KILN_TEST_SAMPLES");
-  return text != nullptr ? std::atoi(text) : 120;
+  return text != nullptr ? std::atoi(text) : emulator().empty() ? 30 : 6;
 }
 
 std::unique_ptr<Engine> engine_for(IsaPath isa, int threads) {
