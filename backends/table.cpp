@@ -12,12 +12,32 @@ namespace kiln {
 
 std::span<const Implementation> implementation_table() {
   static const std::vector<Implementation> table = {
-      x86::int8_mm_amx(),         x86::int8_mm_avx512vnni(),     x86::int8_mm_avxvnni(),     x86::int8_mm_avx2(),
-      arm::int8_mm_sme(),         arm::int8_mm_sve_i8mm(),       arm::int8_mm_i8mm(),        arm::int8_mm_sve_sdot(),
-      arm::int8_mm_sdot(),        arm::int8_mm_neon(),           portable::int8_mm(),        nvidia::int8_mm_wgmma(),
-      nvidia::int8_mm_mma_sync(), reference::int8_mm(),          nvidia::int4_mm_wgmma(),    nvidia::int4_mm_mma_sync(),
-      reference::int4_mm(),       x86::int8_linear_avx512vnni(), x86::int8_linear_avxvnni(), x86::int8_linear_avx2(),
-      portable::int8_linear(),    reference::int8_linear(),
+      x86::int8_mm_amx(),
+      x86::int8_mm_avx512vnni(),
+      x86::int8_mm_avxvnni(),
+      x86::int8_mm_avx2(),
+      arm::int8_mm_sme(),
+      arm::int8_mm_sve_i8mm(),
+      arm::int8_mm_i8mm(),
+      arm::int8_mm_sve_sdot(),
+      arm::int8_mm_sdot(),
+      arm::int8_mm_neon(),
+      portable::int8_mm(),
+      nvidia::int8_mm_wgmma(),
+      nvidia::int8_mm_mma_sync(),
+      reference::int8_mm(),
+      x86::int8_linear_avx512vnni(),
+      x86::int8_linear_avxvnni(),
+      x86::int8_linear_avx2(),
+      portable::int8_linear(),
+      reference::int8_linear(),
+      nvidia::int4_mm_wgmma(),
+      nvidia::int4_mm_mma_sync(),
+      reference::int4_mm(),
+      portable::attention_avx512bf16(),
+      portable::attention_bf16mm(),
+      portable::attention(),
+      reference::attention(),
   };
   return table;
 }

@@ -24,6 +24,17 @@ alignas(64) constexpr std::array<std::uint8_t, 4096> kNoise = [] {
   return noise;
 }();
 
+/// The same as floats and as pairs of bf16 between 1 and 2 in size, of either sign: sums stay finite.
+alignas(64) constexpr std::array<std::uint32_t, 32> kFloatNoise = [] {
+  std::array<std::uint32_t, 32> noise{};
+  for (std::size_t i = 0; i < noise.size(); ++i) {
+    const std::uint32_t bits = kNoise[4 * i] | std::uint32_t{kNoise[4 * i + 1]} << 8 |
+                               std::uint32_t{kNoise[4 * i + 2]} << 16 | std::uint32_t{kNoise[4 * i + 3]} << 24;
+    noise[i] = (bits & 0x807F807F) | 0x3F803F80;
+  }
+  return noise;
+}();
+
 #define SIXTEEN(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15)
 #define FOURTEEN(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13)
 
@@ -43,6 +54,41 @@ __attribute__((target("avx512f"))) void run_vnni512(std::uint64_t steps) {
                : "r"(kNoise.data())
                : VECTOR_CLOBBERS, "xmm30", "xmm31", "cc");
 #undef DOT
+}
+
+__attribute__((target("avx512f"))) void run_bf16(std::uint64_t steps) {
+#define DOT(i) "vdpbf16ps %%zmm31, %%zmm30, %%zmm" #i "\n"
+  asm volatile("vmovdqa64 (%1), %%zmm30\n vmovdqa64 64(%1), %%zmm31\n" SIXTEEN(
+                   CLEAR) ".p2align 6\n"
+                          "1:\n" SIXTEEN(DOT) SIXTEEN(DOT) "dec %0\n jnz 1b\n vzeroupper"
+               : "+r"(steps)
+               : "r"(kFloatNoise.data())
+               : VECTOR_CLOBBERS, "xmm30", "xmm31", "cc");
+#undef DOT
+}
+
+__attribute__((target("avx512f"))) void run_fma512(std::uint64_t steps) {
+#define FMA(i) "vfmadd231ps %%zmm31, %%zmm30, %%zmm" #i "\n"
+  asm volatile("vmovdqa64 (%1), %%zmm30\n vmovdqa64 64(%1), %%zmm31\n" SIXTEEN(
+                   CLEAR) ".p2align 6\n"
+                          "1:\n" SIXTEEN(FMA) SIXTEEN(FMA) "dec %0\n jnz 1b\n vzeroupper"
+               : "+r"(steps)
+               : "r"(kFloatNoise.data())
+               : VECTOR_CLOBBERS, "xmm30", "xmm31", "cc");
+#undef FMA
+#undef CLEAR
+}
+
+__attribute__((target("avx2,fma"))) void run_fma256(std::uint64_t steps) {
+#define CLEAR(i) "vpxor %%ymm" #i ", %%ymm" #i ", %%ymm" #i "\n"
+#define FMA(i) "vfmadd231ps %%ymm15, %%ymm14, %%ymm" #i "\n"
+  asm volatile("vmovdqa (%1), %%ymm14\n vmovdqa 32(%1), %%ymm15\n" FOURTEEN(
+                   CLEAR) ".p2align 6\n"
+                          "1:\n" FOURTEEN(FMA) FOURTEEN(FMA) "dec %0\n jnz 1b\n vzeroupper"
+               : "+r"(steps)
+               : "r"(kFloatNoise.data())
+               : VECTOR_CLOBBERS, "cc");
+#undef FMA
 #undef CLEAR
 }
 
@@ -98,7 +144,7 @@ void run_amx(std::uint64_t steps) {
 }
 
 struct Cpu {
-  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, amx = false;
+  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, avx512bf16 = false, amx = false;
   bool zen5 = false, golden_cove = false;
 };
 
@@ -120,9 +166,10 @@ Cpu detect() {
   cpu.avx512vnni = cpu.avx512 && (c >> 11 & 1);
   constexpr int kRequestPermission = 0x1023, kTileData = 18; // arch_prctl, Documentation/arch/x86/xstate.rst
   cpu.amx = tiles && (d >> 24 & 3) == 3 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  unsigned has_avxvnni = 0;
-  __get_cpuid_count(7, 1, &has_avxvnni, &b, &c, &d);
-  cpu.avxvnni = cpu.avx2 && (has_avxvnni >> 4 & 1);
+  unsigned more = 0;
+  __get_cpuid_count(7, 1, &more, &b, &c, &d);
+  cpu.avxvnni = cpu.avx2 && (more >> 4 & 1);
+  cpu.avx512bf16 = cpu.avx512 && (more >> 5 & 1);
   constexpr unsigned kAmd = 0x68747541, kIntel = 0x756E6547; // "Auth", "Genu"
   cpu.zen5 = vendor == kAmd && family == 0x1A;
   cpu.golden_cove = vendor == kIntel && family == 6 && (model == 0x8F || model == 0xCF); // Sapphire, Emerald Rapids
@@ -196,6 +243,20 @@ std::span<const ComputeLoop> compute_loops() {
       list.push_back({"avxvnni", "vpdpbusd ymm", 28 * 2 * 32, 64 * pipes(2, 2), run_vnni256});
     if (cpu().avx2)
       list.push_back({"avx2", "vpmaddwd + vpaddd ymm", 8 * 2 * 16, 32 * pipes(1.85, 1.5), run_madd256});
+    return list;
+  }();
+  return loops;
+}
+
+std::span<const ComputeLoop> float_compute_loops() {
+  static const std::vector<ComputeLoop> loops = [] {
+    std::vector<ComputeLoop> list;
+    if (cpu().avx512bf16)
+      list.push_back({"avx512bf16", "vdpbf16ps zmm", 32 * 2 * 32, 0, run_bf16});
+    if (cpu().avx512)
+      list.push_back({"portable", "vfmadd231ps zmm", 32 * 2 * 16, 0, run_fma512});
+    else if (cpu().avx2)
+      list.push_back({"portable", "vfmadd231ps ymm", 28 * 2 * 8, 0, run_fma256});
     return list;
   }();
   return loops;

@@ -24,8 +24,10 @@ struct ComputeLoop {
                                 ///< not known
   void (*run)(std::uint64_t steps);
 };
-/// Those that this CPU can run.
+/// Of int8_mm's paths, those that this CPU can run.
 std::span<const ComputeLoop> compute_loops();
+/// Those of attention's paths, f32 sums of bf16 pairs or f32 values.
+std::span<const ComputeLoop> float_compute_loops();
 /// Null when the CPU lacks the path.
 const ComputeLoop* compute_loop(std::string_view isa);
 

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "jit/ops/attention.h"
 #include "jit/ops/int4_mm.h"
 #include "jit/ops/int8_linear.h"
 #include "jit/ops/int8_mm.h"
@@ -62,7 +63,7 @@ std::size_t size_of(Dtype dtype) {
 }
 
 std::span<const OpSpec> op_table() {
-  static const OpSpec table[] = {int8_mm::op(), int8_linear::op(), int4_mm::op()};
+  static const OpSpec table[] = {int8_mm::op(), int8_linear::op(), int4_mm::op(), attention::op()};
   return table;
 }
 

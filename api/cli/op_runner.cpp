@@ -9,8 +9,10 @@
 
 #include <fmt/format.h>
 
+#include "jit/bf16.h"
 #include "jit/cuda/module.h"
 #include "jit/floating_point.h"
+#include "jit/ops/attention_driver.h"
 #include "jit/ops/int4_mm_driver.h"
 #include "jit/ops/int8_linear_driver.h"
 #include "jit/ops/int8_mm_driver.h"
@@ -278,6 +280,46 @@ void reference_int4_mm(const KernelDesc& desc, std::span<Tensor> tensors) {
                      tensors[kSz].as<std::uint16_t>(), tensors[kY].as<std::uint16_t>(), n);
 }
 
+// ---------------------------------------------------------------- attention
+
+enum AttentionTensor { kQueries, kKeys, kValues, kO, kLogSums };
+
+attention::Args attention_args(const KernelDesc& desc, std::span<Tensor> tensors) {
+  using attention::Strides;
+  const auto of = [&](attention::Field field) { return desc.value[field]; };
+  attention::Args args{.b = of(attention::kB),
+                       .hq = of(attention::kHq),
+                       .hkv = of(attention::kHkv),
+                       .m = of(attention::kM),
+                       .n = of(attention::kN)};
+  args.q = tensors[kQueries].as<std::uint16_t>();
+  args.q_strides = Strides::contiguous(args.hq, args.m, of(attention::kD));
+  args.k = tensors[kKeys].as<std::uint16_t>();
+  args.k_strides = Strides::contiguous(args.hkv, args.n, of(attention::kD));
+  args.v = tensors[kValues].as<std::uint16_t>();
+  args.v_strides = Strides::contiguous(args.hkv, args.n, of(attention::kDv));
+  args.o = tensors[kO].as<std::uint16_t>();
+  args.o_strides = Strides::contiguous(args.hq, args.m, of(attention::kDv));
+  if (of(attention::kLse) != 0)
+    args.lse = tensors[kLogSums].as<float>();
+  return args;
+}
+
+Result<Invocation> prepare_attention(const Kernel& kernel, const KernelDesc& desc, std::span<Tensor> tensors) {
+  const attention::Args args = attention_args(desc, tensors);
+  return Invocation{[&kernel, args] { return attention::run(kernel, args); }, {}};
+}
+
+void reference_attention(const KernelDesc& desc, std::span<Tensor> tensors) {
+  const attention::Args args = attention_args(desc, tensors);
+  const std::size_t rows = static_cast<std::size_t>(args.b * args.hq * args.m);
+  std::vector<double> o(rows * static_cast<std::size_t>(desc.value[attention::kDv])), lse(rows);
+  attention::reference(desc, args, o.data(), lse.data());
+  std::transform(o.begin(), o.end(), args.o, bf16_of_double);
+  if (args.lse != nullptr)
+    std::transform(lse.begin(), lse.end(), args.lse, [](double value) { return static_cast<float>(value); });
+}
+
 constexpr OpRunner kRunners[] = {
     {.op = OpId::int8_mm,
      .prepare = prepare_int8_mm,
@@ -286,6 +328,10 @@ constexpr OpRunner kRunners[] = {
      .make_sensible = make_sensible_int8_mm},
     {.op = OpId::int8_linear, .prepare = prepare_int8_linear, .reference = reference_int8_linear, .relative_bound = 0},
     {.op = OpId::int4_mm, .prepare = prepare_int4_mm, .reference = reference_int4_mm, .relative_bound = 4e-3},
+    {.op = OpId::attention,
+     .prepare = prepare_attention,
+     .reference = reference_attention,
+     .relative_bound = attention::kRelativeBound},
 };
 
 } // namespace

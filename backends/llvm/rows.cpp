@@ -1,7 +1,5 @@
 #include "backends/llvm/rows.h"
 
-#include <fmt/format.h>
-
 #include "backends/llvm/int8_mm_layout.h"
 #include "backends/llvm/shared_object.h"
 #include "jit/ops/int8_mm.h"
@@ -24,28 +22,15 @@ Features vector_features(const KernelDesc&, const Target& target) {
   return {};
 }
 
-Status supports(const KernelDesc&, const Target& target) {
-  if (target.arch != Arch::x86_64 && target.arch != Arch::aarch64)
-    return Status::error(Code::unsupported,
-                         fmt::format("portable generates x86_64 and aarch64 code, not {}", name_of(target.arch)));
-  return {};
-}
-
 std::string pack_layout(const KernelDesc&, const Target& target) {
   return int8_mm_layout(target.arch).id();
 }
 
 Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view) {
-  if (Status status = supports(desc, target); !status)
+  if (Status status = supports_arch(desc, target); !status)
     return status;
   const Target used{.arch = target.arch, .features = vector_features(desc, target)};
-  Writer request = begin_request(llvm_abi::RequestKind::compile);
-  request.string(desc.text());
-  request.string(used.text());
-  const Result<Bytes> code = ask_llvm(request);
-  if (!code)
-    return code.status();
-  return CodeObject::parse(*code);
+  return compile_with_llvm(desc, used);
 }
 
 Implementation row_of(OpId op) {
@@ -56,7 +41,7 @@ Implementation row_of(OpId op) {
           .generator_digest = k_llvm_generator_digest,
           .any_arch = true,
           .uses = vector_features,
-          .supports = supports,
+          .supports = supports_arch,
           .pack_layout = pack_layout,
           .compile = compile};
 }

@@ -8,4 +8,11 @@ namespace kiln::portable {
 Implementation int8_mm();
 Implementation int8_linear();
 
+/// With vdpbf16ps.
+Implementation attention_avx512bf16();
+/// With bfdot.
+Implementation attention_bf16mm();
+/// With f32 multiply-adds.
+Implementation attention();
+
 } // namespace kiln::portable

@@ -86,4 +86,21 @@ Result<Bytes> ask_llvm(const Writer& request) {
   return std::move(received.data);
 }
 
+Status supports_arch(const KernelDesc&, const Target& target) {
+  if (target.arch == Arch::x86_64 || target.arch == Arch::aarch64)
+    return {};
+  return Status::error(Code::unsupported,
+                       fmt::format("portable generates x86_64 and aarch64 code, not {}", name_of(target.arch)));
+}
+
+Result<CodeObject> compile_with_llvm(const KernelDesc& desc, const Target& used) {
+  Writer request = begin_request(llvm_abi::RequestKind::compile);
+  request.string(desc.text());
+  request.string(used.text());
+  const Result<Bytes> code = ask_llvm(request);
+  if (!code)
+    return code.status();
+  return CodeObject::parse(*code);
+}
+
 } // namespace kiln::portable

@@ -7,5 +7,6 @@ namespace kiln::reference {
 Implementation int8_mm();
 Implementation int8_linear();
 Implementation int4_mm();
+Implementation attention();
 
 } // namespace kiln::reference

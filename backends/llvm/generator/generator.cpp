@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "backends/llvm/abi.h"
+#include "backends/llvm/generator/attention.h"
 #include "backends/llvm/generator/codegen.h"
 #include "backends/llvm/generator/fatal_error.h"
 #include "backends/llvm/generator/int8_mm.h"
@@ -25,6 +26,8 @@ constexpr OpGenerator kOps[] = {
     {OpId::int8_mm, emit_int8_mm, [](const KernelDesc& d, const Target& t) { return int8_mm_plan(d, t).values(); }},
     {OpId::int8_linear, emit_int8_linear,
      [](const KernelDesc& d, const Target& t) { return int8_linear_plan(d, t).values(); }},
+    {OpId::attention, emit_attention,
+     [](const KernelDesc& d, const Target& t) { return attention_plan(d, t).values(); }},
 };
 
 const OpGenerator* find_generator(OpId op) {

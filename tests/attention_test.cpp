@@ -1,0 +1,523 @@
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "backends/table.h"
+#include "jit/bf16.h"
+#include "jit/engine.h"
+#include "jit/ops/attention_driver.h"
+#include "tests/emulator.h"
+#include "tests/guarded_buffer.h"
+
+/// Every attention row of the implementation table that this machine can run, through engine and driver, against the
+/// float64 reference: sampled shapes × values × strides × causal modes × kv_len, in buffers that touch inaccessible
+/// pages.
+
+using namespace kiln;
+using namespace kiln::test;
+using attention::Args;
+using attention::Causal;
+using attention::Strides;
+
+namespace {
+
+/// Enough to take every branch; KILN_TEST_SAMPLES asks for more or fewer.
+int samples() {
+  const char* text = std::getenv("KILN_TEST_SAMPLES");
+  return text != nullptr ? std::atoi(text) : is_emulated() ? 3 : 30;
+}
+
+std::unique_ptr<Engine> engine_for(IsaPath isa, int threads) {
+  EngineOptions options;
+  options.config.cache = CacheMode::off;
+  options.config.threads = threads;
+  options.config.forced.push_back({OpId::attention, isa});
+  options.machine = detect_machine();
+  options.implementations = implementation_table();
+  Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
+  REQUIRE_MESSAGE(engine.is_ok(), (engine ? "" : engine.status().message()));
+  return std::move(*engine);
+}
+
+std::vector<IsaPath> paths_here() {
+  const Target host = detect_machine().target;
+  std::vector<IsaPath> paths;
+  for (const Implementation& row : implementation_table()) {
+    if (row.op != OpId::attention || row.device != DeviceKind::cpu)
+      continue;
+    if (row.any_arch || (row.arch == host.arch && host.features.contains(row.needs)))
+      paths.push_back(row.isa);
+    else
+      MESSAGE("not executed on this machine: ", std::string(name_of(row.isa)));
+  }
+  return paths;
+}
+
+enum class Values { normal, large_scores, one_huge_key, all_equal, two_almost_equal, zero, denormal };
+constexpr Values kAllValues[] = {Values::normal,       Values::normal,    Values::large_scores,
+                                 Values::one_huge_key, Values::all_equal, Values::two_almost_equal,
+                                 Values::zero,         Values::denormal};
+std::string_view name_of(Values values) {
+  constexpr std::string_view names[] = {"normal",           "large scores", "one huge key", "all equal",
+                                        "two almost equal", "zero",         "denormal"};
+  return names[static_cast<std::size_t>(values)];
+}
+
+struct Case {
+  std::int64_t b = 1, hq = 1, hkv = 1, m = 1, n = 1, d = 64, dv = 64;
+  Causal causal = Causal::none;
+  bool lse = false, kv_len = false, batch_invariant = false;
+  bool heads_inside = false;       ///< [B][M][H][D] in memory instead of [B][H][M][D]
+  std::int64_t row_gap = 0;        ///< elements between rows
+  std::int64_t spare_capacity = 0; ///< rows of K and V beyond N
+  std::optional<float> scale;
+  Values values = Values::normal;
+  Guard guard = Guard::after;
+  unsigned seed = 0;
+
+  std::string text() const {
+    return fmt::format("b={} hq={} hkv={} m={} n={} d={} dv={} causal={} lse={} kv_len={} batch_invariant={} "
+                       "heads_inside={} row_gap={} spare={} scale={} values {} guard {} seed {}",
+                       b, hq, hkv, m, n, d, dv, static_cast<int>(causal), lse, kv_len, batch_invariant, heads_inside,
+                       row_gap, spare_capacity, scale ? std::to_string(*scale) : "default", name_of(values),
+                       guard == Guard::after ? "after" : "before", seed);
+  }
+};
+
+Case random_case(unsigned seed) {
+  std::mt19937 random(seed);
+  const auto pick = [&](auto&& list) { return list[random() % std::size(list)]; };
+  constexpr std::int64_t kGroups[] = {1, 1, 1, 2, 3, 4, 4, 5, 8, 16},
+                         kM[] = {0, 1, 1, 1, 2, 3, 4, 5, 7, 8, 12, 13, 15, 16, 17, 31, 33, 48, 63, 65, 100, 130};
+  constexpr std::int64_t kN[] = {0,  1,  2,  3,   4,   5,   7,   15,  16,  17,  31,   33,  63,
+                                 64, 65, 96, 127, 128, 129, 130, 255, 257, 300, 1030, 1100};
+  constexpr std::int64_t kHeadSizes[] = {8, 16, 24, 40, 64, 64, 72, 80, 96, 120, 128, 128, 192, 248, 256};
+  Case c;
+  c.seed = seed;
+  c.b = 1 + random() % 2;
+  c.hkv = 1 + random() % 3;
+  c.hq = c.hkv * pick(kGroups);
+  c.m = pick(kM);
+  c.n = pick(kN);
+  if (c.n > 1000) // the reference is slow
+    c.m = std::min<std::int64_t>(c.m, 5);
+  c.d = pick(kHeadSizes);
+  c.dv = random() % 2 ? c.d : pick(kHeadSizes);
+  c.causal = static_cast<Causal>(random() % 3);
+  c.lse = random() % 2;
+  c.kv_len = random() % 3 == 0;
+  c.batch_invariant = random() % 6 == 0;
+  c.heads_inside = random() % 3 == 0;
+  c.row_gap = random() % 3 == 0 ? random() % 40 : 0;
+  c.spare_capacity = random() % 3 == 0 ? random() % 40 : 0;
+  if (random() % 4 == 0)
+    c.scale = random() % 4 == 0 ? 0.0f : std::uniform_real_distribution<float>(0, 2)(random);
+  c.values = pick(kAllValues);
+  c.guard = random() % 2 ? Guard::after : Guard::before;
+  return c;
+}
+
+/// One bf16 tensor [B][heads][rows][columns] in a guarded buffer, everything that is no element of it filled.
+struct Tensor {
+  std::int64_t b, heads, rows, columns;
+  Strides strides;
+  std::int64_t size;
+  GuardedBuffer buffer;
+
+  Tensor(const Case& c, std::int64_t heads_, std::int64_t rows_, std::int64_t columns_, std::int64_t spare)
+      : b(c.b), heads(heads_), rows(rows_), columns(columns_), strides(strides_of(c, heads_, rows_ + spare, columns_)),
+        size(b * heads * rows * columns == 0
+                 ? 0
+                 : (b - 1) * strides.batch + (heads - 1) * strides.head + (rows - 1) * strides.row + columns),
+        buffer(static_cast<std::size_t>(size) * 2, c.guard) {
+    std::fill_n(data(), size, kFiller);
+  }
+  static constexpr std::uint16_t kFiller = 0x7FA5; // a NaN: must change nothing
+  static Strides strides_of(const Case& c, std::int64_t heads, std::int64_t rows, std::int64_t columns) {
+    const std::int64_t length = columns + c.row_gap;
+    return c.heads_inside ? Strides{rows * heads * length, length, heads * length, 1}
+                          : Strides{heads * rows * length, rows * length, length, 1};
+  }
+  std::uint16_t* data() const { return buffer.as<std::uint16_t>(); }
+  std::uint16_t* row(std::int64_t batch, std::int64_t head, std::int64_t i) const {
+    return data() + batch * strides.batch + head * strides.head + i * strides.row;
+  }
+  template <class Value> void fill(Value value) const { // value(batch, head, row, column)
+    for (std::int64_t batch = 0; batch < b; ++batch)
+      for (std::int64_t head = 0; head < heads; ++head)
+        for (std::int64_t i = 0; i < rows; ++i)
+          for (std::int64_t j = 0; j < columns; ++j)
+            row(batch, head, i)[j] = bf16_of_float(value(batch, head, i, j));
+  }
+};
+
+void fill_inputs(const Case& c, const Tensor& q, const Tensor& k, const Tensor& v, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  const auto any = [&](auto...) { return normal(random); };
+  const auto times = [&](float factor) { return [&, factor](auto...) { return factor * normal(random); }; };
+  q.fill(any);
+  k.fill(any);
+  v.fill(any);
+  const std::int64_t special = c.n > 0 ? static_cast<std::int64_t>(random() % static_cast<unsigned>(c.n)) : 0;
+  switch (c.values) {
+  case Values::normal:
+    break;
+  case Values::large_scores:
+    q.fill(times(30));
+    break;
+  case Values::one_huge_key:
+    k.fill([&](auto, auto, std::int64_t key, auto) { return normal(random) * (key == special ? 1e4f : 1.0f); });
+    break;
+  case Values::all_equal:
+    q.fill([](auto...) { return 1.5f; });
+    k.fill([](auto...) { return -0.75f; });
+    break;
+  case Values::two_almost_equal: { // the two greatest scores, far above the others
+    q.fill([](auto...) { return 1.0f; });
+    k.fill([&](auto, auto, std::int64_t key, std::int64_t column) {
+      return key == special ? 16.0f : key == (special + 1) % c.n ? (column == 0 ? 15.9375f : 16.0f) : -1.0f;
+    });
+    break;
+  }
+  case Values::zero:
+    q.fill([](auto...) { return 0.0f; });
+    break;
+  case Values::denormal:
+    k.fill(times(1e-39f));
+    v.fill(any);
+    break;
+  }
+}
+
+double norm(const std::vector<double>& v) {
+  double sum = 0;
+  for (const double x : v)
+    sum += x * x;
+  return std::sqrt(sum);
+}
+
+/// A row or column below average may be what cancellation left: P's rounding, 2⁻⁹ of each term, is no share of it. The
+/// bound on elements holds for these.
+constexpr double kTiny = 1;
+
+/// OPS.md, Accuracy: the whole, every row and every column that is not tiny, and every element.
+void check_accuracy(const Case& c, const Tensor& o, const std::vector<double>& expected,
+                    const std::vector<double>& magnitude) {
+  std::vector<double> all, all_errors;
+  std::vector<std::vector<double>> columns(static_cast<std::size_t>(c.dv)), column_errors = columns;
+  std::int64_t wrong = 0, bad_rows = 0;
+  std::string first;
+  double worst_row = 0;
+  std::size_t at = 0;
+  const double rms = norm(expected) / std::sqrt(std::max<double>(static_cast<double>(expected.size()), 1));
+  for (std::int64_t batch = 0; batch < c.b; ++batch)
+    for (std::int64_t head = 0; head < c.hq; ++head)
+      for (std::int64_t m = 0; m < c.m; ++m) {
+        std::vector<double> row, errors;
+        for (std::int64_t j = 0; j < c.dv; ++j, ++at) {
+          const double found = float_of_bf16(o.row(batch, head, m)[j]), error = found - expected[at];
+          const double allowed = std::fabs(expected[at]) / 128 + attention::kElementBound * magnitude[at];
+          if (!(std::fabs(error) <= allowed) && wrong++ == 0)
+            first = fmt::format("[{}][{}][{}][{}]: {} instead of {}", batch, head, m, j, found, expected[at]);
+          row.push_back(expected[at]);
+          errors.push_back(error);
+          all.push_back(expected[at]);
+          all_errors.push_back(error);
+          columns[static_cast<std::size_t>(j)].push_back(expected[at]);
+          column_errors[static_cast<std::size_t>(j)].push_back(error);
+        }
+        const double size = norm(row);
+        if (size > kTiny * rms * std::sqrt(static_cast<double>(c.dv))) {
+          worst_row = std::max(worst_row, norm(errors) / size);
+          if (!(norm(errors) <= attention::kRelativeBound * size))
+            ++bad_rows;
+        }
+      }
+  INFO("first wrong element ", first, ", worst row ", worst_row);
+  CHECK(wrong == 0);
+  CHECK(bad_rows == 0);
+  CHECK(norm(all_errors) <= attention::kRelativeBound * norm(all));
+  for (std::size_t j = 0; j < columns.size(); ++j)
+    if (norm(columns[j]) > kTiny * rms * std::sqrt(static_cast<double>(columns[j].size()))) {
+      CAPTURE(j);
+      REQUIRE(norm(column_errors[j]) <= attention::kRelativeBound * norm(columns[j]));
+    }
+}
+
+KernelDesc desc_of(const Case& c) {
+  KernelDesc desc = attention::make_desc(c.b, c.hq, c.hkv, c.m, c.n, c.d, c.dv, c.causal);
+  desc.value[attention::kLse] = c.lse;
+  desc.value[attention::kBatchInvariant] = c.batch_invariant;
+  return desc;
+}
+
+void check_case(Engine& engine, const Case& c) {
+  INFO(c.text());
+  std::mt19937 random(c.seed);
+  const Tensor q(c, c.hq, c.m, c.d, 0), k(c, c.hkv, c.n, c.d, c.spare_capacity),
+      v(c, c.hkv, c.n, c.dv, c.spare_capacity), o(c, c.hq, c.m, c.dv, 0);
+  fill_inputs(c, q, k, v, random);
+  std::vector<std::int32_t> kv_len;
+  if (c.kv_len)
+    for (std::int64_t batch = 0; batch < c.b; ++batch) {
+      kv_len.push_back(static_cast<std::int32_t>(random() % static_cast<unsigned>(c.n + 1)));
+      for (const Tensor* tensor : {&k, &v}) // what is invisible is never read
+        for (std::int64_t head = 0; head < c.hkv; ++head)
+          for (std::int64_t i = kv_len.back(); i < c.n; ++i)
+            std::fill_n(tensor->row(batch, head, i), tensor->columns, Tensor::kFiller);
+    }
+  constexpr float kUntouched = 12345;
+  const std::int64_t rows = c.b * c.hq * c.m;
+  std::vector<float> lse(static_cast<std::size_t>(rows + 1), kUntouched);
+
+  const KernelDesc desc = desc_of(c);
+  const Result<KernelRef> kernel = engine.get(desc);
+  REQUIRE_MESSAGE(kernel.is_ok(), (kernel ? "" : kernel.status().message()));
+  Args args{.b = c.b, .hq = c.hq, .hkv = c.hkv, .m = c.m, .n = c.n};
+  args.q = q.data();
+  args.q_strides = q.strides;
+  args.k = k.data();
+  args.k_strides = k.strides;
+  args.v = v.data();
+  args.v_strides = v.strides;
+  args.o = o.data();
+  args.o_strides = o.strides;
+  args.lse = c.lse ? lse.data() : nullptr;
+  args.kv_len = c.kv_len ? kv_len.data() : nullptr;
+  args.scale = c.scale;
+  const Status status = attention::run(**kernel, args);
+  REQUIRE_MESSAGE(status.is_ok(), status.message());
+
+  std::vector<double> expected(static_cast<std::size_t>(rows * c.dv)), magnitude = expected,
+                                                                       expected_lse(static_cast<std::size_t>(rows));
+  attention::reference(desc, args, expected.data(), expected_lse.data());
+  std::vector<std::uint16_t> absolute(v.data(), v.data() + v.size);
+  for (std::uint16_t& bits : absolute)
+    bits &= 0x7FFF;
+  Args of_absolute = args;
+  of_absolute.v = absolute.data();
+  attention::reference(desc, of_absolute, magnitude.data(), nullptr);
+  check_accuracy(c, o, expected, magnitude);
+
+  std::int64_t wrong_lse = 0;
+  for (std::size_t i = 0; c.lse && i < expected_lse.size(); ++i)
+    wrong_lse += std::isinf(expected_lse[i])
+                     ? lse[i] != expected_lse[i]
+                     : !(std::fabs(lse[i] - expected_lse[i]) <= 1e-3 * std::max(1.0, std::fabs(expected_lse[i])));
+  CHECK(wrong_lse == 0);
+  CHECK(lse.back() == kUntouched);
+
+  // The gaps between rows.
+  std::vector<bool> element(static_cast<std::size_t>(o.size));
+  for (std::int64_t batch = 0; batch < c.b; ++batch)
+    for (std::int64_t head = 0; head < c.hq; ++head)
+      for (std::int64_t m = 0; m < c.m; ++m)
+        std::fill_n(element.begin() + (o.row(batch, head, m) - o.data()), c.dv, true);
+  std::int64_t touched = 0;
+  for (std::int64_t i = 0; i < o.size; ++i)
+    touched += !element[static_cast<std::size_t>(i)] && o.data()[i] != Tensor::kFiller;
+  CHECK(touched == 0);
+}
+
+} // namespace
+
+namespace {
+
+/// A contiguous problem of random values that a test calls as it likes.
+struct Problem {
+  std::int64_t b, hq, hkv, m, n, d, dv;
+  std::vector<std::uint16_t> q, k, v, o;
+  std::vector<float> lse;
+
+  Problem(std::int64_t b_, std::int64_t hq_, std::int64_t hkv_, std::int64_t m_, std::int64_t n_, std::int64_t d_,
+          std::int64_t dv_)
+      : b(b_), hq(hq_), hkv(hkv_), m(m_), n(n_), d(d_), dv(dv_), q(random(b * hq * m * d)), k(random(b * hkv * n * d)),
+        v(random(b * hkv * n * dv)), o(static_cast<std::size_t>(b * hq * m * dv), Tensor::kFiller),
+        lse(static_cast<std::size_t>(b * hq * m)) {}
+  static std::vector<std::uint16_t> random(std::int64_t count) {
+    static std::mt19937 generator(1);
+    std::normal_distribution<float> normal;
+    std::vector<std::uint16_t> values(static_cast<std::size_t>(count));
+    for (std::uint16_t& value : values)
+      value = bf16_of_float(normal(generator));
+    return values;
+  }
+  Args args() {
+    Args a{.b = b, .hq = hq, .hkv = hkv, .m = m, .n = n};
+    a.q = q.data();
+    a.q_strides = Strides::contiguous(hq, m, d);
+    a.k = k.data();
+    a.k_strides = Strides::contiguous(hkv, n, d);
+    a.v = v.data();
+    a.v_strides = Strides::contiguous(hkv, n, dv);
+    a.o = o.data();
+    a.o_strides = Strides::contiguous(hq, m, dv);
+    return a;
+  }
+  KernelDesc desc(Causal causal = Causal::none) const { return attention::make_desc(b, hq, hkv, m, n, d, dv, causal); }
+};
+
+KernelRef kernel_of(Engine& engine, const KernelDesc& desc) {
+  Result<KernelRef> kernel = engine.get(desc);
+  REQUIRE_MESSAGE(kernel.is_ok(), (kernel ? "" : kernel.status().message()));
+  return std::move(*kernel);
+}
+
+} // namespace
+
+TEST_CASE("a bad argument is named, and nothing is written") {
+  const std::unique_ptr<Engine> engine = engine_for(IsaPath::reference, 1);
+  Problem p(2, 4, 2, 3, 5, 16, 8);
+  KernelDesc with_lse = p.desc();
+  with_lse.value[attention::kLse] = 1;
+  const KernelRef kernel = kernel_of(*engine, p.desc()), lse_kernel = kernel_of(*engine, with_lse);
+  std::int32_t kv_len[] = {5, 6};
+  const auto refused = [&](const KernelRef& of, auto change, std::string_view because) {
+    Args args = p.args();
+    change(args);
+    const Status status = attention::run(*of, args);
+    INFO(std::string(because), " | ", status.message());
+    CHECK(status.code() == Code::invalid_argument);
+    CHECK(status.message().find(because) != std::string::npos);
+    CHECK(std::all_of(p.o.begin(), p.o.end(), [](std::uint16_t bits) { return bits == Tensor::kFiller; }));
+  };
+  refused(
+      kernel, [](Args& a) { a.hq = 6; }, "hq is 6: allowed is 4");
+  refused(
+      kernel, [](Args& a) { a.n = -1; }, "n is -1");
+  refused(
+      kernel, [](Args& a) { a.b = -1; }, "b is -1");
+  refused(
+      kernel, [](Args& a) { a.m = 30; }, "m is 30: allowed is 3 to 4");
+  refused(
+      kernel, [](Args& a) { a.q = nullptr; }, "q is null: allowed is a 2 x 4 x 3 x 16 tensor");
+  refused(
+      kernel, [](Args& a) { a.o = nullptr; }, "o is null");
+  refused(
+      kernel, [](Args& a) { a.k_strides.column = 2; }, "k's innermost stride is 2: allowed is 1");
+  refused(
+      kernel, [](Args& a) { a.v_strides.row = -8; }, "v's row stride is -8: allowed is 0 or more");
+  refused(
+      kernel, [](Args& a) { a.o_strides.row = 7; }, "o's strides is 96, 24, 7");
+  refused(
+      kernel, [](Args& a) { a.o_strides.head = 0; }, "no two rows of o overlap");
+  refused(
+      kernel, [&](Args& a) { a.o = p.v.data(); }, "o is in memory that v spans");
+  refused(
+      kernel, [&](Args& a) { a.q = p.o.data(); }, "o is in memory that q spans");
+  refused(
+      kernel, [](Args& a) { a.scale = -1.0f; }, "scale is -1: allowed is a finite number, 0 or more");
+  refused(
+      kernel, [](Args& a) { a.scale = std::numeric_limits<float>::quiet_NaN(); }, "scale is nan");
+  refused(
+      kernel, [&](Args& a) { a.kv_len = kv_len; }, "kv_len[1] is 6: allowed is 0 to n, 5");
+  refused(
+      kernel, [&](Args& a) { a.lse = p.lse.data(); }, "lse is given: allowed is null");
+  refused(
+      lse_kernel, [](Args&) {}, "lse is null: allowed is a 2 x 4 x 3 tensor");
+  refused(
+      kernel, [](Args& a) { a.threads = -1; }, "threads is -1");
+  alignas(64) char workspace[64];
+  refused(
+      kernel, [&](Args& a) { a.workspace = workspace + 1; }, "64-byte aligned");
+
+  const std::pair<const char*, const char*> descs[] = {
+      {"attention hq=1 hkv=1 m=1 n=1 d=12 dv=8", "d=12: allowed is a multiple of 8"},
+      {"attention hq=1 hkv=1 m=1 n=1 d=8 dv=264", "dv=264: allowed is an integer from 8 to 256"},
+      {"attention hq=3 hkv=2 m=1 n=1 d=8 dv=8", "hq=3: allowed is a multiple of hkv, 2"},
+      {"attention hq=1 hkv=0 m=1 n=1 d=8 dv=8", "hq=1: allowed is a multiple of hkv, 0"},
+  };
+  for (const auto& [text, because] : descs) {
+    const Result<KernelDesc> desc = parse_desc(text);
+    REQUIRE_FALSE(desc.is_ok());
+    CHECK(desc.status().message().find(because) != std::string::npos);
+  }
+}
+
+TEST_CASE("the bits depend neither on threads nor on where the workspace is; with batch_invariant=1 not on M") {
+  for (const IsaPath isa : paths_here()) {
+    INFO("path ", std::string(kiln::name_of(isa)));
+    const std::unique_ptr<Engine> alone = engine_for(isa, 1), three = engine_for(isa, 3);
+    for (const std::int64_t m : is_emulated() ? std::vector<std::int64_t>{3} : std::vector<std::int64_t>{1, 3, 40}) {
+      Problem p(1, 6, 2, m, isa == IsaPath::reference ? 70 : 1100, 72, 40);
+      const KernelRef kernel = kernel_of(*alone, p.desc()), threaded = kernel_of(*three, p.desc());
+      Args args = p.args();
+      REQUIRE(attention::run(*kernel, args).is_ok());
+      const std::vector<std::uint16_t> first = p.o;
+      std::fill(p.o.begin(), p.o.end(), Tensor::kFiller);
+      REQUIRE(attention::run(*threaded, args).is_ok());
+      CHECK(p.o == first);
+      // Exactly the workspace that it asks for, filled with what must not matter.
+      const Result<std::uint64_t> bytes = attention::workspace_bytes(*threaded, args);
+      REQUIRE(bytes.is_ok());
+      for (const Guard guard : {Guard::after, Guard::before}) {
+        const GuardedBuffer workspace((*bytes + 63) / 64 * 64, guard);
+        std::memset(workspace.as<void>(), 0xFF, *bytes);
+        args.workspace = workspace.as<void>();
+        args.workspace_bytes = *bytes;
+        std::fill(p.o.begin(), p.o.end(), Tensor::kFiller);
+        REQUIRE(attention::run(*threaded, args).is_ok());
+        CHECK(p.o == first);
+      }
+      args.workspace_bytes = *bytes - 1;
+      if (*bytes > 0)
+        CHECK_FALSE(attention::run(*threaded, args).is_ok());
+    }
+    // The rows of a large call, one by one.
+    Problem p(1, 4, 2, 37, 200, 64, 64);
+    KernelDesc desc = p.desc();
+    desc.value[attention::kBatchInvariant] = 1;
+    const KernelRef kernel = kernel_of(*alone, desc);
+    REQUIRE(attention::run(*kernel, p.args()).is_ok());
+    const std::vector<std::uint16_t> all = p.o;
+    for (std::int64_t row = 0; row < p.m; ++row) {
+      Args args = p.args();
+      args.m = 1;
+      args.q += row * p.d;
+      args.o += row * p.dv;
+      REQUIRE(attention::run(*kernel, args).is_ok());
+    }
+    CHECK(p.o == all);
+  }
+}
+
+TEST_CASE("a NaN of a visible key is a NaN of the rows that see it, of no other and of one kind") {
+  for (const IsaPath isa : paths_here()) {
+    INFO("path ", std::string(kiln::name_of(isa)));
+    const std::unique_ptr<Engine> engine = engine_for(isa, 1);
+    for (const std::int64_t m : {8, 80}) {
+      Problem p(1, 1, 1, m, m, 32, 32);
+      constexpr std::int64_t kBad = 5;
+      p.k[kBad * 32 + 3] = 0xFFC1;
+      const KernelRef kernel = kernel_of(*engine, p.desc(Causal::top_left));
+      REQUIRE(attention::run(*kernel, p.args()).is_ok());
+      std::int64_t wrong = 0;
+      for (std::int64_t row = 0; row < m; ++row)
+        for (std::int64_t j = 0; j < 32; ++j) {
+          const std::uint16_t bits = p.o[static_cast<std::size_t>(row * 32 + j)];
+          wrong += row < kBad ? std::isnan(float_of_bf16(bits)) : bits != 0x7FC0;
+        }
+      CHECK(wrong == 0);
+    }
+  }
+}
+
+TEST_CASE("every path is within the bounds of the float64 reference, and stays inside its buffers") {
+  const unsigned first_seed = std::getenv("KILN_TEST_SEED")
+                                  ? static_cast<unsigned>(std::atoi(std::getenv("KILN_TEST_SEED")))
+                                  : std::random_device()();
+  for (const IsaPath isa : paths_here()) {
+    const std::unique_ptr<Engine> alone = engine_for(isa, 1), three = engine_for(isa, 3);
+    INFO("path ", std::string(kiln::name_of(isa)));
+    for (int i = 0; i < samples(); ++i)
+      check_case(i % 3 == 0 ? *three : *alone, random_case(first_seed + static_cast<unsigned>(i)));
+  }
+}
