@@ -20,6 +20,7 @@ struct FieldSpec {
   bool required = false;
   std::span<const std::string_view> choices{}; ///< a named field when not empty: the value is an index into it
   bool any_allowed = false;                    ///< kAny (`any`) is a value
+  std::int64_t small = 256; ///< of a required one in a desc whose reference takes no time, for checks of a machine
 };
 
 enum class Dtype : std::uint8_t { s8, u8, s32, f32, bf16, f16, e4m3, e5m2 };

@@ -91,7 +91,7 @@ Result<KernelDesc> small_desc(const OpSpec& op) {
   NamedTexts fields;
   for (const FieldSpec& field : op.fields)
     if (field.required)
-      fields.emplace_back(field.name, "256");
+      fields.emplace_back(field.name, std::to_string(field.small));
   return desc_from_fields(op.name, fields);
 }
 

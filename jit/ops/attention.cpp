@@ -18,12 +18,12 @@ constexpr std::string_view kCausalNames[] = {"none", "top_left", "bottom_right"}
 
 constexpr FieldSpec kFields[] = {
     {.name = "b", .min = 0, .max = kMaxSize, .default_value = 1, .any_allowed = true},
-    {.name = "hq", .min = 0, .max = 1 << 16, .required = true},
-    {.name = "hkv", .min = 0, .max = 1 << 16, .required = true},
-    {.name = "m", .min = 0, .max = kMaxSize, .required = true, .any_allowed = true},
-    {.name = "n", .min = 0, .max = kMaxSize, .required = true, .any_allowed = true},
-    {.name = "d", .min = kHeadSizeStep, .max = kMaxHeadSize, .required = true},
-    {.name = "dv", .min = kHeadSizeStep, .max = kMaxHeadSize, .required = true},
+    {.name = "hq", .min = 0, .max = 1 << 16, .required = true, .small = 4},
+    {.name = "hkv", .min = 0, .max = 1 << 16, .required = true, .small = 2},
+    {.name = "m", .min = 0, .max = kMaxSize, .required = true, .any_allowed = true, .small = 32},
+    {.name = "n", .min = 0, .max = kMaxSize, .required = true, .any_allowed = true, .small = 64},
+    {.name = "d", .min = kHeadSizeStep, .max = kMaxHeadSize, .required = true, .small = 64},
+    {.name = "dv", .min = kHeadSizeStep, .max = kMaxHeadSize, .required = true, .small = 64},
     {.name = "causal", .choices = kCausalNames},
     {.name = "lse", .min = 0, .max = 1},
     {.name = "batch_invariant", .min = 0, .max = 1},
