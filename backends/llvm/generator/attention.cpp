@@ -16,6 +16,8 @@ using attention::Call;
 using llvm::Value;
 
 constexpr std::int64_t kCacheLine = 64;
+/// How far before their use few rows have K fetched; V is fetched when the same keys are multiplied with Q.
+constexpr std::int64_t kKeysAhead = 32;
 
 constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) {
   return (v + step - 1) / step * step;
@@ -31,6 +33,7 @@ struct Blocking {
   DotUnit unit;
   std::int64_t group, d, dv;
   bool few;                ///< rows: K and V are read once, as they lie
+  bool fetches_ahead;      ///< few rows, yet so many that memory's own prefetching falls behind (measured on Zen 4)
   int lanes_per_row;       ///< 1 for many rows
   int row_lanes;           ///< rows in a register
   int vectors;             ///< registers of rows in a block
@@ -68,6 +71,7 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
   const int lanes = b.unit.lanes;
   b.few = m != kAny;
   const int few_rows = b.few ? static_cast<int>(m * b.group) : 0;
+  b.fetches_ahead = few_rows > 2;
   b.row_lanes = b.few ? std::min(few_rows <= 2 ? few_rows : 4, lanes) : lanes;
   b.lanes_per_row = lanes / b.row_lanes;
   b.vectors = b.few ? (few_rows + b.row_lanes - 1) / b.row_lanes : b.unit.row_vectors;
@@ -167,7 +171,7 @@ public:
           widen_k(k_of_tile, keys);
         if (!b_.few)
           rearrange_v(v_of_tile, keys, padded);
-        score(k_of_tile, keys, row_vectors);
+        score(k_of_tile, v_of_tile, keys, row_vectors);
         soften(key, padded, row_vectors, ir_.CreateICmpSGT(ir_.CreateAdd(key, padded), seen_by_all));
         accumulate(v_of_tile, keys, padded, rows);
       });
@@ -453,19 +457,19 @@ private:
 
   // ---------------------------------------------------------------- S = K · Qᵀ
 
-  void score(Value* k, Value* keys, Value* row_vectors) {
+  void score(Value* k, Value* v, Value* keys, Value* row_vectors) {
     // A block that ends the rows has fewer registers of them.
     for (int vectors = 1; vectors <= b_.vectors; ++vectors) {
       if (b_.few) {
         if (vectors == b_.vectors)
-          score_vectors(k, keys, vectors);
+          score_vectors(k, v, keys, vectors);
         continue;
       }
-      when(ir_, ir_.CreateICmpEQ(row_vectors, ir_.getInt64(vectors)), [&] { score_vectors(k, keys, vectors); });
+      when(ir_, ir_.CreateICmpEQ(row_vectors, ir_.getInt64(vectors)), [&] { score_vectors(k, v, keys, vectors); });
     }
   }
 
-  void score_vectors(Value* k, Value* keys, int vectors) {
+  void score_vectors(Value* k, Value* v, Value* keys, int vectors) {
     Values none;
     loop(ir_, ir_.getInt64(0), keys, b_.keys, none, [&](Value* key, Values&) {
       Values rows;
@@ -473,6 +477,10 @@ private:
         Value* index = ir_.CreateAdd(key, ir_.getInt64(i));
         rows.push_back(b_.widens_k() ? advance(ir_, at(b_.k_tile), times(index, b_.d * 4))
                                      : row_of(k, k_stride_, index, keys));
+      }
+      if (b_.fetches_ahead) {
+        prefetch_rows(k, k_stride_, ir_.CreateAdd(key, ir_.getInt64(kKeysAhead)), b_.d);
+        prefetch_rows(v, v_stride_, key, b_.dv);
       }
       Values sums(static_cast<std::size_t>(b_.keys * vectors), float_constant(0));
       if (b_.few)
@@ -490,6 +498,17 @@ private:
               sum_of_lanes(group),
               advance(ir_, to, vector * b_.scores_vector + static_cast<std::int64_t>(first) * b_.row_lanes * 4));
         }
+    });
+  }
+
+  /// Fetches one step's rows from `key` on into the cache, in the order of memory.
+  void prefetch_rows(Value* tile, Value* stride, Value* key, std::int64_t elements) {
+    Values row{advance(ir_, tile, ir_.CreateMul(key, stride))};
+    loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.keys), 1, row, [&](Value*, Values& now) {
+      for (std::int64_t byte = 0; byte < elements * 2; byte += kCacheLine)
+        ir_.CreateIntrinsic(llvm::Intrinsic::prefetch, {ir_.getPtrTy()},
+                            {advance(ir_, now[0], byte), ir_.getInt32(0), ir_.getInt32(3), ir_.getInt32(1)});
+      now[0] = advance(ir_, now[0], stride);
     });
   }
 
