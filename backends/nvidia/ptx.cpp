@@ -166,6 +166,13 @@ void Writer::emit(std::string_view opcode, std::initializer_list<Operand> operan
   body_ += ";\n";
 }
 
+/// Into a fresh register, which is returned.
+template <class R, class... Operands> R Writer::result(std::string_view opcode, const Operands&... operands) {
+  const R d = fresh(R{});
+  emit(opcode, {d, operands...});
+  return d;
+}
+
 void Writer::comment(std::string_view text) {
   for (const char c : text)
     if (c < ' ' || c > '~') { // the assembler refuses others even in comments
@@ -181,18 +188,14 @@ B64 Writer::parameter_b64(std::string_view name) {
   if (parameter_count_++ != 0)
     parameters_ += ",\n";
   fmt::format_to(std::back_inserter(parameters_), "  .param .u64 {}", name);
-  const B64 d = b64();
-  emit("ld.param.u64", {d, std::string_view(fmt::format("[{}]", name))});
-  return d;
+  return result<B64>("ld.param.u64", std::string_view(fmt::format("[{}]", name)));
 }
 
 B32 Writer::parameter_b32(std::string_view name) {
   if (parameter_count_++ != 0)
     parameters_ += ",\n";
   fmt::format_to(std::back_inserter(parameters_), "  .param .u32 {}", name);
-  const B32 d = b32();
-  emit("ld.param.u32", {d, std::string_view(fmt::format("[{}]", name))});
-  return d;
+  return result<B32>("ld.param.u32", std::string_view(fmt::format("[{}]", name)));
 }
 
 B64 Writer::parameter_tensor_map(std::string_view name) {
@@ -207,9 +210,7 @@ B64 Writer::parameter_tensor_map(std::string_view name) {
 }
 
 B32 Writer::special(std::string_view name) {
-  const B32 d = b32();
-  emit("mov.u32", {d, name});
-  return d;
+  return result<B32>("mov.u32", name);
 }
 
 // ---- integers
@@ -234,68 +235,44 @@ void Writer::add_to(B32 d, I32 a, I32 b, Guard guard) {
   emit("add.s32", {d, a, b}, guard);
 }
 B32 Writer::sub(I32 a, I32 b) {
-  const B32 d = b32();
-  emit("sub.s32", {d, a, b});
-  return d;
+  return result<B32>("sub.s32", a, b);
 }
 B32 Writer::mul(I32 a, I32 b) {
-  const B32 d = b32();
-  emit("mul.lo.s32", {d, a, b});
-  return d;
+  return result<B32>("mul.lo.s32", a, b);
 }
 B32 Writer::mad(I32 a, I32 b, I32 c) {
-  const B32 d = b32();
-  emit("mad.lo.s32", {d, a, b, c});
-  return d;
+  return result<B32>("mad.lo.s32", a, b, c);
 }
 B32 Writer::min_u32(I32 a, I32 b) {
-  const B32 d = b32();
-  emit("min.u32", {d, a, b});
-  return d;
+  return result<B32>("min.u32", a, b);
 }
 B32 Writer::min_s32(I32 a, I32 b) {
-  const B32 d = b32();
-  emit("min.s32", {d, a, b});
-  return d;
+  return result<B32>("min.s32", a, b);
 }
 B32 Writer::max_s32(I32 a, I32 b) {
-  const B32 d = b32();
-  emit("max.s32", {d, a, b});
-  return d;
+  return result<B32>("max.s32", a, b);
 }
 B32 Writer::div_u32(I32 a, I32 b) {
-  const B32 d = b32();
-  emit("div.u32", {d, a, b});
-  return d;
+  return result<B32>("div.u32", a, b);
 }
 B32 Writer::and_(I32 a, I32 b) {
-  const B32 d = b32();
-  emit("and.b32", {d, a, b});
-  return d;
+  return result<B32>("and.b32", a, b);
 }
 B32 Writer::or_(I32 a, I32 b) {
-  const B32 d = b32();
-  emit("or.b32", {d, a, b});
-  return d;
+  return result<B32>("or.b32", a, b);
 }
 B32 Writer::xor_(I32 a, I32 b) {
-  const B32 d = b32();
-  emit("xor.b32", {d, a, b});
-  return d;
+  return result<B32>("xor.b32", a, b);
 }
 B32 Writer::shl(I32 a, int bits) {
   if (bits < 0 || bits > 31)
     fail(fmt::format("shl by {}: allowed is 0 to 31", bits));
-  const B32 d = b32();
-  emit("shl.b32", {d, a, I32(bits)});
-  return d;
+  return result<B32>("shl.b32", a, I32(bits));
 }
 B32 Writer::shr(I32 a, int bits) {
   if (bits < 0 || bits > 31)
     fail(fmt::format("shr by {}: allowed is 0 to 31", bits));
-  const B32 d = b32();
-  emit("shr.u32", {d, a, I32(bits)});
-  return d;
+  return result<B32>("shr.u32", a, I32(bits));
 }
 B64 Writer::add64(B64 a, I64 b) {
   const B64 d = b64();
@@ -306,9 +283,7 @@ void Writer::add64_to(B64 d, B64 a, I64 b, Guard guard) {
   emit("add.s64", {d, a, b}, guard);
 }
 B64 Writer::widen(B32 a) {
-  const B64 d = b64();
-  emit("cvt.u64.u32", {d, a});
-  return d;
+  return result<B64>("cvt.u64.u32", a);
 }
 B64 Writer::combine(B32 low, I32 high) {
   const B64 d = b64();
@@ -317,52 +292,34 @@ B64 Writer::combine(B32 low, I32 high) {
   return d;
 }
 B64 Writer::mul_wide(I32 a, I32 b) {
-  const B64 d = b64();
-  emit("mul.wide.u32", {d, a, b});
-  return d;
+  return result<B64>("mul.wide.u32", a, b);
 }
 B64 Writer::mad_wide(I32 a, I32 b, B64 c) {
-  const B64 d = b64();
-  emit("mad.wide.u32", {d, a, b, c});
-  return d;
+  return result<B64>("mad.wide.u32", a, b, c);
 }
 B32 Writer::lop3(I32 a, I32 b, I32 c, int table) {
   if (table < 0 || table > 255)
     fail(fmt::format("lop3 table {}: allowed is 0 to 255", table));
-  const B32 d = b32();
-  emit("lop3.b32", {d, a, b, c, I32(table)});
-  return d;
+  return result<B32>("lop3.b32", a, b, c, I32(table));
 }
 B32 Writer::prmt(I32 a, I32 b, I32 selector) {
-  const B32 d = b32();
-  emit("prmt.b32", {d, a, b, selector});
-  return d;
+  return result<B32>("prmt.b32", a, b, selector);
 }
 B32 Writer::select(Pred p, I32 a, I32 b) {
-  const B32 d = b32();
-  emit("selp.b32", {d, a, b, p});
-  return d;
+  return result<B32>("selp.b32", a, b, p);
 }
 Pred Writer::compare_u32(Compare how, I32 a, I32 b) {
-  const Pred d = pred();
-  emit(fmt::format("setp.{}.u32", kCompare[static_cast<std::size_t>(how)]), {d, a, b});
-  return d;
+  return result<Pred>(fmt::format("setp.{}.u32", kCompare[static_cast<std::size_t>(how)]), a, b);
 }
 Pred Writer::compare_s32(Compare how, I32 a, I32 b) {
-  const Pred d = pred();
-  emit(fmt::format("setp.{}.s32", kCompare[static_cast<std::size_t>(how)]), {d, a, b});
-  return d;
+  return result<Pred>(fmt::format("setp.{}.s32", kCompare[static_cast<std::size_t>(how)]), a, b);
 }
 Pred Writer::both(Pred a, Pred b) {
-  const Pred d = pred();
-  emit("and.pred", {d, a, b});
-  return d;
+  return result<Pred>("and.pred", a, b);
 }
 
 Pred Writer::either(Pred a, Pred b) {
-  const Pred d = pred();
-  emit("or.pred", {d, a, b});
-  return d;
+  return result<Pred>("or.pred", a, b);
 }
 
 // ---- floating point
@@ -376,14 +333,10 @@ void Writer::mov_to(F32 d, Float a) {
   emit("mov.f32", {d, a});
 }
 F32 Writer::as_f32(B32 bits) {
-  const F32 d = f32();
-  emit("mov.b32", {d, bits});
-  return d;
+  return result<F32>("mov.b32", bits);
 }
 B32 Writer::as_b32(F32 a) {
-  const B32 d = b32();
-  emit("mov.b32", {d, a});
-  return d;
+  return result<B32>("mov.b32", a);
 }
 F32 Writer::add(Float a, Float b) {
   const F32 d = f32();
@@ -394,22 +347,16 @@ void Writer::add_to(F32 d, Float a, Float b) {
   emit("add.rn.f32", {d, a, b});
 }
 F32 Writer::mul(Float a, Float b) {
-  const F32 d = f32();
-  emit("mul.rn.f32", {d, a, b});
-  return d;
+  return result<F32>("mul.rn.f32", a, b);
 }
 void Writer::fma_to(F32 d, Float a, Float b, Float c) {
   emit("fma.rn.f32", {d, a, b, c});
 }
 F32 Writer::from_s32(B32 a) {
-  const F32 d = f32();
-  emit("cvt.rn.f32.s32", {d, a});
-  return d;
+  return result<F32>("cvt.rn.f32.s32", a);
 }
 B32 Writer::to_s32_saturated(F32 a) {
-  const B32 d = b32();
-  emit("cvt.rni.s32.f32", {d, a});
-  return d;
+  return result<B32>("cvt.rni.s32.f32", a);
 }
 B32 Writer::fma_bf16x2(B32 a, I32 b, I32 c) {
   const B32 d = b32();
@@ -419,14 +366,10 @@ B32 Writer::fma_bf16x2(B32 a, I32 b, I32 c) {
   return d;
 }
 B32 Writer::negate_bf16x2(B32 a) {
-  const B32 d = b32();
-  emit("neg.bf16x2", {d, a});
-  return d;
+  return result<B32>("neg.bf16x2", a);
 }
 B32 Writer::to_bf16x2(Float high, Float low) {
-  const B32 d = b32();
-  emit("cvt.rn.bf16x2.f32", {d, high, low});
-  return d;
+  return result<B32>("cvt.rn.bf16x2.f32", high, low);
 }
 B32 Writer::pack_s8(B32 a, B32 b, B32 c, B32 d) {
   const B32 high = b32(), all = b32();
@@ -512,9 +455,7 @@ void Writer::load_stream(std::span<const B32> d, GlobalAddress from, B64 policy,
 }
 B64 Writer::evict_first_policy() {
   require(80, 74, "createpolicy");
-  const B64 d = b64();
-  emit("createpolicy.fractional.L2::evict_first.b64", {d, Float(1.0f)});
-  return d;
+  return result<B64>("createpolicy.fractional.L2::evict_first.b64", Float(1.0f));
 }
 void Writer::store_global(GlobalAddress to, std::span<const B32> a, Guard guard) {
   transfer("st.global", false, a, to, nullptr, guard);
@@ -575,9 +516,7 @@ B32 Writer::shared_memory() {
   if (uses_shared_)
     fail("shared memory is declared once");
   uses_shared_ = true;
-  const B32 d = b32();
-  emit("mov.u32", {d, std::string_view("shared")});
-  return d;
+  return result<B32>("mov.u32", std::string_view("shared"));
 }
 
 // ---- synchronisation
@@ -609,9 +548,7 @@ void Writer::fence_device() {
   emit("fence.acq_rel.gpu", {});
 }
 B32 Writer::atomic_add_device(GlobalAddress at, I32 a) {
-  const B32 d = b32();
-  emit("atom.acq_rel.gpu.global.add.u32", {d, at, a});
-  return d;
+  return result<B32>("atom.acq_rel.gpu.global.add.u32", at, a);
 }
 void Writer::mbarrier_init(SharedAddress at, int arrivals) {
   if (arrivals < 1 || arrivals >= 1 << 20)
@@ -667,9 +604,7 @@ void Writer::ldmatrix(std::span<const B32> d, SharedAddress from, bool transpose
 }
 B32 Writer::transpose(B32 a) {
   require(80, 78, "movmatrix");
-  const B32 d = b32();
-  emit("movmatrix.sync.aligned.m8n8.trans.b16", {d, a});
-  return d;
+  return result<B32>("movmatrix.sync.aligned.m8n8.trans.b16", a);
 }
 void Writer::wgmma_fence() {
   require_specific("wgmma.fence");

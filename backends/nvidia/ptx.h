@@ -291,6 +291,7 @@ private:
   B16 fresh(B16) { return make<Type::b16>(); }
 
   void emit(std::string_view opcode, std::initializer_list<Operand> operands, Guard guard = {});
+  template <class R, class... Operands> R result(std::string_view opcode, const Operands&... operands);
   template <class R>
   void transfer(std::string_view opcode, bool is_load, std::span<const R> registers, const Operand& address,
                 const Operand* policy, Guard guard);
