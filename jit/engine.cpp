@@ -331,8 +331,7 @@ Result<Target> Engine::State::target_of(const KernelDesc& canonical) const {
   const std::optional<Target>& wanted = options.gpu_target;
   if (!wanted || *wanted == target)
     return target;
-  constexpr std::int32_t hopper = 90; // whose own features (sm_90a) no other SM has
-  if (wanted->arch != Arch::nvptx || wanted->sm >= hopper || wanted->sm > target.sm)
+  if (wanted->arch != Arch::nvptx || wanted->sm >= kFirstArchSpecificSm || wanted->sm > target.sm)
     return Status::error(Code::unsupported, fmt::format("cuda:{} is {}, which cannot run kernels for {}",
                                                         canonical.device.index, target.text(), wanted->text()));
   return *wanted;

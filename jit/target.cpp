@@ -89,9 +89,6 @@ constexpr KnownTarget kKnownTargets[] = {
     {"apple-m4", "aarch64:neon,dotprod,i8mm,bf16,fullfp16,sme,sme2;sme=512"},
 };
 
-// From compute capability 9.0 on, what the kernels use is specific to the architecture, which PTX names with an `a`.
-constexpr int kFirstArchSpecificSm = 90;
-
 std::vector<std::string_view> split(std::string_view text, char separator) {
   std::vector<std::string_view> parts;
   for (;;) {

@@ -78,6 +78,10 @@ private:
 /// Every feature that a machine of this architecture may have.
 Features features_of(Arch arch);
 
+/// From compute capability 9.0 on, what the kernels use is specific to the architecture, which PTX names with an `a`:
+/// no other SM runs it.
+inline constexpr std::int32_t kFirstArchSpecificSm = 90;
+
 /// A whole machine as far as code generation can tell: `x86_64:avx2,fma,...`, `aarch64:neon,dotprod;sve=256;sme=512`,
 /// `nvptx:sm_90a`. A kernel's key holds only what the kernel uses of it.
 struct Target {

@@ -1,13 +1,11 @@
 #include <algorithm>
 #include <bit>
 
-#include <fmt/format.h>
-
 #include "backends/nvidia/int4_mm.h"
+#include "backends/nvidia/row_parts.h"
 #include "backends/nvidia/rows.h"
 #include "jit/ops/int4_mm.h"
 #include "jit/ops/int4_mm_fragments.h"
-#include <nvidia_generator_id.h>
 
 /// int4_mm on mma.sync and wgmma: which kernel serves a desc, and its launch plan. What stands here as a constant was
 /// measured on an H200 (scripts/gpu-verify).
@@ -16,12 +14,6 @@ namespace {
 
 using namespace kiln::int4_mm;
 
-/// bf16 mma and cp.async came with sm_80 (PTX ISA, "mma", "cp.async").
-constexpr int kFirstSm = 80;
-/// wgmma is in this architecture alone (PTX ISA, "wgmma.mma_async").
-constexpr int kWgmmaSm = 90;
-/// Blocks that keep a GPU of this kind busy: the key has the SM's version, not how many there are.
-constexpr std::int64_t kManyBlocks = 128;
 /// Shared memory that a block of sm_90 may have (CUDA C++ Programming Guide, "Compute Capability 9.x"), and the most
 /// steps of a ring.
 constexpr std::int64_t kSm90Shared = 227 * 1024, kMostStages = 32;
@@ -32,9 +24,7 @@ constexpr std::int64_t kManyClustersOfFour = 28;
 constexpr std::int64_t kManyColumns = 512, kManyTokens = 64;
 
 Status supports_mma_sync(const KernelDesc&, const Target& target) {
-  if (target.sm < kFirstSm)
-    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{} or later", target.sm, kFirstSm));
-  return {};
+  return check_mma_sync(target);
 }
 /// Few tokens need no tiles, and a row whose bits do not depend on the others has one way for all.
 bool takes_skinny(const KernelDesc& desc) {
@@ -48,8 +38,8 @@ bool takes_grouped(const KernelDesc& desc) {
   return desc.value[kM] == 32 || desc.value[kM] == 64 || (desc.value[kM] == 16 && desc.value[kN] > 64 * kManyBlocks);
 }
 Status supports_wgmma(const KernelDesc& desc, const Target& target) {
-  if (target.sm != kWgmmaSm)
-    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{}a", target.sm, kWgmmaSm));
+  if (Status s = check_wgmma(target); !s)
+    return s;
   if (takes_skinny(desc) && !takes_grouped(desc))
     return Status::error(Code::unsupported, "few tokens, or batch_invariant=1: mma_sync serves them");
   return {};
@@ -171,30 +161,14 @@ Result<CodeObject> code_object(Result<std::string> text, const cuda::LaunchPlan&
                                std::string_view pack_layout) {
   if (!text)
     return text.status();
-  CodeObject code;
-  code.format = CodeFormat::ptx;
-  code.arch = Arch::nvptx;
-  code.sm = target.sm;
-  code.image.assign(text->begin(), text->end());
-  code.entries = {{"main", 0}};
-  code.plan = Plan{.layout = find_pack_layout(pack_layout), .launch = launch}.values();
-  return code;
-}
-
-ptx::Sm sm_of(const Target& target) {
-  return {.number = target.sm, .architecture_specific = target.sm >= 90};
+  return ptx_object(*text, target, Plan{.layout = find_pack_layout(pack_layout), .launch = launch}.values());
 }
 
 Result<CodeObject> compile_tile(const int4::Shape& shape, const int4::TileConfig& config, const Target& target,
                                 std::string_view pack_layout) {
-  cuda::LaunchPlan launch;
-  launch.tile_m = static_cast<std::int32_t>(config.tokens());
-  launch.tile_n = static_cast<std::int32_t>(config.rows());
-  launch.grid_n = static_cast<std::int32_t>((shape.n + config.rows() - 1) / config.rows() * config.cluster);
-  launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
-  launch.threads = config.threads();
-  launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes(shape));
-  return code_object(int4::emit_tile(sm_of(target), shape, config), launch, target, pack_layout);
+  return code_object(int4::emit_tile(sm_of(target), shape, config),
+                     tiled_launch(config, config.tokens(), config.rows(), shape.n, config.shared_bytes(shape)), target,
+                     pack_layout);
 }
 
 Result<CodeObject> compile_wgmma(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
@@ -202,14 +176,9 @@ Result<CodeObject> compile_wgmma(const KernelDesc& desc, const Target& target, s
   if (!takes_grouped(desc))
     return compile_tile(shape, choose_wgmma(shape, desc.value[kM]), target, pack_layout);
   const int4::GroupedConfig config = choose_grouped(shape, desc.value[kM]);
-  cuda::LaunchPlan launch;
-  launch.tile_m = static_cast<std::int32_t>(config.tokens());
-  launch.tile_n = static_cast<std::int32_t>(config.rows());
-  launch.grid_n = static_cast<std::int32_t>((shape.n + config.rows() - 1) / config.rows() * config.cluster);
-  launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
-  launch.threads = config.threads();
-  launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes(shape));
-  return code_object(int4::emit_grouped(sm_of(target), shape, config), launch, target, pack_layout);
+  return code_object(int4::emit_grouped(sm_of(target), shape, config),
+                     tiled_launch(config, config.tokens(), config.rows(), shape.n, config.shared_bytes(shape)), target,
+                     pack_layout);
 }
 
 Result<CodeObject> compile_mma_sync(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
@@ -217,25 +186,14 @@ Result<CodeObject> compile_mma_sync(const KernelDesc& desc, const Target& target
   if (!takes_skinny(desc))
     return compile_tile(shape, choose_mma_sync(shape, desc.value[kM], target), target, pack_layout);
   const int4::SkinnyConfig config = choose_skinny(shape, desc.value[kM], target.sm >= 90);
-  cuda::LaunchPlan launch;
-  launch.tile_m = static_cast<std::int32_t>(config.tokens());
-  launch.tile_n = 16 * config.row_tiles;
-  launch.grid_n = static_cast<std::int32_t>(config.blocks(shape));
-  launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
-  launch.threads = config.threads();
-  launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes());
-  return code_object(int4::emit_skinny(sm_of(target), shape, config), launch, target, pack_layout);
+  return code_object(
+      int4::emit_skinny(sm_of(target), shape, config),
+      clustered_launch(config, config.tokens(), 16 * config.row_tiles, config.blocks(shape), config.shared_bytes()),
+      target, pack_layout);
 }
 
 Implementation row_of(IsaPath isa) {
-  Implementation row;
-  row.op = OpId::int4_mm;
-  row.isa = isa;
-  row.backend = BackendId::nvidia;
-  row.generator = GeneratorId::ptx;
-  row.generator_digest = k_nvidia_generator_digest;
-  row.device = DeviceKind::cuda;
-  row.arch = Arch::nvptx;
+  Implementation row = nvidia::row_of(OpId::int4_mm, isa);
   row.pack_layout = [](const KernelDesc&, const Target&) { return std::string(FragmentLayout::kId); };
   return row;
 }

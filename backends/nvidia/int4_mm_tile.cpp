@@ -5,6 +5,7 @@
 #include <bit>
 #include <vector>
 
+#include "backends/nvidia/fragment_sums.h"
 #include "backends/nvidia/int4_mm.h"
 #include "jit/ops/int4_mm_fragments.h"
 
@@ -14,7 +15,6 @@ namespace {
 using namespace ptx;
 using Fragment = std::array<F32, 4>; ///< of D: rows l/4 (0, 1) and l/4 + 8 (2, 3), tokens 2·(l mod 4) + {0, 1}
 
-constexpr int kAccumulator = 512;                 // bytes of a fragment of f32 over a warp
 constexpr int kTokenRow = 128;                    // bytes of a token's K block
 constexpr int kRowTile = 512;                     // bytes of a row tile's K block
 constexpr std::uint32_t kOnes = 0x3F803F80;       // bf16 1, twice
@@ -46,8 +46,18 @@ public:
       copy_stage();
     accumulators();
     k_loop();
-    sum_groups();
-    sum_cluster();
+    FragmentSums<F32> sums(w_,
+                           {.shared = shared_,
+                            .lane = lane_,
+                            .warp = warp_,
+                            .group = group_,
+                            .rank = rank_,
+                            .groups = c_.warps_k,
+                            .group_warps = group_warps(),
+                            .cluster = c_.cluster},
+                           acc_);
+    sums.over_groups();
+    sums.over_cluster();
     store();
     return w_.finish();
   }
@@ -313,74 +323,6 @@ private:
                           acc(r, t));
         }
     }
-  }
-
-  /// This warp's fragments in shared memory: [place][fragment][lane][4].
-  B32 fragments_at(B32 place) {
-    const int bytes = c_.row_tiles * c_.token_tiles * kAccumulator;
-    return w_.mad(place, bytes, w_.mad(lane_, 16, shared_));
-  }
-  void dump(B32 at) {
-    for (std::size_t f = 0; f < acc_.size(); ++f)
-      w_.store_shared({at, static_cast<std::int64_t>(f) * kAccumulator}, std::span<const F32>(acc_[f]));
-  }
-
-  /// The groups' sums into the first group's registers, in the order of the groups.
-  void sum_groups() {
-    if (c_.warps_k == 1)
-      return;
-    w_.comment("sums over the groups of warps");
-    w_.barrier();
-    const Pred first = w_.compare_u32(Compare::eq, group_, 0);
-    w_.if_(unless(first), [&] { dump(fragments_at(w_.mad(w_.sub(group_, 1), group_warps(), warp_))); });
-    w_.barrier();
-    for (int other = 1; other < c_.warps_k; ++other)
-      w_.if_(first, [&] {
-        const B32 at = fragments_at(w_.add(warp_, (other - 1) * group_warps()));
-        for (std::size_t f = 0; f < acc_.size(); ++f) {
-          const Fragment v = w_.make<F32, 4>();
-          w_.load_shared(std::span<const F32>(v), {at, static_cast<std::int64_t>(f) * kAccumulator});
-          for (std::size_t e = 0; e < 4; ++e)
-            w_.add_to(acc_[f][e], acc_[f][e], v[e]);
-        }
-      });
-  }
-
-  /// Fragment f of the tile is summed and stored by the block of rank f mod cluster, in the order of the ranks.
-  void sum_cluster() {
-    if (c_.cluster == 1)
-      return;
-    w_.comment("sums over the cluster");
-    w_.barrier();
-    const auto first_group = [&](auto body) {
-      if (c_.warps_k == 1)
-        body();
-      else
-        w_.if_(w_.compare_u32(Compare::eq, group_, 0), body);
-    };
-    const B32 own = fragments_at(warp_);
-    first_group([&] { dump(own); });
-    w_.barrier_cluster_arrive();
-    w_.barrier_cluster_wait();
-    const int share = c_.row_tiles * c_.token_tiles / c_.cluster;
-    first_group([&] {
-      const B32 mine = w_.mad(rank_, kAccumulator, own);
-      for (int rank = 0; rank < c_.cluster; ++rank) {
-        const SharedAddress from = w_.in_block(mine, rank);
-        for (int i = 0; i < share; ++i) {
-          const Fragment v = w_.make<F32, 4>();
-          w_.load_cluster(std::span<const F32>(v), {from.base, std::int64_t{i} * c_.cluster * kAccumulator});
-          Fragment& sum = acc_[static_cast<std::size_t>(i)];
-          for (std::size_t e = 0; e < 4; ++e)
-            if (rank == 0)
-              w_.mov_to(sum[e], v[e]);
-            else
-              w_.add_to(sum[e], sum[e], v[e]);
-        }
-      }
-    });
-    w_.barrier_cluster_arrive_relaxed(); // no block leaves while another reads its sums
-    w_.barrier_cluster_wait();
   }
 
   /// bf16 to y: fragments transposed, so that a lane has two neighbouring rows of one token.

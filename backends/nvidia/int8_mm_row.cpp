@@ -1,11 +1,9 @@
 #include <algorithm>
 
-#include <fmt/format.h>
-
 #include "backends/nvidia/int8_mm.h"
+#include "backends/nvidia/row_parts.h"
 #include "backends/nvidia/rows.h"
 #include "jit/ops/int8_mm.h"
-#include <nvidia_generator_id.h>
 
 /// int8_mm on mma.sync and wgmma: which kernel serves a desc, and its launch plan.
 namespace kiln::nvidia {
@@ -13,12 +11,6 @@ namespace {
 
 using namespace kiln::int8_mm;
 
-/// s8 mma and cp.async came with sm_80 (PTX ISA, "mma", "cp.async").
-constexpr int kFirstSm = 80;
-/// wgmma is in this architecture alone (PTX ISA, "wgmma.mma_async").
-constexpr int kWgmmaSm = 90;
-/// Blocks that keep a GPU of this kind busy: the key has the SM's version, not how many there are.
-constexpr std::int64_t kManyBlocks = 128;
 /// K that one step of a group of warps takes.
 constexpr std::int64_t kBlockK = 128;
 
@@ -39,13 +31,13 @@ Status supports_fields(const KernelDesc& desc) {
 }
 
 Status supports_mma_sync(const KernelDesc& desc, const Target& target) {
-  if (target.sm < kFirstSm)
-    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{} or later", target.sm, kFirstSm));
+  if (Status s = check_mma_sync(target); !s)
+    return s;
   return supports_fields(desc);
 }
 Status supports_wgmma(const KernelDesc& desc, const Target& target) {
-  if (target.sm != kWgmmaSm)
-    return Status::error(Code::unsupported, fmt::format("sm_{}: needs sm_{}a", target.sm, kWgmmaSm));
+  if (Status s = check_wgmma(target); !s)
+    return s;
   return supports_fields(desc);
 }
 
@@ -115,42 +107,20 @@ template <auto choose>
 Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
   const int8::Shape shape = shape_of(desc);
   const int8::TileConfig config = choose(shape, desc.value[kM], target);
-  const Result<std::string> text =
-      int8::emit_tile({.number = target.sm, .architecture_specific = target.sm >= 90}, shape, config);
+  const Result<std::string> text = int8::emit_tile(sm_of(target), shape, config);
   if (!text)
     return text.status();
   const Result<PackLayout> layout = PackLayout::parse(pack_layout);
   if (!layout)
     return layout.status();
-  cuda::LaunchPlan launch;
-  launch.tile_m = static_cast<std::int32_t>(config.rows());
-  launch.tile_n = static_cast<std::int32_t>(config.columns());
-  launch.grid_n = static_cast<std::int32_t>((shape.n + config.columns() - 1) / config.columns() * config.cluster);
-  launch.cluster_x = config.cluster > 1 ? config.cluster : 0;
-  launch.threads = config.threads();
-  launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes());
   Plan plan;
   plan.layout = *layout;
-  plan.launch = launch;
-  CodeObject code;
-  code.format = CodeFormat::ptx;
-  code.arch = Arch::nvptx;
-  code.sm = target.sm;
-  code.image.assign(text->begin(), text->end());
-  code.entries = {{"main", 0}};
-  code.plan = plan.values();
-  return code;
+  plan.launch = tiled_launch(config, config.rows(), config.columns(), shape.n, config.shared_bytes());
+  return ptx_object(*text, target, plan.values());
 }
 
 Implementation row_of(IsaPath isa) {
-  Implementation row;
-  row.op = OpId::int8_mm;
-  row.isa = isa;
-  row.backend = BackendId::nvidia;
-  row.generator = GeneratorId::ptx;
-  row.generator_digest = k_nvidia_generator_digest;
-  row.device = DeviceKind::cuda;
-  row.arch = Arch::nvptx;
+  Implementation row = nvidia::row_of(OpId::int8_mm, isa);
   row.pack_layout = [](const KernelDesc&, const Target&) { return kGpuLayout.id(); };
   return row;
 }

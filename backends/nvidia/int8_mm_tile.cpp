@@ -5,6 +5,7 @@
 #include <bit>
 #include <vector>
 
+#include "backends/nvidia/fragment_sums.h"
 #include "backends/nvidia/int8_mm.h"
 
 namespace kiln::nvidia::int8 {
@@ -14,8 +15,7 @@ using namespace ptx;
 /// Of D: columns of C l/4 (0, 1) and l/4 + 8 (2, 3), rows of C 2·(l mod 4) + {0, 1}.
 using Fragment = std::array<B32, 4>;
 
-constexpr int kBlock = 128;       // k, and bytes, of a row in one stage
-constexpr int kAccumulator = 512; // bytes of a fragment of s32 over a warp
+constexpr int kBlock = 128; // k, and bytes, of a row in one stage
 
 /// Which k a lane holds of an operand is free, as long as both have the same: lane l mod 4 takes 16 neighbouring bytes
 /// of 64, so that one 16-byte load gives its part of two mma ("mma.m16n8k32", PTX ISA, matrix fragments).
@@ -35,8 +35,18 @@ public:
         w_.mov_to(r, 0);
     }
     k_loop();
-    sum_groups();
-    sum_cluster();
+    FragmentSums<B32> sums(w_,
+                           {.shared = shared_,
+                            .lane = lane_,
+                            .warp = warp_,
+                            .group = group_,
+                            .rank = rank_,
+                            .groups = c_.warps_k,
+                            .group_warps = group_warps(),
+                            .cluster = c_.cluster},
+                           acc_);
+    sums.over_groups();
+    sums.over_cluster();
     store();
     return w_.finish();
   }
@@ -214,72 +224,6 @@ private:
         }
       }
     }
-  }
-
-  /// A warp's fragments in shared memory: [place][fragment][lane][4].
-  B32 fragments_at(B32 place) {
-    return w_.mad(place, static_cast<int>(acc_.size()) * kAccumulator, w_.mad(lane_, 16, shared_));
-  }
-  void dump(B32 at) {
-    for (std::size_t f = 0; f < acc_.size(); ++f)
-      w_.store_shared({at, static_cast<std::int64_t>(f) * kAccumulator}, std::span<const B32>(acc_[f]));
-  }
-
-  void sum_groups() {
-    if (c_.warps_k == 1)
-      return;
-    w_.comment("sums over the groups of warps");
-    w_.barrier();
-    const Pred first = w_.compare_u32(Compare::eq, group_, 0);
-    w_.if_(unless(first), [&] { dump(fragments_at(w_.mad(w_.sub(group_, 1), group_warps(), warp_))); });
-    w_.barrier();
-    w_.if_(first, [&] {
-      for (int other = 1; other < c_.warps_k; ++other) {
-        const B32 at = fragments_at(w_.add(warp_, (other - 1) * group_warps()));
-        for (std::size_t f = 0; f < acc_.size(); ++f) {
-          const Fragment v = w_.make<B32, 4>();
-          w_.load_shared(std::span<const B32>(v), {at, static_cast<std::int64_t>(f) * kAccumulator});
-          for (std::size_t e = 0; e < 4; ++e)
-            w_.add_to(acc_[f][e], acc_[f][e], v[e]);
-        }
-      }
-    });
-  }
-
-  /// Fragment f of the tile is summed and stored by the block of rank f mod cluster.
-  void sum_cluster() {
-    if (c_.cluster == 1)
-      return;
-    w_.comment("sums over the cluster");
-    w_.barrier();
-    const auto first_group = [&](auto body) {
-      if (c_.warps_k == 1)
-        body();
-      else
-        w_.if_(w_.compare_u32(Compare::eq, group_, 0), body);
-    };
-    const B32 own = fragments_at(warp_);
-    first_group([&] { dump(own); });
-    w_.barrier_cluster_arrive();
-    w_.barrier_cluster_wait();
-    first_group([&] {
-      const B32 mine = w_.mad(rank_, kAccumulator, own);
-      for (int rank = 0; rank < c_.cluster; ++rank) {
-        const SharedAddress from = w_.in_block(mine, rank);
-        for (std::size_t i = 0; i < acc_.size() / static_cast<std::size_t>(c_.cluster); ++i) {
-          const Fragment v = w_.make<B32, 4>();
-          w_.load_cluster(std::span<const B32>(v),
-                          {from.base, static_cast<std::int64_t>(i) * c_.cluster * kAccumulator});
-          for (std::size_t e = 0; e < 4; ++e)
-            if (rank == 0)
-              w_.mov_to(acc_[i][e], v[e]);
-            else
-              w_.add_to(acc_[i][e], acc_[i][e], v[e]);
-        }
-      }
-    });
-    w_.barrier_cluster_arrive_relaxed(); // no block leaves while another reads its sums
-    w_.barrier_cluster_wait();
   }
 
   void store() {
