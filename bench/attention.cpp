@@ -9,6 +9,7 @@
 
 #include "backends/table.h"
 #include "bench/calibration.h"
+#include "bench/host.h"
 #include "bench/machine.h"
 #include "bench/measure.h"
 #include "bench/report.h"
@@ -23,11 +24,6 @@ using attention::Strides;
 
 namespace {
 
-[[noreturn]] void fail(const std::string& what) {
-  fmt::print(stderr, "bench_attention: {}\n", what);
-  std::exit(1);
-}
-
 std::unique_ptr<Engine> engine_for(std::optional<IsaPath> isa, int threads, bool avx2_only = false) {
   EngineOptions options;
   options.config.cache = CacheMode::off;
@@ -38,10 +34,7 @@ std::unique_ptr<Engine> engine_for(std::optional<IsaPath> isa, int threads, bool
   if (avx2_only)
     options.machine.target.features = Features{Feature::avx2, Feature::fma};
   options.implementations = implementation_table();
-  Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
-  if (!engine)
-    fail(engine.status().message());
-  return std::move(*engine);
+  return take(Engine::create(std::move(options)));
 }
 
 struct Shape {

@@ -118,16 +118,6 @@ private:
   cuda::CUstream stream_ = nullptr;
 };
 
-/// Null: no cache on disk.
-EngineHandle make_engine(const char* cache_dir) {
-  kiln_engine_options options = KILN_ENGINE_OPTIONS_INIT;
-  options.cache_dir = cache_dir;
-  options.cache_mode = cache_dir ? "rw" : "off";
-  kiln_engine* engine = nullptr;
-  check(kiln_engine_create(&options, &engine), "kiln_engine_create");
-  return EngineHandle(engine);
-}
-
 KernelHandle get(kiln_engine* engine, const kiln_int4_mm_desc& desc) {
   kiln_kernel* kernel = nullptr;
   check(kiln_get(engine, &desc.base, &kernel), "kiln_get");

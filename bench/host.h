@@ -60,4 +60,15 @@ using EngineHandle = std::unique_ptr<kiln_engine, Releaser<kiln_engine_destroy>>
 using KernelHandle = std::unique_ptr<kiln_kernel, Releaser<kiln_kernel_release>>;
 using PackHandle = std::unique_ptr<kiln_pack, Releaser<kiln_pack_release>>;
 
+/// Null: no cache on disk. `threads`: 0 for the engine's own choice.
+inline EngineHandle make_engine(const char* cache_dir, int threads = 0) {
+  kiln_engine_options options = KILN_ENGINE_OPTIONS_INIT;
+  options.cache_dir = cache_dir;
+  options.cache_mode = cache_dir ? "rw" : "off";
+  options.threads = threads;
+  kiln_engine* engine = nullptr;
+  check(kiln_engine_create(&options, &engine), "kiln_engine_create");
+  return EngineHandle(engine);
+}
+
 } // namespace kiln::bench

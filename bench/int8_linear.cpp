@@ -18,6 +18,7 @@
 
 #include "api/kiln.h"
 #include "bench/calibration.h"
+#include "bench/host.h"
 #include "bench/machine.h"
 #include "bench/measure.h"
 #include "bench/onednn_linear.h"
@@ -26,32 +27,6 @@
 
 namespace kiln::bench {
 namespace {
-
-[[noreturn]] void fail(const std::string& message) {
-  fmt::print(stderr, "bench_int8_linear: {}\n", message);
-  std::exit(1);
-}
-
-void check(kiln_status status, const char* what) {
-  if (status != KILN_OK)
-    fail(fmt::format("{}: {}: {}", what, kiln_status_name(status), kiln_last_error()));
-}
-
-template <auto release> struct Releaser {
-  template <class T> void operator()(T* handle) const { release(handle); }
-};
-using EngineHandle = std::unique_ptr<kiln_engine, Releaser<kiln_engine_destroy>>;
-using KernelHandle = std::unique_ptr<kiln_kernel, Releaser<kiln_kernel_release>>;
-using PackHandle = std::unique_ptr<kiln_pack, Releaser<kiln_pack_release>>;
-
-EngineHandle make_engine() {
-  kiln_engine_options options = KILN_ENGINE_OPTIONS_INIT;
-  options.cache_mode = "off";
-  options.threads = 1;
-  kiln_engine* engine = nullptr;
-  check(kiln_engine_create(&options, &engine), "kiln_engine_create");
-  return EngineHandle(engine);
-}
 
 /// One layer on every side: the peer's bf16 weights are the dequantised ones.
 struct Layer {
@@ -225,7 +200,7 @@ void gemm(Report& report, kiln_engine* engine) {
 int run(const std::string& json, bool smoke) {
   const std::vector<int> cpus = allowed_cpus();
   pin_to(cpus[0]);
-  const EngineHandle engine = make_engine();
+  const EngineHandle engine = make_engine(nullptr, 1);
   if (smoke) {
     const Layer layer(5, 256, 512);
     Kiln kiln(engine.get(), layer, 1);

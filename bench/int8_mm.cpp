@@ -24,6 +24,7 @@
 #include "api/kiln.h"
 #include "backends/table.h"
 #include "bench/calibration.h"
+#include "bench/host.h"
 #include "bench/machine.h"
 #include "bench/measure.h"
 #include "bench/onednn.h"
@@ -35,39 +36,18 @@
 namespace kiln::bench {
 namespace {
 
-[[noreturn]] void fail(const std::string& message) {
-  fmt::print(stderr, "bench_int8_mm: {}\n", message);
-  std::exit(1);
-}
-
-void check(kiln_status status, const char* what) {
-  if (status != KILN_OK)
-    fail(fmt::format("{}: {}: {}", what, kiln_status_name(status), kiln_last_error()));
-}
-
-template <auto release> struct Releaser {
-  template <class T> void operator()(T* handle) const { release(handle); }
-};
-using EngineHandle = std::unique_ptr<kiln_engine, Releaser<kiln_engine_destroy>>;
-using KernelHandle = std::unique_ptr<kiln_kernel, Releaser<kiln_kernel_release>>;
-using PackHandle = std::unique_ptr<kiln_pack, Releaser<kiln_pack_release>>;
-
 /// An engine without a cache on disk: what is measured here is kernels. `path` is forced when not null.
 EngineHandle make_engine(int threads, const char* path = nullptr) {
   const char* set_by_user = std::getenv("KILN_FORCE");
   const std::optional<std::string> before = set_by_user ? std::optional<std::string>(set_by_user) : std::nullopt;
   if (path)
     setenv("KILN_FORCE", path, 1);
-  kiln_engine_options options = KILN_ENGINE_OPTIONS_INIT;
-  options.cache_mode = "off";
-  options.threads = threads;
-  kiln_engine* engine = nullptr;
-  check(kiln_engine_create(&options, &engine), "kiln_engine_create");
+  EngineHandle engine = bench::make_engine(nullptr, threads);
   if (path && before)
     setenv("KILN_FORCE", before->c_str(), 1);
   else if (path)
     unsetenv("KILN_FORCE");
-  return EngineHandle(engine);
+  return engine;
 }
 
 struct Shape {

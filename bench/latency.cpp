@@ -41,16 +41,6 @@
 namespace kiln::bench {
 namespace {
 
-/// Null: no cache on disk.
-EngineHandle make_engine(const char* cache_dir) {
-  kiln_engine_options options = KILN_ENGINE_OPTIONS_INIT;
-  options.cache_dir = cache_dir;
-  options.cache_mode = cache_dir ? "rw" : "off";
-  kiln_engine* engine = nullptr;
-  check(kiln_engine_create(&options, &engine), "kiln_engine_create");
-  return EngineHandle(engine);
-}
-
 kiln_int8_mm_desc make_desc(std::int64_t m, std::int64_t n, std::int64_t k) {
   kiln_int8_mm_desc desc = KILN_INT8_MM_DESC_INIT;
   desc.m = m;
