@@ -76,20 +76,6 @@ Status args_from_c(const kiln_args* given, Args& out) {
   return {};
 }
 
-Status run_from_c(const Kernel& kernel, const kiln_args* given) {
-  Args args;
-  if (Status s = args_from_c(given, args); !s)
-    return s;
-  return int4_mm::run(kernel, args);
-}
-
-Result<std::uint64_t> workspace_from_c(const Kernel& kernel, const kiln_args* given) {
-  Args args;
-  if (Status s = args_from_c(given, args); !s)
-    return s;
-  return int4_mm::workspace_bytes(kernel, args);
-}
-
 Result<std::unique_ptr<AnyPack>> pack_from_c(Engine&, const KernelDesc&, const void*, std::int64_t) {
   return Status::error(Code::invalid_argument,
                        "int4_mm: its weights have scales and zeros: pack them with kiln_int4_mm_pack_create");
@@ -123,7 +109,12 @@ Result<std::unique_ptr<AnyPack>> load_pack_from_c(Engine& engine, const KernelDe
 } // namespace
 
 COp c_int4_mm() {
-  return {OpId::int4_mm, desc_from_c, run_from_c, workspace_from_c, pack_from_c, load_pack_from_c};
+  return {OpId::int4_mm,
+          desc_from_c,
+          with_args<Args, args_from_c, int4_mm::run>,
+          with_args<Args, args_from_c, int4_mm::workspace_bytes>,
+          pack_from_c,
+          load_pack_from_c};
 }
 
 Result<std::unique_ptr<AnyPack>> make_int4_mm_pack(Engine& engine, const KernelDesc& desc,

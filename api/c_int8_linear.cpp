@@ -72,20 +72,6 @@ Status args_from_c(const kiln_args* given, Args& out) {
   return {};
 }
 
-Status run_from_c(const Kernel& kernel, const kiln_args* given) {
-  Args args;
-  if (Status s = args_from_c(given, args); !s)
-    return s;
-  return int8_linear::run(kernel, args);
-}
-
-Result<std::uint64_t> workspace_from_c(const Kernel& kernel, const kiln_args* given) {
-  Args args;
-  if (Status s = args_from_c(given, args); !s)
-    return s;
-  return int8_linear::workspace_bytes(kernel, args);
-}
-
 Result<std::unique_ptr<AnyPack>> pack_from_c(Engine& engine, const KernelDesc& desc, const void* w, std::int64_t ldw) {
   return make_int8_pack(engine, desc, w, ldw, static_cast<WLayout>(desc.value[kWLayout]), desc.value[kN],
                         desc.value[kK]);
@@ -98,7 +84,12 @@ Result<std::unique_ptr<AnyPack>> load_pack_from_c(Engine& engine, const KernelDe
 } // namespace
 
 COp c_int8_linear() {
-  return {OpId::int8_linear, desc_from_c, run_from_c, workspace_from_c, pack_from_c, load_pack_from_c};
+  return {OpId::int8_linear,
+          desc_from_c,
+          with_args<Args, args_from_c, int8_linear::run>,
+          with_args<Args, args_from_c, int8_linear::workspace_bytes>,
+          pack_from_c,
+          load_pack_from_c};
 }
 
 } // namespace kiln

@@ -134,20 +134,6 @@ Status args_from_c(const kiln_args* given, Args& out) {
   return {};
 }
 
-Status run_from_c(const Kernel& kernel, const kiln_args* given) {
-  Args args;
-  if (Status s = args_from_c(given, args); !s)
-    return s;
-  return int8_mm::run(kernel, args);
-}
-
-Result<std::uint64_t> workspace_from_c(const Kernel& kernel, const kiln_args* given) {
-  Args args;
-  if (Status s = args_from_c(given, args); !s)
-    return s;
-  return int8_mm::workspace_bytes(kernel, args);
-}
-
 Result<std::unique_ptr<AnyPack>> pack_from_c(Engine& engine, const KernelDesc& desc, const void* b, std::int64_t ldb) {
   return make_int8_pack(engine, desc, b, ldb, static_cast<BLayout>(desc.value[kBLayout]), desc.value[kN],
                         desc.value[kK], static_cast<BDtype>(desc.value[kBDtype]));
@@ -160,7 +146,12 @@ Result<std::unique_ptr<AnyPack>> load_pack_from_c(Engine& engine, const KernelDe
 } // namespace
 
 COp c_int8_mm() {
-  return {OpId::int8_mm, desc_from_c, run_from_c, workspace_from_c, pack_from_c, load_pack_from_c};
+  return {OpId::int8_mm,
+          desc_from_c,
+          with_args<Args, args_from_c, int8_mm::run>,
+          with_args<Args, args_from_c, int8_mm::workspace_bytes>,
+          pack_from_c,
+          load_pack_from_c};
 }
 
 } // namespace kiln

@@ -40,6 +40,15 @@ struct COp {
   Result<std::unique_ptr<AnyPack>> (*load_pack)(Engine& engine, const KernelDesc& desc, const std::string& path);
 };
 
+/// COp::run or COp::workspace_bytes of an op: what `use` makes of the arguments that `read` takes from C.
+template <class Args, Status (*read)(const kiln_args*, Args&), auto use>
+auto with_args(const Kernel& kernel, const kiln_args* given) -> decltype(use(kernel, Args())) {
+  Args args;
+  if (Status s = read(given, args); !s)
+    return s;
+  return use(kernel, args);
+}
+
 /// The packed weights of another op are Code::invalid_argument.
 inline Status check_pack_op(const AnyPack& pack, OpId op, std::string_view name) {
   return pack.op() == op

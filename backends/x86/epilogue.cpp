@@ -62,30 +62,10 @@ EpilogueEmitter::EpilogueEmitter(Assembler& assembler, const int8_mm::Epilogue& 
     wide_ = wide_slots(column_bytes_, true);
 }
 
-namespace {
-
-int8_mm::Epilogue output_of(const KernelDesc& linear) {
-  constexpr CDtype types[] = {CDtype::bf16, CDtype::f16, CDtype::f32};
-  int8_mm::Epilogue epilogue;
-  epilogue.c_dtype = types[static_cast<int>(int8_linear::y_of(linear))];
-  epilogue.rescale = Rescale::scale;
-  return epilogue;
-}
-
-int8_mm::TermsLayout terms_of(const KernelDesc& linear) {
-  int8_mm::TermsLayout terms;
-  terms.offset = int8_linear::TermsLayout::kOffset;
-  terms.multiplier = int8_linear::TermsLayout::kWs;
-  terms.count = int8_linear::TermsLayout::count(linear);
-  return terms;
-}
-
-} // namespace
-
 EpilogueEmitter::EpilogueEmitter(Assembler& assembler, const KernelDesc& linear, int vector_bytes, int vectors,
                                  std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp)
-    : a_(assembler), epilogue_(output_of(linear)), terms_(terms_of(linear)), vector_bytes_(vector_bytes),
-      vectors_(vectors), temps_{first_temp, second_temp, third_temp}, dequantises_(true),
+    : a_(assembler), epilogue_(int8_linear::output_of(linear)), terms_(int8_linear::terms_of(linear)),
+      vector_bytes_(vector_bytes), vectors_(vectors), temps_{first_temp, second_temp, third_temp}, dequantises_(true),
       has_bias_(int8_linear::has_bias(linear)) {
   nan_ = slot(shared_bytes_);
   if (epilogue_.c_dtype == CDtype::bf16) {

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "jit/bf16.h"
+#include "jit/ops/bound_plan.h"
 
 namespace kiln::attention {
 namespace {
@@ -141,13 +142,6 @@ double bytes(const KernelDesc& d) {
           static_cast<double>(d.value[kHkv]) * static_cast<double>(d.value[kN]));
 }
 
-Result<std::shared_ptr<const void>> bind_plan(std::span<const std::pair<std::string, std::int64_t>> values) {
-  Result<Plan> plan = Plan::from(values);
-  if (!plan)
-    return plan.status();
-  return std::shared_ptr<const void>(std::make_shared<const Plan>(*plan));
-}
-
 } // namespace
 
 const OpSpec& op() {
@@ -158,7 +152,7 @@ const OpSpec& op() {
                               .check = check,
                               .canonical = canonical,
                               .m_range = m_range,
-                              .bind_plan = bind_plan,
+                              .bind_plan = bound_plan<Plan>,
                               .pack_layout = nullptr,
                               .pack_desc = nullptr,
                               .operations = operations,

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include "jit/bf16.h"
+#include "jit/ops/bound_plan.h"
 
 namespace kiln::int4_mm {
 namespace {
@@ -134,13 +135,6 @@ double bytes(const KernelDesc& d) {
   return 2 * m * k + n * k / 2 + 4 * n * k / static_cast<double>(group_of(d)) + 2 * m * n;
 }
 
-Result<std::shared_ptr<const void>> bind_plan(std::span<const std::pair<std::string, std::int64_t>> values) {
-  Result<Plan> plan = Plan::from(values);
-  if (!plan)
-    return plan.status();
-  return std::shared_ptr<const void>(std::make_shared<const Plan>(*plan));
-}
-
 } // namespace
 
 const OpSpec& op() {
@@ -152,7 +146,7 @@ const OpSpec& op() {
       .check = check,
       .canonical = canonical,
       .m_range = m_range,
-      .bind_plan = bind_plan,
+      .bind_plan = bound_plan<Plan>,
       .pack_layout = [](const void* plan) { return std::string(static_cast<const Plan*>(plan)->layout->id); },
       .pack_desc = pack_desc,
       .operations = operations,

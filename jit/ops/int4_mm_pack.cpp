@@ -49,7 +49,10 @@ constexpr PackLayout kLayouts[] = {
      .n_step = 1},
     {.id = FragmentLayout::kId,
      .number = 1,
-     .w_bytes = [](std::int64_t n, std::int64_t k) { return FragmentLayout{n, k, 64}.weight_bytes(); },
+     .w_bytes =
+         [](std::int64_t n, std::int64_t k) {
+           return FragmentLayout{n, k, 64}.weight_bytes();
+         },
      .sz_bytes =
          [](std::int64_t n, std::int64_t k, std::int64_t group) {
            return FragmentLayout{n, k, group}.scale_bytes();

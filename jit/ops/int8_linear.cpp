@@ -9,6 +9,7 @@
 
 #include "jit/bf16.h"
 #include "jit/f16.h"
+#include "jit/ops/bound_plan.h"
 
 namespace kiln::int8_linear {
 namespace {
@@ -115,13 +116,6 @@ double bytes(const KernelDesc& d) {
          static_cast<double>(bytes_of(y_of(d))) * m * n;
 }
 
-Result<std::shared_ptr<const void>> bind_plan(std::span<const std::pair<std::string, std::int64_t>> values) {
-  Result<Plan> plan = Plan::from(values);
-  if (!plan)
-    return plan.status();
-  return std::shared_ptr<const void>(std::make_shared<const Plan>(*plan));
-}
-
 float element(Float type, const void* x, std::int64_t index) {
   switch (type) {
   case Float::bf16:
@@ -145,7 +139,7 @@ const OpSpec& op() {
       .check = check,
       .canonical = canonical,
       .m_range = m_range,
-      .bind_plan = bind_plan,
+      .bind_plan = bound_plan<Plan>,
       .pack_layout = [](const void* plan) { return static_cast<const Plan*>(plan)->layout.id(); },
       .pack_desc = pack_desc,
       .operations = operations,
@@ -218,6 +212,23 @@ Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> va
       plan.n_step % plan.layout.n_block != 0)
     return Status::error(Code::integrity, "int8_linear: a launch plan with missing, repeated or impossible values");
   return plan;
+}
+
+int8_mm::Epilogue output_of(const KernelDesc& desc) {
+  using int8_mm::CDtype;
+  constexpr CDtype types[] = {CDtype::bf16, CDtype::f16, CDtype::f32};
+  int8_mm::Epilogue epilogue;
+  epilogue.c_dtype = types[static_cast<int>(y_of(desc))];
+  epilogue.rescale = int8_mm::Rescale::scale;
+  return epilogue;
+}
+
+int8_mm::TermsLayout terms_of(const KernelDesc& desc) {
+  int8_mm::TermsLayout terms;
+  terms.offset = TermsLayout::kOffset;
+  terms.multiplier = TermsLayout::kWs;
+  terms.count = TermsLayout::count(desc);
+  return terms;
 }
 
 void make_terms(const KernelDesc& desc, const int8_mm::PackLayout& pack, int q_shift, const std::int32_t* w_sums,

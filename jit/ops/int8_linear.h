@@ -9,6 +9,7 @@
 #include "jit/desc.h"
 #include "jit/op.h"
 #include "jit/ops/int8_mm.h"
+#include "jit/ops/int8_mm_epilogue.h"
 
 /// int8_linear: Y[M,N] = dequant(quant(X[M,K]) · W[K,N]) + bias: activations quantised per row at run time (dynamic
 /// quantisation, as in "LLM.int8()", Dettmers et al. 2022, without its outliers), weights s8 with a scale per column.
@@ -54,6 +55,9 @@ struct TermsLayout {
   static constexpr int kWs = 1, kBias = 2; ///< f32
   static int count(const KernelDesc& desc) { return has_bias(desc) ? 3 : 2; }
 };
+/// The same as what emitters of int8_mm's epilogue take: y's type after an f32 scale, and where its terms lie.
+int8_mm::Epilogue output_of(const KernelDesc& desc);
+int8_mm::TermsLayout terms_of(const KernelDesc& desc);
 /// Terms of columns [0, count), from a panel's first one on; `w_sums`, ws and bias of the first of them. `q_shift`:
 /// what the kernel adds to q.
 void make_terms(const KernelDesc& desc, const int8_mm::PackLayout& pack, int q_shift, const std::int32_t* w_sums,

@@ -7,6 +7,7 @@
 
 #include <fmt/format.h>
 
+#include "jit/ops/bound_plan.h"
 #include "jit/ops/int8_mm_epilogue.h"
 
 namespace kiln::int8_mm {
@@ -233,13 +234,6 @@ double bytes(const KernelDesc& d) {
   return m * k + n * k + Epilogue::of(d).c_bytes() * m * n;
 }
 
-Result<std::shared_ptr<const void>> bind_plan(std::span<const std::pair<std::string, std::int64_t>> values) {
-  Result<Plan> plan = Plan::from(values);
-  if (!plan)
-    return plan.status();
-  return std::shared_ptr<const void>(std::make_shared<const Plan>(*plan));
-}
-
 } // namespace
 
 const OpSpec& op() {
@@ -251,7 +245,7 @@ const OpSpec& op() {
       .check = check,
       .canonical = canonical,
       .m_range = m_range,
-      .bind_plan = bind_plan,
+      .bind_plan = bound_plan<Plan>,
       .pack_layout = [](const void* plan) { return static_cast<const Plan*>(plan)->layout.id(); },
       .pack_desc = pack_desc,
       .operations = operations,

@@ -39,28 +39,8 @@ EpilogueWriter::EpilogueWriter(llvm::IRBuilder<>& ir, const int8_mm::Epilogue& e
                  scalar(offsetof(Scalars, slope_shift), s32));
 }
 
-namespace {
-
-int8_mm::Epilogue output_of(const KernelDesc& linear) {
-  constexpr CDtype types[] = {CDtype::bf16, CDtype::f16, CDtype::f32};
-  int8_mm::Epilogue epilogue;
-  epilogue.c_dtype = types[static_cast<int>(int8_linear::y_of(linear))];
-  epilogue.rescale = Rescale::scale;
-  return epilogue;
-}
-
-int8_mm::TermsLayout terms_of(const KernelDesc& linear) {
-  int8_mm::TermsLayout terms;
-  terms.offset = int8_linear::TermsLayout::kOffset;
-  terms.multiplier = int8_linear::TermsLayout::kWs;
-  terms.count = int8_linear::TermsLayout::count(linear);
-  return terms;
-}
-
-} // namespace
-
 EpilogueWriter::EpilogueWriter(llvm::IRBuilder<>& ir, const KernelDesc& linear, const Target& target, int lanes)
-    : ir_(ir), epilogue_(output_of(linear)), terms_(terms_of(linear)), arch_(target.arch),
+    : ir_(ir), epilogue_(int8_linear::output_of(linear)), terms_(int8_linear::terms_of(linear)), arch_(target.arch),
       lanes_(static_cast<unsigned>(lanes)), dequantises_(true), has_bias_(int8_linear::has_bias(linear)),
       has_fma_(target.arch == Arch::aarch64 || target.features.has(Feature::avx512f)) {}
 
