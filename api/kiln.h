@@ -117,7 +117,7 @@ typedef enum kiln_op {
   KILN_OP_INT8_LINEAR = 2,
   KILN_OP_INT4_MM = 3,
   KILN_OP_FP8_BLOCK_BMM = 4, /* reserved */
-  KILN_OP_ATTENTION = 5      /* reserved */
+  KILN_OP_ATTENTION = 5
 } kiln_op;
 
 typedef enum kiln_device { KILN_DEVICE_CPU = 0, KILN_DEVICE_CUDA = 1 } kiln_device;
@@ -250,6 +250,38 @@ typedef struct kiln_int4_mm_desc {
   int32_t reserved;        /* 0 */
 } kiln_int4_mm_desc;
 #define KILN_INT4_MM_DESC_INIT {{sizeof(kiln_int4_mm_desc), KILN_OP_INT4_MM, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, 128, 0, 0, 0}
+
+/* Which keys a query sees, both counted from 0. */
+typedef enum kiln_causal {
+  KILN_CAUSAL_NONE = 0,        /* all */
+  KILN_CAUSAL_TOP_LEFT = 1,    /* key j when j ≤ query i: prefill of a new sequence */
+  KILN_CAUSAL_BOTTOM_RIGHT = 2 /* j ≤ i + n − m: the queries are the last of n tokens. With kv_len its value stands for n */
+} kiln_causal;
+
+/* attention: O[B,Hq,M,Dv] = softmax(scale · Q[B,Hq,M,D] · K[B,Hkv,N,D]ᵀ, visible keys only) · V[B,Hkv,N,Dv]; all four bf16. Query head h reads the
+ * key and value head h·Hkv/Hq: grouped queries (GQA) for Hkv < Hq, one head for all (MQA) for Hkv = 1. The softmax is the online one (Milakov, Gimelshein:
+ * Online normalizer calculation for softmax, 2018) over tiles of K and V, in the order of FlashAttention-2 (Dao, 2023): nothing of size M·N is kept.
+ * Scores, maxima, sums and the products with V are f32; scale multiplies the f32 scores, never Q; P is rounded to bf16 where the machine multiplies
+ * bf16, and O once at the end.
+ * - d and dv: multiples of 8 from 8 to 256; they may differ (192 and 128 in latent attention). hq is a multiple of hkv. Any m and n from 0 to 2^31 − 1.
+ * - A query that sees no key (n = 0, kv_len 0, or above the first key of KILN_CAUSAL_BOTTOM_RIGHT with m > n) has the row 0 and the lse −inf.
+ * - lse = 1: the natural logarithm of Σ exp(scale · q·k) over the visible keys is returned too, within 1e-3 · max(1, |lse|).
+ * - Keys and values that no query of the call may see are never read, whatever bits are there (a cache's unused capacity, tokens beyond kv_len).
+ * - Within 6e-3 of the exact result (norm of the difference over the norm). The same bits from run to run and for any number of threads;
+ *   batch_invariant = 1: a query's bits do not depend on m either, for one kernel for all m, which is slower with few of them.
+ * d, dv, hq/hkv, causal, lse and the class of m are the kernel's; b, hkv, n, m within its class, strides, kv_len and scale are the call's: a model has one
+ * kernel for each class. b, m and n may be KILN_ANY. The classes of m are 1; 2; 3–4; 5–8; 9–12 as far as m·hq/hkv is at most 12, and all that is more, for
+ * which KILN_ANY stands. CPUs only. */
+typedef struct kiln_attention_desc {
+  kiln_desc base;
+  int64_t b, hq, hkv, m, n, d, dv;
+  int32_t causal;          /* kiln_causal */
+  int32_t lse;             /* 0 or 1: whether there is one */
+  int32_t batch_invariant; /* 0 or 1 */
+  int32_t reserved;        /* 0 */
+} kiln_attention_desc;
+#define KILN_ATTENTION_DESC_INIT \
+  {{sizeof(kiln_attention_desc), KILN_OP_ATTENTION, KILN_DEVICE_CPU, 0, 0}, 1, 0, 0, 0, 0, 0, 0, KILN_CAUSAL_NONE, 0, 0, 0}
 
 /* ---------------------------------------------------------------- kernels */
 
@@ -416,6 +448,40 @@ typedef struct kiln_int4_mm_args {
   uint64_t workspace_bytes; /* ≥ what kiln_workspace_bytes tells for the same args */
 } kiln_int4_mm_args;
 #define KILN_INT4_MM_ARGS_INIT {{sizeof(kiln_int4_mm_args), KILN_OP_INT4_MM, 0}, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+
+/* In elements: from a batch, head or row of a tensor [b][heads][rows][columns] to the next. The columns of a row follow one another. Each is, where there is
+ * more than one, at least the columns of a row; of q, k and v it may also be 0, which reads the same again. Any order: [b][rows][heads][columns] has a row
+ * stride of heads·columns and a head stride of columns; a cache with room for more than n keys has the head stride of its capacity. */
+typedef struct kiln_attention_strides {
+  int64_t batch, head, row;
+} kiln_attention_strides;
+
+/* One call: o and, with a desc of lse = 1, lse. The output's memory, from its first element to its last, holds nothing of any other tensor of the call, and
+ * no two rows of o overlap: else KILN_INVALID_ARGUMENT. Each pointer is aligned to its elements; NULL is for tensors without elements. Everything is
+ * the caller's, read or written during the call only. */
+typedef struct kiln_attention_args {
+  kiln_args base;
+  int64_t b;       /* batches */
+  int64_t hq, hkv; /* in the kernel's ratio */
+  int64_t m;       /* queries, of those that the kernel serves; m = 0 does nothing */
+  int64_t n;       /* keys; with kv_len the greatest that it may hold */
+  const void* q;   /* bf16 [b][hq][m][d] */
+  kiln_attention_strides q_strides;
+  const void* k;   /* bf16 [b][hkv][n][d] */
+  kiln_attention_strides k_strides;
+  const void* v;   /* bf16 [b][hkv][n][dv] */
+  kiln_attention_strides v_strides;
+  void* o;         /* bf16 [b][hq][m][dv] */
+  kiln_attention_strides o_strides;
+  float* lse;            /* [b][hq][m], contiguous, with a desc of lse = 1, else NULL */
+  const int32_t* kv_len; /* NULL: n keys. Else [b], 0 to n: keys from there on are invisible */
+  float scale;           /* 0: 1/√d. Else finite and above 0 */
+  int32_t reserved;      /* 0 */
+  void* workspace;       /* NULL: a per-thread arena of Kiln's. Else 64-byte aligned, for this call alone */
+  uint64_t workspace_bytes; /* ≥ what kiln_workspace_bytes tells for the same args */
+} kiln_attention_args;
+#define KILN_ATTENTION_ARGS_INIT \
+  {{sizeof(kiln_attention_args), KILN_OP_ATTENTION, 0}, 0, 0, 0, 0, 0, 0, {0, 0, 0}, 0, {0, 0, 0}, 0, {0, 0, 0}, 0, {0, 0, 0}, 0, 0, 0, 0, 0, 0}
 
 /* Runs; returns when the output is complete (a GPU kernel: when it is on the stream). No lock, lookup or allocation (the first call of a thread may grow its arena).
  * KILN_OUT_OF_MEMORY, when a thread's arena cannot grow, may leave part of the output written; with a workspace it does not occur. */

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <random>
 #include <vector>
@@ -375,62 +376,110 @@ KernelRef kernel_of(Engine& engine, const KernelDesc& desc) {
 
 TEST_CASE("a bad argument is named, and nothing is written") {
   const std::unique_ptr<Engine> engine = engine_for(IsaPath::reference, 1);
-  Problem p(2, 4, 2, 3, 5, 16, 8);
-  KernelDesc with_lse = p.desc();
-  with_lse.value[attention::kLse] = 1;
-  const KernelRef kernel = kernel_of(*engine, p.desc()), lse_kernel = kernel_of(*engine, with_lse);
-  std::int32_t kv_len[] = {5, 6};
-  const auto refused = [&](const KernelRef& of, auto change, std::string_view because) {
-    Args args = p.args();
-    change(args);
-    const Status status = attention::run(*of, args);
-    INFO(std::string(because), " | ", status.message());
-    CHECK(status.code() == Code::invalid_argument);
-    CHECK(status.message().find(because) != std::string::npos);
-    CHECK(std::all_of(p.o.begin(), p.o.end(), [](std::uint16_t bits) { return bits == Tensor::kFiller; }));
+  // q, k, v, o and lse one after the other, so that moving one by some elements makes it overlap its neighbour.
+  constexpr std::int64_t kB = 2, kHq = 4, kHkv = 2, kM = 3, kN = 5, kD = 16, kDv = 8;
+  std::vector<std::uint16_t> memory(4096, Tensor::kFiller);
+  std::uint16_t *const q = memory.data() + 64, *const k = q + kB * kHq * kM * kD, *const v = k + kB * kHkv * kN * kD,
+                       *const o = v + kB * kHkv * kN * kDv, *const lse = o + kB * kHq * kM * kDv;
+  const auto desc_with = [&](std::int64_t with_lse) {
+    KernelDesc desc = attention::make_desc(kB, kHq, kHkv, kM, kN, kD, kDv);
+    desc.value[attention::kLse] = with_lse;
+    return desc;
   };
-  refused(
-      kernel, [](Args& a) { a.hq = 6; }, "hq is 6: allowed is 4");
-  refused(
-      kernel, [](Args& a) { a.n = -1; }, "n is -1");
-  refused(
-      kernel, [](Args& a) { a.b = -1; }, "b is -1");
-  refused(
-      kernel, [](Args& a) { a.m = 30; }, "m is 30: allowed is 3 to 4");
-  refused(
-      kernel, [](Args& a) { a.q = nullptr; }, "q is null: allowed is a 2 x 4 x 3 x 16 tensor");
-  refused(
-      kernel, [](Args& a) { a.o = nullptr; }, "o is null");
-  refused(
-      kernel, [](Args& a) { a.k_strides.column = 2; }, "k's innermost stride is 2: allowed is 1");
-  refused(
-      kernel, [](Args& a) { a.v_strides.row = -8; }, "v's row stride is -8: allowed is 0 or more");
-  refused(
-      kernel, [](Args& a) { a.o_strides.row = 7; }, "o's strides is 96, 24, 7");
-  refused(
-      kernel, [](Args& a) { a.o_strides.head = 0; }, "no two rows of o overlap");
-  refused(
-      kernel, [&](Args& a) { a.o = p.v.data(); }, "o is in memory that v spans");
-  refused(
-      kernel, [&](Args& a) { a.q = p.o.data(); }, "o is in memory that q spans");
-  refused(
-      kernel, [](Args& a) { a.scale = -1.0f; }, "scale is -1: allowed is a finite number, 0 or more");
-  refused(
-      kernel, [](Args& a) { a.scale = std::numeric_limits<float>::quiet_NaN(); }, "scale is nan");
-  refused(
-      kernel, [&](Args& a) { a.kv_len = kv_len; }, "kv_len[1] is 6: allowed is 0 to n, 5");
-  refused(
-      kernel, [&](Args& a) { a.lse = p.lse.data(); }, "lse is given: allowed is null");
-  refused(
-      lse_kernel, [](Args&) {}, "lse is null: allowed is a 2 x 4 x 3 tensor");
-  refused(
-      kernel, [](Args& a) { a.threads = -1; }, "threads is -1");
-  alignas(64) char workspace[64];
-  refused(
-      kernel, [&](Args& a) { a.workspace = workspace + 1; }, "64-byte aligned");
+  const KernelRef kernel = kernel_of(*engine, desc_with(0)), lse_kernel = kernel_of(*engine, desc_with(1));
+  const auto good = [&](bool with_lse) {
+    Args a{.b = kB, .hq = kHq, .hkv = kHkv, .m = kM, .n = kN};
+    a.q = q;
+    a.q_strides = Strides::contiguous(kHq, kM, kD);
+    a.k = k;
+    a.k_strides = Strides::contiguous(kHkv, kN, kD);
+    a.v = v;
+    a.v_strides = Strides::contiguous(kHkv, kN, kDv);
+    a.o = o;
+    a.o_strides = Strides::contiguous(kHq, kM, kDv);
+    a.lse = with_lse ? reinterpret_cast<float*>(lse) : nullptr;
+    return a;
+  };
+  constexpr std::int64_t kHuge = std::int64_t{1} << 60;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNaN = std::numeric_limits<float>::quiet_NaN();
+  std::int32_t too_long[] = {5, 6}, negative[] = {0, -1};
+  alignas(64) char workspace[128];
+  const struct {
+    std::function<void(Args&)> change;
+    std::string_view because;
+    bool with_lse = false;
+  } calls[] = {
+      {[](Args& a) { a.hq = 6; }, "hq is 6: allowed is 4"},
+      {[](Args& a) { a.hkv = 3; }, "hq is 4: allowed is 6"},
+      {[](Args& a) { a.n = -1; }, "n is -1"},
+      {[](Args& a) { a.b = -1; }, "b is -1"},
+      {[](Args& a) { a.m = 30; }, "m is 30: allowed is 3 to 4"},
+      {[](Args& a) { a.m = -3; }, "m is -3: allowed is 3 to 4"},
+      {[](Args& a) { a.b = a.n = (std::int64_t{1} << 31) - 1; }, "b·hq·max(m, n) is 2147483647 * 4 * 2147483647"},
+      {[](Args& a) { a.q = nullptr; }, "q is null: allowed is a 2 x 4 x 3 x 16 tensor"},
+      {[](Args& a) { a.k = nullptr; }, "k is null: allowed is a 2 x 2 x 5 x 16 tensor"},
+      {[](Args& a) { a.v = nullptr; }, "v is null: allowed is a 2 x 2 x 5 x 8 tensor"},
+      {[](Args& a) { a.o = nullptr; }, "o is null: allowed is a 2 x 4 x 3 x 8 tensor"},
+      {[&](Args& a) { a.q = reinterpret_cast<std::uint16_t*>(workspace + 1); },
+       "allowed is an address that is a multiple of 2"},
+      {[&](Args& a) { a.lse = reinterpret_cast<float*>(workspace + 2); }, "lse is 0x", true},
+      {[&](Args& a) { a.kv_len = reinterpret_cast<std::int32_t*>(workspace + 1); }, "kv_len is 0x"},
+      {[](Args& a) { a.q_strides.column = 2; }, "q's innermost stride is 2: allowed is 1"},
+      {[](Args& a) { a.k_strides.column = 2; }, "k's innermost stride is 2: allowed is 1"},
+      {[](Args& a) { a.v_strides.column = 0; }, "v's innermost stride is 0: allowed is 1"},
+      {[](Args& a) { a.o_strides.column = 3; }, "o's innermost stride is 3: allowed is 1"},
+      {[](Args& a) { a.v_strides.row = -8; },
+       "v's row stride is -8: allowed is 8 or more, the elements of a row, or 0"},
+      {[](Args& a) { a.q_strides.row = 15; }, "q's row stride is 15: allowed is 16 or more"},
+      {[](Args& a) { a.k_strides.head = 1; }, "k's head stride is 1: allowed is 16 or more"},
+      {[](Args& a) { a.v_strides.batch = 7; }, "v's batch stride is 7: allowed is 8 or more"},
+      {[](Args& a) { a.o_strides.row = 7; }, "o's row stride is 7: allowed is 8 or more"},
+      {[](Args& a) { a.o_strides.head = 0; }, "o's head stride is 0: allowed is 8 or more, the elements of a row"},
+      {[](Args& a) { a.o_strides.batch = 16; },
+       "o's strides is 16, 24, 8: allowed is strides by which no two rows of o overlap"},
+      {[](Args& a) { a.q_strides.batch = kHuge + 1; }, "a tensor within 2^60 elements"},
+      // Overlapping in whole, and by the last row or the first.
+      {[&](Args& a) { a.o = v; }, "o is in memory that v spans: allowed is memory of its own"},
+      {[&](Args& a) { a.q = o; }, "o is in memory that q spans"},
+      {[&](Args& a) { a.o = o - 1; }, "o is in memory that v spans"},
+      {[&](Args& a) { a.o = q - 1 - (lse - o) + 8; }, "o is in memory that q spans"},
+      {[&](Args& a) { a.k = o + 8; }, "o is in memory that k spans"},
+      {[&](Args& a) { a.lse = reinterpret_cast<float*>(lse - 2); }, "lse is in memory that o spans", true},
+      {[&](Args& a) { a.lse = reinterpret_cast<float*>(k); }, "lse is in memory that k spans", true},
+      {[&](Args& a) { a.kv_len = reinterpret_cast<std::int32_t*>(o + 4); }, "o is in memory that kv_len spans"},
+      {[](Args& a) { a.scale = -1.0f; }, "scale is -1: allowed is a finite number, 0 or more"},
+      {[=](Args& a) { a.scale = kNaN; }, "scale is nan"},
+      {[=](Args& a) { a.scale = kInfinity; }, "scale is inf"},
+      {[=](Args& a) { a.scale = -kInfinity; }, "scale is -inf"},
+      {[&](Args& a) { a.kv_len = too_long; }, "kv_len[1] is 6: allowed is 0 to n, 5"},
+      {[&](Args& a) { a.kv_len = negative; }, "kv_len[1] is -1: allowed is 0 to n, 5"},
+      {[&](Args& a) { a.lse = reinterpret_cast<float*>(lse); }, "lse is given: allowed is null, as lse=0 says"},
+      {[](Args& a) { a.lse = nullptr; }, "lse is null: allowed is a 2 x 4 x 3 tensor, which lse=1 asks for", true},
+      {[](Args& a) { a.threads = -1; }, "threads is -1"},
+      {[&](Args& a) { a.workspace = workspace + 1; }, "64-byte aligned"},
+      {[&](Args& a) { a.workspace = workspace; }, "workspace_bytes is 0: allowed is", true},
+  };
+  const std::vector<std::uint16_t> before = memory;
+  for (const auto& call : calls) {
+    Args args = good(call.with_lse);
+    call.change(args);
+    const Status status = attention::run(call.with_lse ? *lse_kernel : *kernel, args);
+    INFO(std::string(call.because), " | ", status.message());
+    CHECK(status.code() == Code::invalid_argument);
+    CHECK(status.message().starts_with("attention: "));
+    CHECK(status.message().find(call.because) != std::string::npos);
+    CHECK(memory == before);
+  }
+  CHECK_FALSE(attention::workspace_bytes(*kernel, {.b = 1 << 30, .hq = 4, .hkv = 2, .m = 3, .n = 1 << 30}).is_ok());
 
   const std::pair<const char*, const char*> descs[] = {
       {"attention hq=1 hkv=1 m=1 n=1 d=12 dv=8", "d=12: allowed is a multiple of 8"},
+      {"attention hq=1 hkv=1 m=1 n=1 d=8 dv=20", "dv=20: allowed is a multiple of 8 from 8 to 256"},
+      {"attention hq=1 hkv=1 m=1 n=1 d=0 dv=8", "d=0: allowed is an integer from 8 to 256"},
+      {"attention hq=1 hkv=1 m=1 n=1 d=257 dv=8", "d=257: allowed is an integer from 8 to 256"},
+      {"attention hq=1 hkv=1 m=1 n=1 d=8 dv=8 causal=left",
+       "causal=left: allowed is one of none, top_left, bottom_right"},
+      {"attention hq=1 hkv=1 m=1 n=1 d=8 dv=8 lse=2", "lse=2: allowed is an integer from 0 to 1"},
       {"attention hq=1 hkv=1 m=1 n=1 d=8 dv=264", "dv=264: allowed is an integer from 8 to 256"},
       {"attention hq=3 hkv=2 m=1 n=1 d=8 dv=8", "hq=3: allowed is a multiple of hkv, 2"},
       {"attention hq=1 hkv=0 m=1 n=1 d=8 dv=8", "hq=1: allowed is a multiple of hkv, 0"},

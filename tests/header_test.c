@@ -72,6 +72,13 @@ static int structs_begin_with_their_size(void) {
   CHECK(offsetof(kiln_int8_mm_args, base) == 0 && offsetof(kiln_args, size) == 0);
   CHECK(args.base.size == sizeof args && args.base.op == KILN_OP_INT8_MM && args.b_layout == KILN_B_NK);
   CHECK(args.workspace == NULL && args.workspace_bytes == 0);
+  kiln_attention_desc attention = KILN_ATTENTION_DESC_INIT;
+  kiln_attention_args call = KILN_ATTENTION_ARGS_INIT;
+  CHECK(offsetof(kiln_attention_desc, base) == 0 && offsetof(kiln_attention_args, base) == 0);
+  CHECK(attention.base.size == sizeof attention && attention.base.op == KILN_OP_ATTENTION && attention.b == 1);
+  CHECK(attention.causal == KILN_CAUSAL_NONE && attention.lse == 0 && attention.reserved == 0);
+  CHECK(call.base.size == sizeof call && call.base.op == KILN_OP_ATTENTION && call.scale == 0 && call.o_strides.row == 0);
+  CHECK(call.kv_len == NULL && call.workspace == NULL && call.workspace_bytes == 0);
   CHECK(stats.size == sizeof stats && stats.cache_errors == 0);
   return 0;
 }

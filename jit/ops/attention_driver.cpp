@@ -9,16 +9,16 @@
 #include <fmt/format.h>
 
 #include "jit/bf16.h"
+#include "jit/ops/call_checks.h"
 
 namespace kiln::attention {
 namespace {
 
 // ---------------------------------------------------------------- checks
 
-Status bad(std::string_view argument, std::string_view given, std::string_view allowed) {
-  return Status::error(Code::invalid_argument,
-                       fmt::format("attention: {} is {}: allowed is {}", argument, given, allowed));
-}
+constexpr BadArgument bad{"attention"};
+
+constexpr double kMostRows = 0x1p52; ///< of a tensor: 2^61 bytes with the greatest head size
 
 struct Extents {
   std::int64_t batches, heads, rows, columns;
@@ -30,7 +30,9 @@ std::int64_t span_of(const Extents& e, const Strides& s) {
   return e.empty() ? 0 : (e.batches - 1) * s.batch + (e.heads - 1) * s.head + (e.rows - 1) * s.row + e.columns;
 }
 
-Status check_tensor(std::string_view name, const void* data, const Extents& e, const Strides& s) {
+/// Of an input any stride may be 0: the same is read again.
+Status check_tensor(std::string_view name, const void* data, const Extents& e, const Strides& s,
+                    bool is_output = false) {
   if (s.column != 1)
     return bad(fmt::format("{}'s innermost stride", name), std::to_string(s.column), "1");
   double span = 0;
@@ -39,8 +41,10 @@ Status check_tensor(std::string_view name, const void* data, const Extents& e, c
     std::int64_t extent, stride;
   } dimensions[] = {{"batch", e.batches, s.batch}, {"head", e.heads, s.head}, {"row", e.rows, s.row}};
   for (const auto& dimension : dimensions) {
-    if (dimension.stride < 0)
-      return bad(fmt::format("{}'s {} stride", name, dimension.what), std::to_string(dimension.stride), "0 or more");
+    const bool reads_again = dimension.stride == 0 && !is_output;
+    if (dimension.stride < 0 || (dimension.extent > 1 && dimension.stride < e.columns && !reads_again))
+      return bad(fmt::format("{}'s {} stride", name, dimension.what), std::to_string(dimension.stride),
+                 fmt::format("{} or more, the elements of a row{}", e.columns, is_output ? "" : ", or 0"));
     span +=
         static_cast<double>(std::max<std::int64_t>(dimension.extent, 1) - 1) * static_cast<double>(dimension.stride);
   }
@@ -49,7 +53,7 @@ Status check_tensor(std::string_view name, const void* data, const Extents& e, c
                "a tensor within 2^60 elements");
   if (data == nullptr && !e.empty())
     return bad(name, "null", fmt::format("a {} x {} x {} x {} tensor", e.batches, e.heads, e.rows, e.columns));
-  return {};
+  return check_aligned(bad, name, data, sizeof(std::uint16_t));
 }
 
 /// Whether each row of the tensor lies apart from every other: dimension by dimension from the smallest stride on.
@@ -93,14 +97,16 @@ Status check_sizes(const Kernel& kernel, const Args& a) {
     if (size.value < 0 || size.value > field.max)
       return bad(field.name, std::to_string(size.value), fmt::format("0 to {}", field.max));
   }
-  const MRange range = kernel.m_range();
-  if (a.m != 0 && (a.m < range.min || a.m > range.max))
-    return bad("m", std::to_string(a.m),
-               fmt::format("{} to {}, the queries that this kernel serves (or 0)", range.min, range.max));
+  if (Status s = check_m(kernel, a.m, "queries"); !s)
+    return s;
   const std::int64_t group = group_of(desc);
   if (a.hq != a.hkv * group)
     return bad("hq", std::to_string(a.hq),
                fmt::format("{}, this kernel's group of {} for each of hkv={}", a.hkv * group, group, a.hkv));
+  // As in the desc's check: what is computed from the sizes stays within an int64.
+  const double rows = static_cast<double>(a.b) * static_cast<double>(a.hq) * static_cast<double>(std::max(a.m, a.n));
+  if (rows > kMostRows)
+    return bad("b·hq·max(m, n)", fmt::format("{} * {} * {}", a.b, a.hq, std::max(a.m, a.n)), "2^52 or less");
   return {};
 }
 
@@ -116,7 +122,7 @@ Status check_args(const Kernel& kernel, const Args& a) {
     return s;
   if (Status s = check_tensor("v", a.v, v, a.v_strides); !s)
     return s;
-  if (Status s = check_tensor("o", a.o, o, a.o_strides); !s)
+  if (Status s = check_tensor("o", a.o, o, a.o_strides, true); !s)
     return s;
   if (!o.empty() && !rows_lie_apart(o, a.o_strides))
     return bad("o's strides", fmt::format("{}, {}, {}", a.o_strides.batch, a.o_strides.head, a.o_strides.row),
@@ -126,6 +132,10 @@ Status check_args(const Kernel& kernel, const Args& a) {
     return bad("lse", "null", fmt::format("a {} x {} x {} tensor, which lse=1 asks for", a.b, a.hq, a.m));
   if (desc.value[kLse] == 0 && a.lse != nullptr)
     return bad("lse", "given", "null, as lse=0 says");
+  if (Status s = check_aligned(bad, "lse", a.lse, sizeof(float)); !s)
+    return s;
+  if (Status s = check_aligned(bad, "kv_len", a.kv_len, sizeof(std::int32_t)); !s)
+    return s;
   const Memory outputs[] = {{"o", a.o, span_of(o, a.o_strides) * 2}, {"lse", a.lse, a.lse == nullptr ? 0 : rows * 4}};
   const Memory inputs[] = {{"q", a.q, span_of(q, a.q_strides) * 2},
                            {"k", a.k, span_of(k, a.k_strides) * 2},
@@ -143,9 +153,7 @@ Status check_args(const Kernel& kernel, const Args& a) {
         return bad(fmt::format("kv_len[{}]", i), std::to_string(a.kv_len[i]), fmt::format("0 to n, {}", a.n));
   if (a.scale && !(*a.scale >= 0 && std::isfinite(*a.scale)))
     return bad("scale", fmt::format("{}", *a.scale), "a finite number, 0 or more");
-  if (a.threads < 0)
-    return bad("threads", std::to_string(a.threads), "0 or more");
-  return {};
+  return check_threads(kernel, a.threads);
 }
 
 float scale_of(const Args& args, std::int64_t d) {
@@ -381,11 +389,8 @@ Status run(const Kernel& kernel, const Args& args) {
              .partials = nullptr};
   std::uint8_t* shared = static_cast<std::uint8_t*>(args.workspace);
   if (args.workspace != nullptr) {
-    if (reinterpret_cast<std::uintptr_t>(args.workspace) % 64 != 0)
-      return bad("workspace", fmt::format("{}", args.workspace), "64-byte aligned memory");
-    const std::uint64_t needed = static_cast<std::uint64_t>(cut.all_bytes());
-    if (args.workspace_bytes < needed)
-      return bad("workspace_bytes", std::to_string(args.workspace_bytes), fmt::format("{} or more", needed));
+    if (Status s = check_workspace(kernel, args.workspace, args.workspace_bytes, cut.all_bytes()); !s)
+      return s;
   } else {
     shared =
         static_cast<std::uint8_t*>(thread_scratch(static_cast<std::size_t>(cut.shared_bytes() + cut.worker_bytes)));

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "jit/cuda/call.h"
+#include "jit/ops/call_checks.h"
 #include "jit/pack_file.h"
 #include "jit/pages.h"
 
@@ -15,18 +16,13 @@ namespace {
 
 constexpr std::int64_t kMaxSize = (std::int64_t{1} << 31) - 1;
 
-Status bad(std::string_view argument, std::string_view given, std::string_view allowed) {
-  return Status::error(Code::invalid_argument,
-                       fmt::format("int4_mm: {} is {}: allowed is {}", argument, given, allowed));
-}
+constexpr BadArgument bad{"int4_mm"};
 
 Status check_args(const Kernel& kernel, const Plan& plan, const Args& args) {
   const KernelDesc& desc = kernel.desc();
   const std::int64_t n = desc.value[kN], k = desc.value[kK], group = group_of(desc);
-  const MRange range = kernel.m_range();
-  if (args.m != 0 && (args.m < range.min || args.m > range.max))
-    return bad("m", std::to_string(args.m),
-               fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, range.max));
+  if (Status s = check_m(kernel, args.m); !s)
+    return s;
   const auto check_stride = [](std::string_view name, std::int64_t stride, std::int64_t columns) {
     return stride >= columns && stride <= kMaxSize
                ? Status()
@@ -36,8 +32,8 @@ Status check_args(const Kernel& kernel, const Plan& plan, const Args& args) {
     return s;
   if (Status s = check_stride("ldy", args.ldy, n); !s)
     return s;
-  if (args.threads < 0)
-    return bad("threads", std::to_string(args.threads), "0 or more");
+  if (Status s = check_threads(kernel, args.threads); !s)
+    return s;
   if (args.pack == nullptr)
     return bad("w_pack", "null", "a pack of these weights");
   const Pack& pack = *args.pack;
@@ -187,10 +183,8 @@ Status run(const Kernel& kernel, const Args& args) {
 
 Result<std::uint64_t> workspace_bytes(const Kernel& kernel, const Args& args) {
   const Plan& plan = *static_cast<const Plan*>(kernel.plan());
-  const MRange range = kernel.m_range();
-  if (args.m != 0 && (args.m < range.min || args.m > range.max))
-    return bad("m", std::to_string(args.m),
-               fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, range.max));
+  if (Status s = check_m(kernel, args.m); !s)
+    return s;
   const std::int64_t n = kernel.desc().value[kN];
   if (args.m == 0 || n == 0 || kernel.cuda_module() == nullptr || !plan.launch)
     return std::uint64_t{0};

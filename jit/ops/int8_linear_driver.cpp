@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include "jit/floating_point.h"
+#include "jit/ops/call_checks.h"
 #include "jit/ops/int8_cut.h"
 
 namespace kiln::int8_linear {
@@ -19,16 +20,7 @@ using int8_mm::round_up;
 
 // ---------------------------------------------------------------- checks
 
-Status bad(std::string_view argument, std::string_view given, std::string_view allowed) {
-  return Status::error(Code::invalid_argument,
-                       fmt::format("int8_linear: {} is {}: allowed is {}", argument, given, allowed));
-}
-
-Status check_aligned(std::string_view name, const void* data, std::int64_t alignment) {
-  if (reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(alignment) != 0)
-    return bad(name, fmt::format("{}", data), fmt::format("an address that is a multiple of {}", alignment));
-  return {};
-}
+constexpr BadArgument bad{"int8_linear"};
 
 Status check_matrix(std::string_view name, std::string_view stride_name, const void* data, Float type,
                     std::int64_t rows, std::int64_t columns, std::int64_t stride) {
@@ -38,22 +30,13 @@ Status check_matrix(std::string_view name, std::string_view stride_name, const v
     return bad(stride_name, std::to_string(stride), fmt::format("a matrix of at most 2^59 elements in {} rows", rows));
   if (data == nullptr && rows > 0 && columns > 0)
     return bad(name, "null", fmt::format("a {} x {} matrix", rows, columns));
-  return check_aligned(name, data, bytes_of(type));
+  return check_aligned(bad, name, data, bytes_of(type));
 }
 
 Status check_vector(std::string_view name, const float* data, std::int64_t count) {
   if (data == nullptr && count > 0)
     return bad(name, "null", fmt::format("{} floats", count));
-  return check_aligned(name, data, sizeof(float));
-}
-
-/// Of the kernel's class, and a size at all: all that is computed from m below then stays within an int64.
-Status check_m(const Kernel& kernel, std::int64_t m) {
-  const MRange range = kernel.m_range();
-  if (m != 0 && (m < range.min || m > range.max))
-    return bad("m", std::to_string(m),
-               fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, range.max));
-  return {};
+  return check_aligned(bad, name, data, sizeof(float));
 }
 
 Status check_pack(const Plan& plan, const Pack* pack, std::int64_t n, std::int64_t k) {
@@ -89,9 +72,7 @@ Status check_args(const Kernel& kernel, const Plan& plan, const Args& args) {
   if (has_bias(desc))
     if (Status s = check_vector("bias", args.bias, n); !s)
       return s;
-  if (args.threads < 0)
-    return bad("threads", std::to_string(args.threads), "0 or more");
-  return {};
+  return check_threads(kernel, args.threads);
 }
 
 // ---------------------------------------------------------------- cutting a call into ranges
@@ -297,11 +278,8 @@ Status run(const Kernel& kernel, const Args& args) {
              .cut = cut_call(kernel, plan, args),
              .parallel = kernel.runtime().parallel};
   if (args.workspace != nullptr) {
-    if (reinterpret_cast<std::uintptr_t>(args.workspace) % 64 != 0)
-      return bad("workspace", fmt::format("{}", args.workspace), "64-byte aligned memory");
-    const std::uint64_t needed = static_cast<std::uint64_t>(run.cut.bytes());
-    if (args.workspace_bytes < needed)
-      return bad("workspace_bytes", std::to_string(args.workspace_bytes), fmt::format("{} or more", needed));
+    if (Status s = check_workspace(kernel, args.workspace, args.workspace_bytes, run.cut.bytes()); !s)
+      return s;
     run.shared_rows = static_cast<std::uint8_t*>(args.workspace);
     run.workspaces = run.shared_rows + (run.cut.shared ? run.cut.rows_bytes : 0);
     run.all();

@@ -10,6 +10,7 @@
 #include <fmt/format.h>
 
 #include "jit/cuda/call.h"
+#include "jit/ops/call_checks.h"
 #include "jit/ops/int8_cut.h"
 #include "jit/pack_file.h"
 #include "jit/pages.h"
@@ -19,10 +20,7 @@ namespace {
 
 // ---------------------------------------------------------------- checks
 
-Status bad(std::string_view argument, std::string_view given, std::string_view allowed) {
-  return Status::error(Code::invalid_argument,
-                       fmt::format("int8_mm: {} is {}: allowed is {}", argument, given, allowed));
-}
+constexpr BadArgument bad{"int8_mm"};
 
 /// A matrix argument of `rows` rows: present, and with a stride of at least its row length.
 Status check_matrix(std::string_view name, std::string_view stride_name, const void* data, std::int64_t rows,
@@ -55,15 +53,6 @@ Status check_pack(const Plan& plan, const Pack& pack, Device device, BDtype b_dt
   return {};
 }
 
-/// Of the kernel's class, and a size at all: all that is computed from m below then stays within an int64.
-Status check_m(const Kernel& kernel, std::int64_t m) {
-  const MRange range = kernel.m_range();
-  if (m != 0 && (m < range.min || m > range.max))
-    return bad("m", std::to_string(m),
-               fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, range.max));
-  return {};
-}
-
 Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std::int64_t n, std::int64_t k) {
   if (Status s = check_m(kernel, args.m); !s)
     return s;
@@ -71,8 +60,8 @@ Status check_args(const Kernel& kernel, const Plan& plan, const Args& args, std:
     return s;
   if (Status s = check_matrix("c", "ldc", args.c, args.m, n, args.ldc); !s)
     return s;
-  if (args.threads < 0)
-    return bad("threads", std::to_string(args.threads), "0 or more");
+  if (Status s = check_threads(kernel, args.threads); !s)
+    return s;
   if (args.pack != nullptr)
     return args.b == nullptr ? check_pack(plan, *args.pack, kernel.desc().device,
                                           static_cast<BDtype>(kernel.desc().value[kBDtype]), n, k)
@@ -338,11 +327,10 @@ Status run(const Kernel& kernel, const Args& args) {
              epilogue,
              scalars_of(epilogue, args.values)};
   if (args.workspace != nullptr) {
-    if (reinterpret_cast<std::uintptr_t>(args.workspace) % 64 != 0)
-      return bad("workspace", fmt::format("{}", args.workspace), "64-byte aligned memory");
-    const std::uint64_t needed = static_cast<std::uint64_t>(run.cut.tasks() * run.cut.task_bytes());
-    if (args.workspace_bytes < needed)
-      return bad("workspace_bytes", std::to_string(args.workspace_bytes), fmt::format("{} or more", needed));
+    if (Status s =
+            check_workspace(kernel, args.workspace, args.workspace_bytes, run.cut.tasks() * run.cut.task_bytes());
+        !s)
+      return s;
   }
   if (run.cut.tasks() == 1)
     run.task(0);
