@@ -1,4 +1,5 @@
 /* The whole C API from C: every call, the growth rule of its structs, and what bad arguments are told. */
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -414,6 +415,243 @@ static void test_linear(kiln_engine* engine) {
   kiln_pack_release(pack_of_mm);
 }
 
+static uint16_t bf16_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+static float of_bf16(uint16_t value) {
+  const uint32_t bits = (uint32_t)value << 16;
+  float out;
+  memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+enum { AB = 2, HQ = 4, HKV = 2, AM = 3, AN = 5, CAPACITY = 9, AD = 24, ADV = 16 };
+/* q and o as [b][m][heads][columns], k and v as caches with room for more keys, which hold NaNs */
+static uint16_t aq[AB][AM][HQ][AD], ak[AB][HKV][CAPACITY][AD], av[AB][HKV][CAPACITY][ADV], ao[AB][AM][HQ][ADV];
+static float alse[AB][HQ][AM];
+
+static kiln_attention_desc attention_desc(void) {
+  kiln_attention_desc desc = KILN_ATTENTION_DESC_INIT;
+  desc.b = AB;
+  desc.hq = HQ;
+  desc.hkv = HKV;
+  desc.m = AM;
+  desc.n = AN;
+  desc.d = AD;
+  desc.dv = ADV;
+  return desc;
+}
+
+static kiln_attention_args attention_args(void) {
+  kiln_attention_args args = KILN_ATTENTION_ARGS_INIT;
+  args.b = AB;
+  args.hq = HQ;
+  args.hkv = HKV;
+  args.m = AM;
+  args.n = AN;
+  args.q = aq;
+  args.q_strides = (kiln_attention_strides){AM * HQ * AD, AD, HQ * AD};
+  args.k = ak;
+  args.k_strides = (kiln_attention_strides){HKV * CAPACITY * AD, CAPACITY * AD, AD};
+  args.v = av;
+  args.v_strides = (kiln_attention_strides){HKV * CAPACITY * ADV, CAPACITY * ADV, ADV};
+  args.o = ao;
+  args.o_strides = (kiln_attention_strides){AM * HQ * ADV, ADV, HQ * ADV};
+  return args;
+}
+
+/* By definition, in double: whether ao (and alse) are what they should be. */
+static int attention_is_right(int causal, const int32_t* kv_len, double scale, int with_lse) {
+  int wrong = 0;
+  for (int i = 0; i < AB; ++i)
+    for (int head = 0; head < HQ; ++head)
+      for (int m = 0; m < AM; ++m) {
+        const int keys = kv_len != NULL ? kv_len[i] : AN, kv_head = head / (HQ / HKV);
+        const int limit = causal == KILN_CAUSAL_NONE ? keys : causal == KILN_CAUSAL_TOP_LEFT ? m + 1 : keys - AM + m + 1;
+        const int visible = limit < 0 ? 0 : limit < keys ? limit : keys;
+        double sum = 0, o[ADV] = {0}, size = 0, error = 0;
+        for (int n = 0; n < visible; ++n) {
+          double score = 0;
+          for (int d = 0; d < AD; ++d)
+            score += (double)of_bf16(aq[i][m][head][d]) * of_bf16(ak[i][kv_head][n][d]);
+          const double p = exp(score * scale); /* scores are small here */
+          sum += p;
+          for (int d = 0; d < ADV; ++d)
+            o[d] += p * of_bf16(av[i][kv_head][n][d]);
+        }
+        for (int d = 0; d < ADV; ++d) {
+          const double wanted = visible > 0 ? o[d] / sum : 0, found = of_bf16(ao[i][m][head][d]);
+          size += wanted * wanted;
+          error += (found - wanted) * (found - wanted);
+        }
+        wrong += !(sqrt(error) <= 1e-2 * sqrt(size)); /* so few values: twice the bound of the whole */
+        if (with_lse)
+          wrong += visible > 0 ? !(fabs(alse[i][head][m] - log(sum)) <= 1e-3 * fmax(1, fabs(log(sum)))) : alse[i][head][m] != -INFINITY;
+      }
+  return wrong == 0;
+}
+
+static int attention_is_untouched(void) {
+  for (size_t i = 0; i < sizeof ao; ++i)
+    if (((const unsigned char*)ao)[i] != 0x55)
+      return 0;
+  return 1;
+}
+
+static void test_attention(kiln_engine* engine) {
+  memset(ak, 0xFF, sizeof ak);
+  memset(av, 0xFF, sizeof av);
+  for (size_t i = 0; i < sizeof aq / sizeof(uint16_t); ++i)
+    ((uint16_t*)aq)[i] = bf16_of((float)(rand() % 200 - 100) / 100);
+  for (int i = 0; i < AB * HKV; ++i)
+    for (int n = 0; n < AN; ++n) {
+      for (int d = 0; d < AD; ++d)
+        ak[i / HKV][i % HKV][n][d] = bf16_of((float)(rand() % 200 - 100) / 100);
+      for (int d = 0; d < ADV; ++d)
+        av[i / HKV][i % HKV][n][d] = bf16_of((float)(rand() % 200) / 100);
+    }
+  const double default_scale = 1 / sqrt((double)AD);
+  const int32_t kv_len[AB] = {1, 4};
+  kiln_attention_desc desc = attention_desc();
+  kiln_attention_args args = attention_args();
+  kiln_kernel* kernel = NULL;
+  for (int causal = KILN_CAUSAL_NONE; causal <= KILN_CAUSAL_BOTTOM_RIGHT; ++causal)
+    for (int with_lse = 0; with_lse < 2; ++with_lse)
+      for (int with_kv_len = 0; with_kv_len < 2; ++with_kv_len) {
+        desc.causal = causal;
+        desc.lse = with_lse;
+        CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+        args = attention_args();
+        args.kv_len = with_kv_len ? kv_len : NULL;
+        args.lse = with_lse ? &alse[0][0][0] : NULL;
+        memset(ao, 0x55, sizeof ao);
+        CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+        CHECK(attention_is_right(causal, args.kv_len, default_scale, with_lse));
+        args.scale = 0.75f;
+        CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+        CHECK(attention_is_right(causal, args.kv_len, 0.75, with_lse));
+        kiln_kernel_release(kernel);
+      }
+
+  /* one kernel for any b, n and hkv; 1/√d said outright is the same; the caller's workspace */
+  static uint16_t first[AB][AM][HQ][ADV];
+  desc = attention_desc();
+  desc.b = desc.n = KILN_ANY;
+  desc.hq = 2 * HQ;
+  desc.hkv = 2 * HKV;
+  desc.batch_invariant = 1;
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  kiln_kernel_info info = KILN_KERNEL_INFO_INIT;
+  CHECK(kiln_kernel_get_info(kernel, &info) == KILN_OK);
+  CHECK(strcmp(info.op, "attention") == 0 && strcmp(info.pack_layout, "") == 0 && info.m_min == 0 && info.m_max == INT32_MAX);
+  args = attention_args();
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  memcpy(first, ao, sizeof ao);
+  args.scale = (float)default_scale;
+  uint64_t bytes = 0;
+  CHECK(kiln_workspace_bytes(kernel, &args.base, &bytes) == KILN_OK);
+  args.workspace = aligned_alloc(64, (size_t)((bytes + 63) / 64 * 64 + 64));
+  args.workspace_bytes = bytes;
+  memset(ao, 0x55, sizeof ao);
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(memcmp(first, ao, sizeof ao) == 0);
+  free(args.workspace);
+
+  /* batch_invariant: each query by itself has the same bits */
+  for (int m = 0; m < AM; ++m) {
+    args = attention_args();
+    args.m = 1;
+    args.q = &aq[0][m][0][0];
+    args.o = &ao[0][m][0][0];
+    memset(ao, 0x55, sizeof ao);
+    CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+    for (int i = 0; i < AB; ++i)
+      CHECK(memcmp(first[i][m], ao[i][m], sizeof ao[i][m]) == 0);
+  }
+
+  /* nothing to do, and rows that see nothing */
+  memset(ao, 0x55, sizeof ao);
+  args = attention_args();
+  args.m = 0;
+  args.q = args.o = NULL;
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  CHECK(attention_is_untouched());
+  args = attention_args();
+  args.n = 0;
+  args.k = args.v = NULL;
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  for (size_t i = 0; i < sizeof ao; ++i)
+    CHECK(((const unsigned char*)ao)[i] == 0);
+
+  /* what is wrong is named, and nothing is written */
+  memset(ao, 0x55, sizeof ao);
+#define REFUSED(change, part) \
+  do { \
+    args = attention_args(); \
+    change; \
+    CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, part); \
+  } while (0)
+  const int32_t longer[AB] = {0, AN + 1}, negative[AB] = {-1, 0};
+  REFUSED(args.q = NULL, "attention: q is null: allowed is a 2 x 4 x 3 x 24 tensor");
+  REFUSED(args.k = NULL, "attention: k is null");
+  REFUSED(args.v = NULL, "attention: v is null");
+  REFUSED(args.o = NULL, "attention: o is null");
+  REFUSED(args.hq = 5, "attention: hq is 5: allowed is 4");
+  REFUSED(args.n = -1, "attention: n is -1");
+  REFUSED(args.scale = -0.5f, "attention: scale is -0.5: allowed is a finite number");
+  REFUSED(args.scale = NAN, "attention: scale is nan");
+  REFUSED(args.scale = INFINITY, "attention: scale is inf");
+  REFUSED(args.kv_len = longer, "attention: kv_len[1] is 6: allowed is 0 to n, 5");
+  REFUSED(args.kv_len = negative, "attention: kv_len[0] is -1");
+  REFUSED(args.lse = &alse[0][0][0], "attention: lse is given: allowed is null, as lse=0 says");
+  REFUSED(args.o = &aq[1][0][0][0], "attention: o is in memory that q spans");
+  REFUSED(args.k_strides.row = AD - 1, "attention: k's row stride is 23: allowed is 24 or more");
+  REFUSED(args.o_strides.row = 0, "attention: o's row stride is 0: allowed is 16 or more");
+  REFUSED(args.reserved = 1, "attention: reserved is 1: allowed is 0");
+  REFUSED(args.base.op = KILN_OP_INT8_MM, "args.op is 1: the kernel computes attention");
+  REFUSED(args.base.size = 64, "kiln_attention_args.size is 64");
+#undef REFUSED
+  kiln_kernel_release(kernel);
+  desc = attention_desc();
+  desc.lse = 1;
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  args = attention_args();
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "attention: lse is null: allowed is a 2 x 4 x 3 tensor, which lse=1 asks for");
+  kiln_kernel_release(kernel);
+  CHECK(attention_is_untouched());
+
+  const struct {
+    int64_t hq, d, dv;
+    int32_t causal, lse, batch_invariant, reserved;
+    const char* part;
+  } descs[] = {{3, 24, 16, 0, 0, 0, 0, "hq=3: allowed is a multiple of hkv, 2"},
+               {4, 20, 16, 0, 0, 0, 0, "d=20: allowed is a multiple of 8 from 8 to 256"},
+               {4, 24, 264, 0, 0, 0, 0, "dv=264: allowed is an integer from 8 to 256"},
+               {4, 24, 16, 3, 0, 0, 0, "causal is 3: allowed is KILN_CAUSAL_NONE (0)"},
+               {4, 24, 16, 0, 2, 0, 0, "lse is 2: allowed is 0 or 1"},
+               {4, 24, 16, 0, 0, 2, 0, "batch_invariant is 2: allowed is 0 or 1"},
+               {4, 24, 16, 0, 0, 0, 1, "reserved is 1: allowed is 0"}};
+  for (size_t i = 0; i < sizeof descs / sizeof *descs; ++i) {
+    desc = attention_desc();
+    desc.hq = descs[i].hq;
+    desc.d = descs[i].d;
+    desc.dv = descs[i].dv;
+    desc.causal = descs[i].causal;
+    desc.lse = descs[i].lse;
+    desc.batch_invariant = descs[i].batch_invariant;
+    desc.reserved = descs[i].reserved;
+    CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, descs[i].part);
+    CHECK(kernel == NULL);
+  }
+  desc = attention_desc();
+  kiln_pack* pack = NULL;
+  CHECK_ERROR(kiln_pack_create(engine, &desc.base, ak, AD, &pack), KILN_INVALID_ARGUMENT, "attention: it has no weights to pack");
+  CHECK_ERROR(kiln_pack_load(engine, &desc.base, "/nonexistent/x", &pack), KILN_INVALID_ARGUMENT, "attention: it has no weights to pack");
+  CHECK(pack == NULL);
+}
+
 static void test_packs(kiln_engine* engine, const char* directory) {
   kiln_int8_mm_desc desc = the_desc();
   kiln_pack *pack = NULL, *loaded = NULL;
@@ -600,6 +838,7 @@ int main(void) {
   test_run(engine);
   test_descs(engine);
   test_linear(engine);
+  test_attention(engine);
   test_packs(engine, directory);
   test_epilogue(engine, directory);
   test_pack_of_another_layout(&options);
