@@ -36,6 +36,7 @@ struct TensorSpec {
   std::vector<std::int64_t> (*shape)(const KernelDesc&);
   /// Whether the desc has this tensor at all; null: always.
   bool (*present)(const KernelDesc&) = nullptr;
+  bool optional = false; ///< each call has it or not, whatever the desc
 
   bool is_present(const KernelDesc& desc) const { return present == nullptr || present(desc); }
 };

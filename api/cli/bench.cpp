@@ -34,7 +34,7 @@ Result<Exit> bench(const Options& options) {
   const Result<KernelRef> kernel = (*engine)->get(*desc);
   if (!kernel)
     return kernel.status();
-  Result<std::vector<Tensor>> tensors = random_tensors(*desc);
+  Result<std::vector<Tensor>> tensors = random_tensors(*desc, *operands);
   if (!tensors)
     return tensors.status();
   const Result<Invocation> invocation = runner_of(desc->op).prepare(**kernel, *desc, *tensors);

@@ -88,7 +88,7 @@ Json ops_json(Engine& engine) {
       fields.push_back(std::move(one));
     }
     for (const TensorSpec& tensor : op.tensors)
-      tensors.push_back({{"name", tensor.name}, {"output", tensor.output}});
+      tensors.push_back({{"name", tensor.name}, {"output", tensor.output}, {"optional", tensor.optional}});
     ops.push_back({{"op", op.name}, {"fields", fields}, {"tensors", tensors}, {"paths", paths_json(op, engine)}});
   }
   return ops;

@@ -282,7 +282,7 @@ void reference_int4_mm(const KernelDesc& desc, std::span<Tensor> tensors) {
 
 // ---------------------------------------------------------------- attention
 
-enum AttentionTensor { kQueries, kKeys, kValues, kO, kLogSums };
+enum AttentionTensor { kQueries, kKeys, kValues, kO, kLogSums, kKvLen, kScoreScale };
 
 attention::Args attention_args(const KernelDesc& desc, std::span<Tensor> tensors) {
   using attention::Strides;
@@ -302,12 +302,39 @@ attention::Args attention_args(const KernelDesc& desc, std::span<Tensor> tensors
   args.o_strides = Strides::contiguous(args.hq, args.m, of(attention::kDv));
   if (of(attention::kLse) != 0)
     args.lse = tensors[kLogSums].as<float>();
+  if (tensors[kKvLen].buffer.size() != 0)
+    args.kv_len = tensors[kKvLen].as<std::int32_t>();
+  if (tensors[kScoreScale].buffer.size() != 0)
+    args.scale = *tensors[kScoreScale].as<float>();
   return args;
+}
+
+/// Lengths within the keys; a scale that is one.
+void make_sensible_attention(const KernelDesc& desc, std::span<Tensor> tensors) {
+  const std::int64_t keys = desc.value[attention::kN] + 1;
+  std::int32_t* const kv_len = tensors[kKvLen].as<std::int32_t>();
+  for (std::uint64_t i = 0; i < tensors[kKvLen].buffer.size() / sizeof *kv_len; ++i)
+    kv_len[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(kv_len[i]) % keys);
+  if (tensors[kScoreScale].buffer.size() != 0)
+    *tensors[kScoreScale].as<float>() = std::abs(*tensors[kScoreScale].as<float>());
+}
+
+/// Of the keys that each batch has.
+Invocation::Work attention_work(const KernelDesc& desc, const attention::Args& args) {
+  Invocation::Work work;
+  KernelDesc batch = desc;
+  batch.value[attention::kB] = 1;
+  for (std::int64_t i = 0; i < args.b; ++i) {
+    batch.value[attention::kN] = args.kv_len != nullptr ? args.kv_len[i] : args.n;
+    work.operations += attention::op().operations(batch);
+    work.bytes += attention::op().bytes(batch);
+  }
+  return work;
 }
 
 Result<Invocation> prepare_attention(const Kernel& kernel, const KernelDesc& desc, std::span<Tensor> tensors) {
   const attention::Args args = attention_args(desc, tensors);
-  return Invocation{[&kernel, args] { return attention::run(kernel, args); }, {}};
+  return Invocation{[&kernel, args] { return attention::run(kernel, args); }, {}, attention_work(desc, args)};
 }
 
 void reference_attention(const KernelDesc& desc, std::span<Tensor> tensors) {
@@ -331,7 +358,9 @@ constexpr OpRunner kRunners[] = {
     {.op = OpId::attention,
      .prepare = prepare_attention,
      .reference = reference_attention,
-     .relative_bound = attention::kRelativeBound},
+     .relative_bound = attention::kRelativeBound,
+     .element_bound = {"lse", attention::kLseBound},
+     .make_sensible = make_sensible_attention},
 };
 
 } // namespace
@@ -343,11 +372,12 @@ const OpRunner& runner_of(OpId op) {
   return *runner;
 }
 
-Result<std::vector<Tensor>> random_tensors(const KernelDesc& desc) {
+Result<std::vector<Tensor>> random_tensors(const KernelDesc& desc, const Operands& operands) {
   std::vector<Tensor> tensors;
   for (const TensorSpec& spec : find_op(desc.op)->tensors) {
     // One that the desc does not have keeps its place, without an element.
-    const std::vector<std::int64_t> shape = spec.is_present(desc) ? spec.shape(desc) : std::vector<std::int64_t>{0};
+    const bool present = spec.is_present(desc) && (!spec.optional || operands.gives(spec.name));
+    const std::vector<std::int64_t> shape = present ? spec.shape(desc) : std::vector<std::int64_t>{0};
     Result<Tensor> tensor = make_tensor(spec.dtype(desc), shape);
     if (!tensor)
       return Status::error(tensor.status().code(),
@@ -358,6 +388,12 @@ Result<std::vector<Tensor>> random_tensors(const KernelDesc& desc) {
   }
   if (const OpRunner& runner = runner_of(desc.op); runner.make_sensible != nullptr)
     runner.make_sensible(desc, tensors);
+  for (std::size_t i = 0; i < tensors.size(); ++i)
+    for (const auto& [name, value] : operands.values)
+      if (name == find_op(desc.op)->tensors[i].name && value != "random")
+        if (Status status = fill(tensors[i], value); !status)
+          return Status::error(status.code(),
+                               fmt::format("{}: {}={}: {}", find_op(desc.op)->name, name, value, status.message()));
   return tensors;
 }
 
@@ -380,9 +416,13 @@ Result<Check> check_outputs(const KernelDesc& desc, std::span<Tensor> tensors) {
     if (!op.tensors[i].output)
       continue;
     const Difference found = difference(*output, tensors[i]);
-    check.ok = check.ok && found.relative <= runner.relative_bound;
+    const bool by_element = op.tensors[i].name == runner.element_bound.tensor;
+    check.ok = check.ok &&
+               (by_element ? found.element <= runner.element_bound.bound : found.relative <= runner.relative_bound);
     check.difference.max_abs = std::max(check.difference.max_abs, found.max_abs);
-    check.difference.relative = std::max(check.difference.relative, found.relative);
+    check.difference.element = std::max(check.difference.element, found.element);
+    if (!by_element)
+      check.difference.relative = std::max(check.difference.relative, found.relative);
     tensors[i] = std::move(*output++);
   }
   return check;

@@ -28,6 +28,14 @@ const TensorSpec* find_tensor(const OpSpec& op, std::string_view name) {
   return nullptr;
 }
 
+Status no_tensors(const Operands& operands) {
+  for (const auto& [name, path] : operands.files)
+    return bad_word(fmt::format("{}=@{}: this command takes no tensors", name, path));
+  for (const auto& [name, value] : operands.values)
+    return bad_word(fmt::format("{}={}: this command takes no tensors", name, value));
+  return {};
+}
+
 bool is_named(const NamedTexts& texts, std::string_view name) {
   return std::any_of(texts.begin(), texts.end(), [&](const auto& text) { return text.first == name; });
 }
@@ -37,7 +45,7 @@ Status add_file(Operands& operands, const std::string& name, const std::string& 
   if (tensor == nullptr)
     return bad_word(
         fmt::format("{}: unknown tensor '{}': known are {}", operands.op->name, name, tensor_names(*operands.op)));
-  if (is_named(operands.files, tensor->name))
+  if (operands.gives(tensor->name))
     return bad_word(fmt::format("{}: tensor {} is given twice", operands.op->name, tensor->name));
   if (path.empty())
     return bad_word(fmt::format("{}: {}=@ lacks the name of a file", operands.op->name, name));
@@ -64,6 +72,10 @@ std::string asked_text(const OpSpec& op, const std::vector<std::int64_t>& shape)
 
 } // namespace
 
+bool Operands::gives(std::string_view tensor) const {
+  return is_named(files, tensor) || is_named(values, tensor);
+}
+
 Result<Operands> parse_operands(std::span<const std::string> words) {
   Operands operands;
   if (words.empty())
@@ -77,9 +89,12 @@ Result<Operands> parse_operands(std::span<const std::string> words) {
       return bad_word(fmt::format("'{}' is neither field=value nor tensor=@file.npy", word));
     const std::string name = word.substr(0, equals), value = word.substr(equals + 1);
     if (!value.starts_with('@')) {
-      if (find_field(*operands.op, name) < 0 && find_tensor(*operands.op, name) != nullptr)
+      const TensorSpec* const tensor = find_field(*operands.op, name) < 0 ? find_tensor(*operands.op, name) : nullptr;
+      if (tensor != nullptr && !tensor->optional)
         return bad_word(fmt::format("'{}': {} is a tensor: give {}=@file.npy", word, name, name));
-      operands.fields.emplace_back(name, value);
+      if (tensor != nullptr && operands.gives(name))
+        return bad_word(fmt::format("{}: tensor {} is given twice", operands.op->name, name));
+      (tensor != nullptr ? operands.values : operands.fields).emplace_back(name, value);
     } else if (Status status = add_file(operands, name, value.substr(1)); !status) {
       return status;
     }
@@ -113,9 +128,8 @@ Result<KernelDesc> desc_from_words(std::span<const std::string> words) {
   const Result<Operands> operands = parse_operands(words);
   if (!operands)
     return operands.status();
-  if (!operands->files.empty())
-    return bad_word(fmt::format("{}=@{}: this command takes no tensors", operands->files.front().first,
-                                operands->files.front().second));
+  if (Status status = no_tensors(*operands); !status)
+    return status;
   return desc_from_fields(operands->op->name, operands->fields);
 }
 
@@ -126,7 +140,7 @@ Result<KernelDesc> desc_from_shapes(const Operands& operands, const GivenShape& 
   probe.op = op.id;
   for (std::size_t i = 0; i < op.fields.size(); ++i) {
     const FieldSpec& field = op.fields[i];
-    probe.value[i] = field.required ? placeholder(i) : field.default_value;
+    probe.value[i] = field.required || field.any_allowed ? placeholder(i) : field.default_value;
     for (const auto& [name, text] : operands.fields)
       if (name == field.name) {
         const Result<std::int64_t> value = parse_field(op, field, text);
@@ -159,7 +173,7 @@ Result<KernelDesc> desc_from_shapes(const Operands& operands, const GivenShape& 
     if (op.fields[i].any_allowed && desc->value[i] == kAny)
       return bad_word(fmt::format("{}: {}=any: to run, give a number", op.name, op.fields[i].name));
   for (const TensorSpec& tensor : op.tensors)
-    if (given_shape(tensor.name) != nullptr && !tensor.is_present(*desc))
+    if (operands.gives(tensor.name) && !tensor.is_present(*desc))
       return bad_word(fmt::format("{}: tensor {} is given: {} has none", op.name, tensor.name, desc->text()));
   for (const TensorSpec& tensor : op.tensors)
     if (const std::vector<std::int64_t>* given = given_shape(tensor.name);

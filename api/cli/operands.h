@@ -21,6 +21,9 @@ struct Operands {
   const OpSpec* op = nullptr;
   NamedTexts fields; ///< desc fields as given
   NamedTexts files;  ///< tensor name (of the op's table; `out` is its first output) and path
+  NamedTexts values; ///< optional tensor and what fills it: a number, or `random`
+
+  bool gives(std::string_view tensor) const; ///< in either way
 };
 
 /// Code::invalid_argument names the word and what is allowed.
@@ -41,7 +44,7 @@ void take_device_of(const std::optional<Target>& target, KernelDesc& desc);
 
 /// The shape of the file given for a tensor, or null when none is.
 using GivenShape = std::function<const std::vector<std::int64_t>*(std::string_view tensor)>;
-/// The desc, with integer fields that were left out taken from the shapes of the given tensors. Every size is a number,
+/// The desc, with sizes that were left out taken from the shapes of the given tensors. Every size is a number,
 /// and every given shape is the one that the desc asks for.
 Result<KernelDesc> desc_from_shapes(const Operands& operands, const GivenShape& given_shape);
 

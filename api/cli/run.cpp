@@ -109,7 +109,7 @@ Result<Exit> run(const Options& options) {
   if (!kernel)
     return kernel.status();
 
-  Result<std::vector<Tensor>> tensors = random_tensors(*desc);
+  Result<std::vector<Tensor>> tensors = random_tensors(*desc, *operands);
   if (!tensors)
     return tensors.status();
   if (Status status = take_arrays(*desc, *arrays, *operands, *tensors); !status)

@@ -1,5 +1,7 @@
 #include "api/cli/tensors.h"
 
+#include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -39,22 +41,23 @@ double value_of(F16 element) {
 template <class T> Difference difference_of(const Tensor& actual, const Tensor& expected) {
   const T* a = actual.as<T>();
   const T* e = expected.as<T>();
-  double max_abs = 0, squares_of_difference = 0, squares_of_expected = 0;
+  double max_abs = 0, worst_element = 0, squares_of_difference = 0, squares_of_expected = 0;
   for (std::uint64_t i = 0; i < actual.buffer.size() / sizeof(T); ++i) {
     const double there = value_of(a[i]), wanted = value_of(e[i]);
     if (there == wanted || (std::isnan(there) && std::isnan(wanted)))
       squares_of_expected += std::isfinite(wanted) ? wanted * wanted : 0;
     else if (!std::isfinite(there) || !std::isfinite(wanted))
-      return {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::infinity()};
+      max_abs = worst_element = squares_of_difference = std::numeric_limits<double>::infinity();
     else {
       const double difference = there - wanted;
       max_abs = std::max(max_abs, std::abs(difference));
+      worst_element = std::max(worst_element, std::abs(difference) / std::max(1.0, std::abs(wanted)));
       squares_of_difference += difference * difference;
       squares_of_expected += wanted * wanted;
     }
   }
   const double scale = squares_of_expected == 0 ? 1 : std::sqrt(squares_of_expected);
-  return {max_abs, std::sqrt(squares_of_difference) / scale};
+  return {max_abs, std::sqrt(squares_of_difference) / scale, worst_element};
 }
 
 } // namespace
@@ -122,6 +125,19 @@ void fill_random(Tensor& tensor, std::uint64_t seed) {
     const std::uint64_t bits = random();
     std::memcpy(tensor.buffer.data() + i, &bits, std::min<std::uint64_t>(sizeof bits, tensor.buffer.size() - i));
   }
+}
+
+Status fill(Tensor& tensor, std::string_view number) {
+  const auto each = [&](auto value, std::string_view allowed) -> Status {
+    const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), value);
+    if (error != std::errc() || end != number.data() + number.size())
+      return Status::error(Code::invalid_argument, fmt::format("allowed is {}, random or @file.npy", allowed));
+    std::fill_n(tensor.as<decltype(value)>(), tensor.buffer.size() / sizeof value, value);
+    return {};
+  };
+  if (tensor.dtype == Dtype::f32)
+    return each(float{}, "a number");
+  return each(std::int32_t{}, "a 32-bit integer");
 }
 
 Difference difference(const Tensor& actual, const Tensor& expected) {

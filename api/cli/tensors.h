@@ -37,6 +37,9 @@ struct Tensor {
   template <class T> const T* as() const { return reinterpret_cast<const T*>(buffer.data()); }
 };
 
+/// A number for every element. Code::invalid_argument unless the type (s32, f32) can hold it.
+Status fill(Tensor& tensor, std::string_view number);
+
 /// `[3, 4]`
 std::string shape_text(const std::vector<std::int64_t>& shape);
 /// Bytes of a dense tensor; Code::invalid_argument when an extent is negative or the product overflows.
@@ -50,6 +53,7 @@ void fill_random(Tensor& tensor, std::uint64_t seed);
 struct Difference {
   double max_abs = 0; ///< largest |actual − expected|
   double relative = 0; ///< ‖actual − expected‖ / ‖expected‖, or ‖actual − expected‖ where expected is all zero
+  double element = 0; ///< largest |actual − expected| / max(1, |expected|)
 };
 /// Of two tensors of one shape and type.
 Difference difference(const Tensor& actual, const Tensor& expected);

@@ -29,15 +29,15 @@ Result<Timing> time_calls(const Invocation& invocation, std::size_t calls, std::
   }
   const auto middle = us.begin() + static_cast<std::ptrdiff_t>(us.size() / 2);
   std::nth_element(us.begin(), middle, us.end());
-  return Timing{*std::min_element(us.begin(), us.end()), *middle, us.size()};
+  return Timing{*std::min_element(us.begin(), us.end()), *middle, us.size(), invocation.work};
 }
 
 double gops(const KernelDesc& desc, const Timing& timing) {
-  return per_nanosecond(find_op(desc.op)->operations(desc), timing.min_us);
+  return per_nanosecond(timing.work ? timing.work->operations : find_op(desc.op)->operations(desc), timing.min_us);
 }
 
 double gbps(const KernelDesc& desc, const Timing& timing) {
-  return per_nanosecond(find_op(desc.op)->bytes(desc), timing.min_us);
+  return per_nanosecond(timing.work ? timing.work->bytes : find_op(desc.op)->bytes(desc), timing.min_us);
 }
 
 Json run_report(const KernelDesc& desc, const Kernel& kernel, const Timing& timing) {

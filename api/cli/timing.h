@@ -1,5 +1,6 @@
 #pragma once
 #include <chrono>
+#include <optional>
 
 #include "api/cli/op_runner.h"
 #include "api/cli/output.h"
@@ -12,6 +13,7 @@ namespace kiln::cli {
 struct Timing {
   double min_us = 0, median_us = 0;
   std::size_t calls = 0;
+  std::optional<Invocation::Work> work{}; ///< of a call, where it is not that of the desc
 };
 
 /// Calls at least `calls` times and for at least `duration`, after one call that is not counted.

@@ -57,6 +57,14 @@ const TensorSpec kTensors[] = {
            return std::vector{d.value[kB], d.value[kHq], d.value[kM]};
          },
      .present = [](const KernelDesc& d) { return d.value[kLse] != 0; }},
+    {.name = "kv_len",
+     .dtype = [](const KernelDesc&) { return Dtype::s32; },
+     .shape = [](const KernelDesc& d) { return std::vector{d.value[kB]}; },
+     .optional = true},
+    {.name = "scale",
+     .dtype = [](const KernelDesc&) { return Dtype::f32; },
+     .shape = [](const KernelDesc&) { return std::vector<std::int64_t>{1}; },
+     .optional = true},
 };
 
 Status bad(std::string_view field, std::int64_t value, std::string_view allowed) {

@@ -84,5 +84,7 @@ double reference_row(const std::uint16_t* q, const std::uint16_t* k, std::int64_
 
 /// Relative error that OPS.md allows, and what of Σ p·|v| an element may be off besides 2⁻⁷ of itself.
 inline constexpr double kRelativeBound = 6e-3, kElementBound = 6e-3;
+/// What lse may be off, times max(1, |lse|).
+inline constexpr double kLseBound = 1e-3;
 
 } // namespace kiln::attention

@@ -42,7 +42,8 @@ Status check_tensor(std::string_view name, const void* data, const Extents& e, c
   } dimensions[] = {{"batch", e.batches, s.batch}, {"head", e.heads, s.head}, {"row", e.rows, s.row}};
   for (const auto& dimension : dimensions) {
     const bool reads_again = dimension.stride == 0 && !is_output;
-    if (dimension.stride < 0 || (dimension.extent > 1 && dimension.stride < e.columns && !reads_again))
+    const bool is_taken = dimension.extent > 1 && !e.empty();
+    if (dimension.stride < 0 || (is_taken && dimension.stride < e.columns && !reads_again))
       return bad(fmt::format("{}'s {} stride", name, dimension.what), std::to_string(dimension.stride),
                  fmt::format("{} or more, the elements of a row{}", e.columns, is_output ? "" : ", or 0"));
     span +=
