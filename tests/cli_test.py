@@ -152,6 +152,19 @@ class Run(CommandTest):
     def test_one_kernel_serves_a_class_of_m(self):
         self.assertEqual(self.json("run", "int8_mm", "m=100", "n=16", "k=16")["key"], self.json("run", "int8_mm", "m=101", "n=16", "k=16")["key"])
 
+    def test_attention_with_lengths_and_scale(self):
+        shape = ["attention", "b=3", "hq=4", "hkv=2", "m=4", "n=70", "d=16", "dv=24", "causal=bottom_right", "lse=1"]
+        whole = self.json("run", *shape, "--check")
+        for more in (["kv_len=random"], ["kv_len=0"], ["kv_len=70", "scale=0.5"], ["scale=random"], ["scale=0"]):
+            with self.subTest(more):
+                report = self.json("run", *shape, *more, "--check")
+                self.assertTrue(report["check"]["ok"])
+                self.assertEqual(whole["key"], report["key"])  # of a call, not of the kernel
+        half = self.json("bench", *shape, "kv_len=35")  # rates count the keys that there are: queries 0 to 3 see 32 to 35 of them
+        self.assertAlmostEqual(2 * 3 * 4 * (32 + 33 + 34 + 35) * (16 + 24), half["gops"] * half["run_us"]["min"] * 1e3, delta=1)
+        self.assertTrue(self.json("explain", *shape)["isa"])
+        self.assertIn("ret", self.json("disasm", *shape)["listing"])
+
     def test_empty_problems(self):
         for fields in (["m=0", "n=3", "k=4"], ["m=3", "n=0", "k=4"], ["m=3", "n=4", "k=0"]):
             self.assertTrue(self.json("run", "int8_mm", *fields, "--check")["check"]["ok"])
@@ -189,6 +202,26 @@ class Files(CommandTest):
                 descr, shape, data = read_npy((self.dir / "c.npy").read_bytes())
                 self.assertEqual(("<i4", (m, n)), (descr, shape))
                 self.assertEqual([x for row in expected for x in row], list(struct.unpack(f"<{m * n}i", data)))
+
+    def test_attention_of_files(self):
+        # One batch, one head, d = dv = 8: q·k is 0 for key 0 and 8·ln 2 / 8 for keys 1 and 2; with kv_len 2 the weights are 1/3 and 2/3.
+        bits = lambda value: struct.unpack("<I", struct.pack("<f", value))[0] + 0x8000 >> 16
+        rows = lambda *values: struct.pack(f"<{8 * len(values)}H", *(bits(value) for value in values for _ in range(8)))
+        self.write("q.npy", npy("<u2", (1, 1, 1, 8), rows(1.0)))
+        self.write("k.npy", npy("<u2", (1, 1, 3, 8), rows(0.0, 0.0625, 0.0625)))
+        self.write("v.npy", npy("<u2", (1, 1, 3, 8), rows(3.0, 6.0, float("nan"))))
+        self.write("kv_len.npy", npy("<i4", (1,), struct.pack("<i", 2)))
+        self.write("scale.npy", npy("<f4", (1,), struct.pack("<f", 2 * 0.6931471806)))
+        inputs = [f"{name}=@{name}.npy" for name in ("q", "k", "v", "kv_len")]
+        for scale in ("scale=@scale.npy", "scale=1.3862943611"):
+            report = self.json("run", "attention", *inputs, scale, "lse=1", "lse=@lse.npy", "out=@o.npy", "--check")
+            self.assertTrue(report["check"]["ok"])
+            descr, shape, data = read_npy((self.dir / "o.npy").read_bytes())
+            self.assertEqual(("<u2", (1, 1, 1, 8)), (descr, shape))
+            self.assertEqual({bits(5.0)}, set(struct.unpack("<8H", data)))
+            descr, shape, data = read_npy((self.dir / "lse.npy").read_bytes())
+            self.assertEqual(("<f4", (1, 1, 1)), (descr, shape))
+            self.assertAlmostEqual(1.0986123, struct.unpack("<f", data)[0], delta=1e-3)
 
     def test_one_file_gives_some_sizes(self):
         self.write("a.npy", npy("|i1", (3, 4), bytes(12)))
@@ -302,6 +335,21 @@ class Warmup(CommandTest):
         for scheme, op in (("w8a8", "int8_mm"), ("w8a8-dynamic", "int8_linear")):
             report = self.json("warmup", "--model", MODELS / "all-minilm-l6.json", "--scheme", scheme, "--tokens", "1,16")
             self.assertEqual((0, 8, {op}), (report["failed"], report["kernels"], {row["desc"].split()[0] for row in report["results"]}))
+
+    def test_attention_layers(self):
+        heads = {"all-minilm-l6": ("1 hkv=1", "32 dv=32 causal=none"), "llama-3-8b": ("4 hkv=1", "128 dv=128 causal=bottom_right"),
+                 "qwen3-1.7b": ("2 hkv=1", "128 dv=128 causal=bottom_right"), "deepseek-v3": ("1 hkv=1", "192 dv=128 causal=bottom_right")}
+        for model, (group, sizes) in heads.items():
+            report = self.json("warmup", "--model", MODELS / f"{model}.json", "--scheme", "attention", "--tokens", "1,100,200")
+            self.assertEqual((0, 2), (report["failed"], report["kernels"]))
+            self.assertEqual({f"attention b=any hq={group} m={m} n=any d={sizes} lse=0 batch_invariant=0" for m in (1, "any")},
+                             {row["desc"] for row in report["results"]})
+        shape = ["attention", "b=2", "hq=32", "hkv=8", "n=40", "d=128", "dv=128", "causal=bottom_right"]
+        self.assertEqual({"disk"}, {self.json("run", *shape, m, "--check", env={"KILN_MISS": "error"})["source"] for m in ("m=1", "m=7")})
+        both = self.json("warmup", "--model", MODELS / "all-minilm-l6.json", "--scheme", "w8a8-dynamic,attention", "--tokens", "1,16")
+        self.assertEqual((0, {"int8_linear", "attention"}), (both["failed"], {row["desc"].split()[0] for row in both["results"]}))
+        self.write("heads.json", '{"model_type": "llama", "hidden_size": 80, "num_attention_heads": 4, "num_key_value_heads": 3}')
+        self.refused("warmup", "--model", "heads.json", "--scheme", "attention", "--tokens", "1", says=["heads.json", "d=20: allowed is a multiple of 8"])
 
     def test_deepseek_layers(self):
         results = self.json("warmup", "--model", MODELS / "deepseek-v3.json", "--scheme", "w8a8", "--tokens", "1")["results"]
@@ -1304,6 +1352,47 @@ class BadCalls(CommandTest):
                 self.refused("run", "int8_mm", *fields, says=message)
         self.refused("run", *SHAPE, "--repeat", "0", says="--repeat")
         self.refused("bench", *SHAPE, "a=@a.npy", says="makes its own tensors")
+
+    def test_attention(self):
+        shape = {"b": "1", "hq": "4", "hkv": "2", "m": "3", "n": "5", "d": "16", "dv": "8"}
+        self.write("f.npy", npy("<f4", (1,), bytes(4)))
+        self.write("two.npy", npy("<i4", (2,), bytes(8)))
+        cases = {
+            "d=12": "d=12: allowed is a multiple of 8 from 8 to 256",
+            "d=264": "d=264: allowed is an integer from 8 to 256",
+            "dv=0": "dv=0: allowed is an integer from 8 to 256",
+            "dv=9": "dv=9: allowed is a multiple of 8 from 8 to 256",
+            "hq=3": "hq=3: allowed is a multiple of hkv, 2",
+            "hkv=0": "hq=4: allowed is a multiple of hkv, 0",
+            "m=-1": "m=-1: allowed is an integer from 0",
+            "b=any": "b=any: to run, give a number",
+            "causal=left": "causal=left: allowed is one of none, top_left, bottom_right",
+            "lse=2": "lse=2: allowed is an integer from 0 to 1",
+            "scale=-0.5": "attention: scale is -0.5: allowed is a finite number",
+            "scale=nan": "attention: scale is nan",
+            "scale=inf": "attention: scale is inf",
+            "scale=big": "attention: scale=big: allowed is a number, random or @file.npy",
+            "scale=@f.npy scale=1": "tensor scale is given twice",
+            "kv_len=6": "attention: kv_len[0] is 6: allowed is 0 to n, 5",
+            "kv_len=-1": "attention: kv_len[0] is -1",
+            "kv_len=2.5": "attention: kv_len=2.5: allowed is a 32-bit integer, random or @file.npy",
+            "kv_len=@two.npy": "kv_len has shape [2]",
+            "kv_len=@f.npy": "has dtype '<f4': tensor kv_len",
+            "lse=@lse.npy": "tensor lse is given",
+            "q=1": "q is a tensor: give q=@file.npy",
+        }
+        for words, message in cases.items():
+            fields = dict(shape)
+            extra = []
+            for word in words.split():
+                name, value = word.split("=")
+                (fields.__setitem__ if name in fields else lambda *_: extra.append(word))(name, value)
+            with self.subTest(words=words):
+                self.refused("run", "attention", *(f"{name}={value}" for name, value in fields.items()), *extra, "out=@o.npy", says=message,
+                             env={"KILN_CACHE": "off", "KILN_FORCE": "reference"})
+                self.assertFalse((self.dir / "o.npy").exists())
+        for command in ("explain", "disasm", "warmup"):
+            self.refused(command, "attention", *(f"{name}={value}" for name, value in shape.items()), "scale=1", says="scale=1: this command takes no tensors")
 
     def test_too_large_for_memory(self):
         self.refused("run", "int8_mm", "m=1", "n=2147483647", "k=1000000", says=["tensor b", "no memory for 2147483647000000 bytes"], expect=FAILED)

@@ -7,6 +7,7 @@
 
 #include "api/cli/json_file.h"
 #include "jit/op.h"
+#include "jit/ops/attention.h"
 #include "jit/ops/int8_linear.h"
 #include "jit/ops/int8_mm.h"
 
@@ -117,36 +118,105 @@ std::vector<Linear> deepseek_v3(Config& config) {
   return linears;
 }
 
+/// An attention layer: its heads and their sizes.
+struct Heads {
+  std::int64_t hq, hkv, d, dv;
+  attention::Causal causal = attention::Causal::bottom_right; ///< prefill, its pieces and decode
+};
+
+Heads llama_heads(Config& config) {
+  const std::int64_t heads = config.size("num_attention_heads");
+  const std::int64_t head = config.head_dim(config.size("hidden_size"), heads);
+  return {heads, config.optional_size("num_key_value_heads").value_or(heads), head, head};
+}
+
+Heads bert_heads(Config& config) {
+  Heads heads = llama_heads(config);
+  heads.causal = attention::Causal::none;
+  return heads;
+}
+
+/// With keys and values of each head made from the latent ones first.
+Heads deepseek_v3_heads(Config& config) {
+  const std::int64_t heads = config.size("num_attention_heads");
+  return {heads, heads, config.size("qk_nope_head_dim") + config.size("qk_rope_head_dim"), config.size("v_head_dim")};
+}
+
 struct ModelRow {
   std::string_view model_type;
   std::vector<Linear> (*linears)(Config&);
+  Heads (*heads)(Config&);
 };
-/// Other types are read as `llama` where they have its fields.
-constexpr ModelRow kModels[] = {{"llama", llama}, {"qwen3", llama}, {"bert", bert}, {"deepseek_v3", deepseek_v3}};
+/// Types that are not here are read as the first where they have its fields.
+constexpr ModelRow kModels[] = {{"llama", llama, llama_heads},
+                                {"qwen3", llama, llama_heads},
+                                {"bert", bert, bert_heads},
+                                {"deepseek_v3", deepseek_v3, deepseek_v3_heads}};
+
+template <KernelDesc (*desc)(std::int64_t tokens, const Linear&)>
+std::vector<KernelDesc> linear_layers(const ModelRow& model, Config& config, std::span<const std::int64_t> tokens) {
+  const std::vector<Linear> linears = model.linears(config);
+  std::vector<KernelDesc> descs;
+  for (const std::int64_t count : tokens)
+    for (const Linear& linear : linears)
+      descs.push_back(desc(count, linear));
+  return descs;
+}
+
+KernelDesc w8a8(std::int64_t tokens, const Linear& linear) {
+  return int8_mm::make_desc(tokens, linear.n, linear.k);
+}
+
+/// As linear layers of language models have it: bf16 activations, no bias.
+KernelDesc w8a8_dynamic(std::int64_t tokens, const Linear& linear) {
+  return int8_linear::make_desc(tokens, linear.n, linear.k);
+}
+
+std::vector<KernelDesc> attention_layers(const ModelRow& model, Config& config, std::span<const std::int64_t> tokens) {
+  const Heads heads = model.heads(config);
+  std::vector<KernelDesc> descs;
+  for (const std::int64_t count : tokens)
+    descs.push_back(attention::make_desc(kAny, heads.hq, heads.hkv, count, kAny, heads.d, heads.dv, heads.causal));
+  return descs;
+}
 
 struct SchemeRow {
   std::string_view name;
-  KernelDesc (*desc)(std::int64_t tokens, const Linear& linear);
+  std::vector<KernelDesc> (*descs)(const ModelRow&, Config&, std::span<const std::int64_t> tokens);
 };
 constexpr SchemeRow kSchemes[] = {
-    {"w8a8", [](std::int64_t tokens, const Linear& linear) { return int8_mm::make_desc(tokens, linear.n, linear.k); }},
-    // As linear layers of language models have it: bf16 activations, no bias.
-    {"w8a8-dynamic",
-     [](std::int64_t tokens, const Linear& linear) { return int8_linear::make_desc(tokens, linear.n, linear.k); }},
+    {"w8a8", linear_layers<w8a8>},
+    {"w8a8-dynamic", linear_layers<w8a8_dynamic>},
+    {"attention", attention_layers},
 };
+
+/// Of a comma list.
+Result<std::vector<const SchemeRow*>> parse_schemes(std::string_view text) {
+  std::vector<const SchemeRow*> schemes;
+  for (std::size_t begin = 0; begin <= text.size();) {
+    const std::size_t end = std::min(text.find(',', begin), text.size());
+    const std::string_view name = text.substr(begin, end - begin);
+    const auto row =
+        std::find_if(std::begin(kSchemes), std::end(kSchemes), [&](const SchemeRow& r) { return r.name == name; });
+    if (row == std::end(kSchemes)) {
+      std::string names;
+      for (const SchemeRow& known : kSchemes)
+        names += (names.empty() ? "" : ", ") + std::string(known.name);
+      return Status::error(Code::invalid_argument, fmt::format("--scheme {}: known are {}", name, names));
+    }
+    schemes.push_back(row);
+    begin = end + 1;
+  }
+  return schemes;
+}
 
 } // namespace
 
 Result<std::vector<KernelDesc>> model_kernels(const std::string& path, const std::string& scheme,
                                               std::span<const std::int64_t> tokens) {
-  const auto scheme_row =
-      std::find_if(std::begin(kSchemes), std::end(kSchemes), [&](const SchemeRow& row) { return row.name == scheme; });
-  if (scheme_row == std::end(kSchemes)) {
-    std::string names;
-    for (const SchemeRow& row : kSchemes)
-      names += (names.empty() ? "" : ", ") + std::string(row.name);
-    return Status::error(Code::invalid_argument, fmt::format("--scheme {}: known are {}", scheme, names));
-  }
+  const Result<std::vector<const SchemeRow*>> schemes = parse_schemes(scheme);
+  if (!schemes)
+    return schemes.status();
   const Result<JsonFile> file = JsonFile::read(path);
   if (!file)
     return file.status();
@@ -159,19 +229,18 @@ Result<std::vector<KernelDesc>> model_kernels(const std::string& path, const std
   Config config(*file);
   const auto model = std::find_if(std::begin(kModels), std::end(kModels),
                                   [&](const ModelRow& row) { return row.model_type == config.model_type(); });
-  const std::vector<Linear> linears = (model == std::end(kModels) ? llama : model->linears)(config);
-  if (!config.status())
-    return config.status();
-
   std::vector<KernelDesc> descs;
-  for (const std::int64_t count : tokens)
-    for (const Linear& linear : linears) {
-      const KernelDesc desc = scheme_row->desc(count, linear);
+  for (const SchemeRow* row : *schemes) {
+    const std::vector<KernelDesc> asked = row->descs(model == std::end(kModels) ? kModels[0] : *model, config, tokens);
+    if (!config.status())
+      return config.status();
+    for (const KernelDesc& desc : asked) {
       if (Status status = check_desc(desc); !status)
         return Status::error(status.code(), fmt::format("{}: {}", path, status.message()));
       if (std::find(descs.begin(), descs.end(), desc) == descs.end())
         descs.push_back(desc);
     }
+  }
   return descs;
 }
 

@@ -9,9 +9,10 @@
 
 namespace kiln::cli {
 
-/// The kernels that a model's linear layers need, for each number of tokens: `path` is a Hugging Face config.json,
-/// `scheme` a row of the table of schemes (`w8a8`: int8_mm with weights as [N][K], `w8a8-dynamic`: int8_linear).
-/// Projections that hosts often fuse (q, k, v; gate and up) are there in both forms. Each desc once.
+/// The kernels that a model's layers need, for each number of tokens: `path` is a Hugging Face config.json, `scheme` a
+/// comma list of rows of the table of schemes: `w8a8` (linear layers by int8_mm with weights as [N][K]), `w8a8-dynamic`
+/// (by int8_linear), `attention`. Projections that hosts often fuse (q, k, v; gate and up) are there in both forms. Each
+/// desc once.
 /// Code::invalid_argument names file, line and field.
 Result<std::vector<KernelDesc>> model_kernels(const std::string& path, const std::string& scheme,
                                               std::span<const std::int64_t> tokens);

@@ -148,7 +148,10 @@ Result<Exit> run(const Options& options) {
 Command run_command(CLI::App& kiln) {
   const auto options = std::make_shared<Options>();
   CLI::App* app = kiln.add_subcommand("run", "Get a kernel and run it, on files or on random tensors");
-  app->add_option("OP", options->words, "The op, then field=value, tensor=@in.npy, out=@out.npy")->required();
+  app->add_option(
+         "OP", options->words,
+         "The op, then field=value, tensor=@in.npy, out=@out.npy; an optional tensor also as tensor=NUMBER or =random")
+      ->required();
   app->add_option("--target", options->target,
                   "With device=cuda: the kernel of an older GPU (sm_80), on the one that is there; without the cache");
   app->add_flag("--check", options->check, "Compare with the reference op");

@@ -12,6 +12,13 @@ bool accepts(ByteSpan input) {
   static MemoryFile file;
   const std::string& path = file.with(input);
   const Result<std::vector<KernelDesc>> descs = cli::model_kernels(path, "w8a8", std::vector<std::int64_t>{1, 64});
+  if (const auto heads = cli::model_kernels(path, "attention", std::vector<std::int64_t>{1, 64}); !heads) {
+    expect_refusal(heads.status(), Code::invalid_argument);
+    expect(heads.status().message().starts_with(path + ":"), "a message begins with the place");
+  } else {
+    for (const KernelDesc& desc : *heads)
+      expect(desc.op == OpId::attention && check_desc(desc).is_ok(), "a desc that was taken is in range");
+  }
   if (!descs) {
     expect_refusal(descs.status(), Code::invalid_argument);
     expect(descs.status().message().starts_with(path + ":"), "a message begins with the place");
