@@ -4,6 +4,7 @@ import os
 import pathlib
 import sys
 import tempfile
+import types
 import unittest
 
 ROOT = pathlib.Path(sys.argv.pop(1)).resolve()
@@ -29,6 +30,20 @@ def case(name):
 
 def as_float(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+class TorchLike:
+    """What the package sees of a torch tensor on the CPU, over a NumPy array."""
+
+    def __init__(self, array, dtype):
+        self._array, self.dtype, self.shape = array, f"torch.{dtype}", array.shape
+        self.device = types.SimpleNamespace(type="cpu", index=None)
+
+    def data_ptr(self):
+        return self._array.__array_interface__["data"][0]
+
+    def stride(self):
+        return tuple(stride // self._array.itemsize for stride in self._array.strides)
 
 
 CASES = sorted({path.name.split(".")[0] for path in DATA.glob("*.npy")})
@@ -67,6 +82,57 @@ class Python(unittest.TestCase):
                 out = np.zeros((m, n), np.int32)
                 self.engine.int8_mm(a, pack, out)
                 np.testing.assert_array_equal(expected, out)
+
+    def test_attention(self):
+        rng = np.random.default_rng(2)
+        bits = lambda values: ((values.astype(np.float32).view(np.uint32).astype(np.uint64) + 0x8000) >> 16).astype(np.uint16)  # noqa: E731
+        b, hq, hkv, m, n, d, dv = 2, 6, 3, 5, 40, 24, 16
+        q = bits(rng.standard_normal((b, m, hq, d))).transpose(0, 2, 1, 3)  # heads within a row, as projections leave them
+        k, v = bits(rng.standard_normal((b, hkv, n + 7, d)))[:, :, :n], bits(rng.standard_normal((b, hkv, n + 7, dv)))[:, :, :n]
+        kv_len = np.array([n, 17], np.int32)
+        for causal in ("none", "top_left", "bottom_right"):
+            for lengths, scale in ((None, None), (kv_len, 0.3)):
+                out, lse = np.zeros((b, m, hq, dv), np.uint16).transpose(0, 2, 1, 3), np.zeros((b, hq, m), np.float32)
+                self.assertIs(out, self.engine.attention(q, k, v, out, causal, lengths, scale, lse))
+                scores = np.einsum("bhmd,bhnd->bhmn", as_float(q), np.repeat(as_float(k), hq // hkv, 1)) * (scale or d**-0.5)
+                for batch in range(b):
+                    keys = n if lengths is None else lengths[batch]
+                    ends = {"none": [keys] * m, "top_left": range(1, m + 1), "bottom_right": range(keys - m + 1, keys + 1)}[causal]
+                    for row, end in enumerate(ends):
+                        scores[batch, :, row, min(end, keys):] = -np.inf
+                p = np.exp(scores)
+                expected = np.einsum("bhmn,bhnd->bhmd", p / p.sum(-1, keepdims=True), np.repeat(as_float(v), hq // hkv, 1))
+                self.assertLess(np.linalg.norm(as_float(out) - expected) / np.linalg.norm(expected), 6e-3)
+                np.testing.assert_allclose(lse, np.log(p.sum(-1)), 1e-3, 1e-3)
+                again = np.zeros_like(out)
+                self.engine.attention(*(TorchLike(tensor, "bfloat16") for tensor in (q, k, v, again)), causal=causal, scale=scale,
+                                      kv_len=None if lengths is None else TorchLike(lengths, "int32"), lse=TorchLike(np.zeros_like(lse), "float32"))
+                np.testing.assert_array_equal(out, again)
+        for says, call in {
+            "q is f32: allowed is bf16": lambda: self.engine.attention(q.astype(np.float32), k, v, out),
+            "k has shape (2, 3, 40, 23): allowed is (2, any, any, 24)": lambda: self.engine.attention(q, k[..., 1:], v, out),
+            "v has shape": lambda: self.engine.attention(q, k, v[:, :2], out),
+            "out has shape (2, 6, 4, 16): allowed is (2, 6, 5, 16)": lambda: self.engine.attention(q, k, v, out[:, :, :4]),
+            "q has strides": lambda: self.engine.attention(np.asfortranarray(q), k, v, out),
+            "kv_len has shape (1,): allowed is (2": lambda: self.engine.attention(q, k, v, out, kv_len=kv_len[:1]),
+            "lse has shape": lambda: self.engine.attention(q, k, v, out, lse=lse[0]),
+            "causal is 'left': allowed is none, top_left, bottom_right": lambda: self.engine.attention(q, k, v, out, "left"),
+            "scale is 0": lambda: self.engine.attention(q, k, v, out, scale=0),
+        }.items():
+            with self.subTest(says), self.assertRaises((TypeError, ValueError)) as raised:
+                call()
+            self.assertIn(says, str(raised.exception))
+        for says, call in {
+            "hq=4: allowed is a multiple of hkv, 3": lambda: self.engine.attention(q[:, :4], k, v, out[:, :4]),
+            "scale is -1": lambda: self.engine.attention(q, k, v, out, scale=-1),
+            "scale is nan": lambda: self.engine.attention(q, k, v, out, scale=float("nan")),
+            "kv_len[1] is 41: allowed is 0 to n, 40": lambda: self.engine.attention(q, k, v, out, kv_len=kv_len + np.int32([0, 24])),
+            "o is in memory that q spans": lambda: self.engine.attention(q[..., :16], k[..., :16], v, q[..., :16]),
+        }.items():
+            with self.subTest(says), self.assertRaises(kiln.Error) as raised:
+                call()
+            self.assertIn(says, str(raised.exception))
+            self.assertEqual("invalid_argument", raised.exception.status)
 
     def test_packs_in_files(self):
         *_, group, m, w, packed, sz, x, y = case(CASES[0])

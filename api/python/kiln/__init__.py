@@ -1,4 +1,4 @@
-"""Kiln for Python: int4 and int8 products on arrays of torch, NumPy and CuPy, in host memory or on NVIDIA GPUs.
+"""Kiln for Python: int4 and int8 products, and attention, on arrays of torch, NumPy and CuPy, in host memory or on NVIDIA GPUs.
 
     import kiln
     engine = kiln.Engine()
@@ -154,6 +154,36 @@ class Engine:
         kernel = self._get(self._int8_desc(aa.shape[0], n, k, weights.device, c.B_NK, ca.dtype, sa), weights.device, stream)
         args = c.make_args(c.Int8MmArgs, c.OP_INT8_MM, m=aa.shape[0], a=aa.pointer, lda=aa.row_stride("a"), b_pack=weights._handle,
                            c=ca.pointer, ldc=ca.row_stride("out"), scale=sa.pointer if sa else None, stream=stream)
+        _lib().call("kiln_run", kernel._handle, byref(args))
+        return out
+
+    # ---- attention
+
+    def attention(self, q, k, v, out, causal="none", kv_len=None, scale=None, lse=None, batch_invariant=False):
+        """out[b, hq, m, dv] = softmax(scale · q[b, hq, m, d] · k[b, hkv, n, d]ᵀ) · v[b, hkv, n, dv], bf16, on the host, any strides but an innermost one
+        of 1. causal: "none", "top_left" or "bottom_right"; kv_len: s32 [b], the keys that each batch has; scale: default 1/√d; lse: f32
+        [b, hq, m] for the logarithms of the sums. Returns `out`."""
+        host = (c.CPU, 0)
+        if causal not in c.CAUSAL:
+            raise ValueError(f"causal is '{causal}': allowed is {', '.join(c.CAUSAL)}")
+        if scale == 0:
+            raise ValueError("scale is 0: allowed is a number above 0, or None for 1/√d")
+        qa = as_array(q, "q").expect("q", "bf16", (-1, -1, -1, -1), host)
+        b, hq, m, d = qa.shape
+        ka = as_array(k, "k").expect("k", "bf16", (b, -1, -1, d), host)
+        hkv, n = ka.shape[1:3]
+        va = as_array(v, "v").expect("v", "bf16", (b, hkv, n, -1), host)
+        dv = va.shape[3]
+        oa = as_array(out, "out").expect("out", "bf16", (b, hq, m, dv), host)
+        la = None if lse is None else as_array(lse, "lse").expect("lse", "f32", (b, hq, m), host).expect_dense("lse")
+        na = None if kv_len is None else as_array(kv_len, "kv_len").expect("kv_len", "s32", (b,), host).expect_dense("kv_len")
+        desc = c.make_desc(c.AttentionDesc, c.OP_ATTENTION, host, b=b, hq=hq, hkv=hkv, m=m, n=n, d=d, dv=dv, causal=c.CAUSAL.index(causal),
+                           lse=int(la is not None), batch_invariant=int(batch_invariant))
+        kernel = self._get(desc, host, 0)
+        args = c.make_args(c.AttentionArgs, c.OP_ATTENTION, b=b, hq=hq, hkv=hkv, m=m, n=n, q=qa.pointer, q_strides=qa.head_strides("q"),
+                           k=ka.pointer, k_strides=ka.head_strides("k"), v=va.pointer, v_strides=va.head_strides("v"), o=oa.pointer,
+                           o_strides=oa.head_strides("out"), lse=la.pointer if la else None, kv_len=na.pointer if na else None,
+                           scale=0.0 if scale is None else scale)
         _lib().call("kiln_run", kernel._handle, byref(args))
         return out
 

@@ -2,7 +2,7 @@
 import sys
 from dataclasses import dataclass
 
-from ._library import CPU, CUDA
+from ._library import CPU, CUDA, Strides
 
 # bfloat16 has no NumPy type: there it travels as its bits, uint16.
 _TORCH_TYPES = {"torch.bfloat16": "bf16", "torch.int8": "s8", "torch.uint8": "u8", "torch.int32": "s32", "torch.float32": "f32",
@@ -38,6 +38,12 @@ class Array:
         if columns == 0:
             return 0
         return self.strides[0] if rows > 1 else (columns + 15) // 16 * 16  # of a single row any will do, and GPUs want a multiple
+
+    def head_strides(self, name):
+        """Elements from one batch, head and row of a tensor [batch, head, row, column] to the next."""
+        if self.shape[3] > 1 and self.strides[3] != 1:
+            raise ValueError(f"{name} has strides {self.strides}: allowed is an innermost stride of 1")
+        return Strides(*(stride if extent > 1 else 0 for stride, extent in zip(self.strides, self.shape[:3])))
 
     def expect_dense(self, name):
         stride = 1

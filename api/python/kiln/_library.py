@@ -2,13 +2,14 @@
 import ctypes
 import os
 import pathlib
-from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 
 CPU, CUDA = 0, 1
 ANY = -1
 S8, S32, F32, BF16 = 0, 2, 3, 4
 B_KN, B_NK = 0, 1
-OP_INT8_MM, OP_INT4_MM = 1, 3
+OP_INT8_MM, OP_INT4_MM, OP_ATTENTION = 1, 3, 5
+CAUSAL = ("none", "top_left", "bottom_right")
 SOURCES = ("memory", "disk", "compiled", "builtin")
 
 
@@ -65,6 +66,22 @@ class Int8MmArgs(Structure):
 class Int4MmArgs(Structure):
     _fields_ = [("base", Args), ("m", c_int64), ("x", c_void_p), ("ldx", c_int64), ("w_pack", c_void_p), ("y", c_void_p), ("ldy", c_int64),
                 ("stream", c_void_p), ("workspace", c_void_p), ("workspace_bytes", c_uint64)]
+
+
+class AttentionDesc(Structure):
+    _fields_ = [("base", Desc), *((name, c_int64) for name in ("b", "hq", "hkv", "m", "n", "d", "dv")), ("causal", c_int32), ("lse", c_int32),
+                ("batch_invariant", c_int32), ("reserved", c_int32)]
+
+
+class Strides(Structure):
+    _fields_ = [("batch", c_int64), ("head", c_int64), ("row", c_int64)]
+
+
+class AttentionArgs(Structure):
+    _fields_ = [("base", Args), ("b", c_int64), ("hq", c_int64), ("hkv", c_int64), ("m", c_int64), ("n", c_int64), ("q", c_void_p),
+                ("q_strides", Strides), ("k", c_void_p), ("k_strides", Strides), ("v", c_void_p), ("v_strides", Strides), ("o", c_void_p),
+                ("o_strides", Strides), ("lse", c_void_p), ("kv_len", c_void_p), ("scale", c_float), ("reserved", c_int32),
+                ("workspace", c_void_p), ("workspace_bytes", c_uint64)]
 
 
 class KernelInfo(Sized):
