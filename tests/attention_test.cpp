@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "backends/table.h"
 #include "jit/bf16.h"
@@ -76,19 +77,21 @@ struct Case {
   std::int64_t b = 1, hq = 1, hkv = 1, m = 1, n = 1, d = 64, dv = 64;
   Causal causal = Causal::none;
   bool lse = false, kv_len = false, batch_invariant = false;
-  bool heads_inside = false;       ///< [B][M][H][D] in memory instead of [B][H][M][D]
-  std::int64_t row_gap = 0;        ///< elements between rows
-  std::int64_t spare_capacity = 0; ///< rows of K and V beyond N
+  std::vector<std::int32_t> lengths; ///< kv_len; empty: random ones
+  bool heads_inside = false;         ///< [B][M][H][D] in memory instead of [B][H][M][D]
+  std::int64_t row_gap = 0;          ///< elements between rows
+  std::int64_t spare_capacity = 0;   ///< rows of K and V beyond N
   std::optional<float> scale;
   Values values = Values::normal;
   Guard guard = Guard::after;
   unsigned seed = 0;
 
   std::string text() const {
-    return fmt::format("b={} hq={} hkv={} m={} n={} d={} dv={} causal={} lse={} kv_len={} batch_invariant={} "
+    return fmt::format("b={} hq={} hkv={} m={} n={} d={} dv={} causal={} lse={} kv_len={} [{}] batch_invariant={} "
                        "heads_inside={} row_gap={} spare={} scale={} values {} guard {} seed {}",
-                       b, hq, hkv, m, n, d, dv, static_cast<int>(causal), lse, kv_len, batch_invariant, heads_inside,
-                       row_gap, spare_capacity, scale ? std::to_string(*scale) : "default", name_of(values),
+                       b, hq, hkv, m, n, d, dv, static_cast<int>(causal), lse, kv_len, fmt::join(lengths, ", "),
+                       batch_invariant, heads_inside, row_gap, spare_capacity,
+                       scale ? std::to_string(*scale) : "default", name_of(values),
                        guard == Guard::after ? "after" : "before", seed);
   }
 };
@@ -126,20 +129,68 @@ Case random_case(unsigned seed) {
   return c;
 }
 
+/// What no random case must be relied on for, with few kernels: most of these share one for each m.
+std::vector<Case> fixed_cases() {
+  std::vector<Case> cases;
+  const auto add = [&](Case c) {
+    c.seed = static_cast<unsigned>(cases.size());
+    c.guard = cases.size() % 2 ? Guard::before : Guard::after;
+    cases.push_back(std::move(c));
+  };
+  for (const std::int64_t m : is_emulated() ? std::vector<std::int64_t>{3} : std::vector<std::int64_t>{1, 3, 70}) {
+    const Case base = {.hq = 2, .hkv = 1, .m = m, .n = 300, .causal = Causal::bottom_right, .lse = true};
+    const auto change = [&](auto&& by) {
+      Case c = base;
+      by(c);
+      add(std::move(c));
+    };
+    for (const Values values : {Values::large_scores, Values::one_huge_key, Values::all_equal, Values::zero})
+      change([&](Case& c) { c.values = values; });
+    // The greatest scores are 128 and 127.99, 16384 and 16383.
+    for (const float scale : {0.125f, 16.0f})
+      change([&](Case& c) { c.scale = scale, c.values = Values::two_almost_equal; });
+    for (const std::int64_t n : {0, 1, 5}) // rows that see nothing: all, and the first m − n
+      change([&](Case& c) { c.n = n; });
+    // Batches without a key, with all, with fewer than queries.
+    change([&](Case& c) { c.b = 3, c.n = 90, c.kv_len = true, c.lengths = {0, 90, 2}; });
+    change([&](Case& c) { c.b = 2, c.n = 150, c.kv_len = true, c.lengths = {150, 0}; });
+    // Latent attention's head sizes, and those furthest apart.
+    for (const auto& [d, dv] : {std::pair{192, 128}, {8, 256}, {256, 8}})
+      change([&](Case& c) { c.n = 130, c.d = d, c.dv = dv; });
+    // A cache with room for more, whose last keys are the last bytes that can be read.
+    for (const bool heads_inside : {false, true})
+      change([&](Case& c) {
+        c.b = 2, c.hq = 8, c.hkv = 2, c.n = 100, c.d = 72, c.dv = 80, c.row_gap = 8, c.spare_capacity = 60;
+        c.kv_len = true, c.lengths = {100, 77}, c.heads_inside = heads_inside;
+      });
+  }
+  return cases;
+}
+
 /// One bf16 tensor [B][heads][rows][columns] in a guarded buffer, everything that is no element of it filled.
 struct Tensor {
   std::int64_t b, heads, rows, columns;
   Strides strides;
-  std::int64_t size;
+  std::vector<std::int32_t> lengths; ///< null, or the rows that each batch has
+  std::int64_t size;                 ///< to the end of the last row that there is: what lies behind it cannot be read
   GuardedBuffer buffer;
 
-  Tensor(const Case& c, std::int64_t heads_, std::int64_t rows_, std::int64_t columns_, std::int64_t spare)
+  Tensor(const Case& c, std::int64_t heads_, std::int64_t rows_, std::int64_t columns_, std::int64_t spare = 0,
+         std::vector<std::int32_t> lengths_ = {})
       : b(c.b), heads(heads_), rows(rows_), columns(columns_), strides(strides_of(c, heads_, rows_ + spare, columns_)),
-        size(b * heads * rows * columns == 0
-                 ? 0
-                 : (b - 1) * strides.batch + (heads - 1) * strides.head + (rows - 1) * strides.row + columns),
-        buffer(static_cast<std::size_t>(size) * 2, c.guard) {
+        lengths(std::move(lengths_)), size(end()), buffer(static_cast<std::size_t>(size) * 2, c.guard) {
     std::fill_n(data(), size, kFiller);
+  }
+  std::int64_t rows_of(std::int64_t batch) const {
+    return lengths.empty() ? rows : lengths[static_cast<std::size_t>(batch)];
+  }
+  std::int64_t end() const {
+    std::int64_t found = 0;
+    for (std::int64_t batch = 0; batch < b; ++batch)
+      if (heads > 0 && rows_of(batch) > 0)
+        found = std::max(found, batch * strides.batch + (heads - 1) * strides.head +
+                                    (rows_of(batch) - 1) * strides.row + columns);
+    return found;
   }
   static constexpr std::uint16_t kFiller = 0x7FA5; // a NaN: must change nothing
   static Strides strides_of(const Case& c, std::int64_t heads, std::int64_t rows, std::int64_t columns) {
@@ -154,7 +205,7 @@ struct Tensor {
   template <class Value> void fill(Value value) const { // value(batch, head, row, column)
     for (std::int64_t batch = 0; batch < b; ++batch)
       for (std::int64_t head = 0; head < heads; ++head)
-        for (std::int64_t i = 0; i < rows; ++i)
+        for (std::int64_t i = 0; i < rows_of(batch); ++i)
           for (std::int64_t j = 0; j < columns; ++j)
             row(batch, head, i)[j] = bf16_of_float(value(batch, head, i, j));
   }
@@ -263,18 +314,13 @@ KernelDesc desc_of(const Case& c) {
 void check_case(Engine& engine, const Case& c) {
   INFO(c.text());
   std::mt19937 random(c.seed);
-  const Tensor q(c, c.hq, c.m, c.d, 0), k(c, c.hkv, c.n, c.d, c.spare_capacity),
-      v(c, c.hkv, c.n, c.dv, c.spare_capacity), o(c, c.hq, c.m, c.dv, 0);
+  std::vector<std::int32_t> kv_len = c.lengths;
+  while (c.kv_len && static_cast<std::int64_t>(kv_len.size()) < c.b)
+    kv_len.push_back(static_cast<std::int32_t>(random() % static_cast<unsigned>(c.n + 1)));
+  // Invisible keys are never read: they are NaNs or lie in the inaccessible page.
+  const Tensor q(c, c.hq, c.m, c.d), k(c, c.hkv, c.n, c.d, c.spare_capacity, kv_len),
+      v(c, c.hkv, c.n, c.dv, c.spare_capacity, kv_len), o(c, c.hq, c.m, c.dv);
   fill_inputs(c, q, k, v, random);
-  std::vector<std::int32_t> kv_len;
-  if (c.kv_len)
-    for (std::int64_t batch = 0; batch < c.b; ++batch) {
-      kv_len.push_back(static_cast<std::int32_t>(random() % static_cast<unsigned>(c.n + 1)));
-      for (const Tensor* tensor : {&k, &v}) // what is invisible is never read
-        for (std::int64_t head = 0; head < c.hkv; ++head)
-          for (std::int64_t i = kv_len.back(); i < c.n; ++i)
-            std::fill_n(tensor->row(batch, head, i), tensor->columns, Tensor::kFiller);
-    }
   constexpr float kUntouched = 12345;
   const std::int64_t rows = c.b * c.hq * c.m;
   std::vector<float> lse(static_cast<std::size_t>(rows + 1), kUntouched);
@@ -538,6 +584,46 @@ TEST_CASE("the bits depend neither on threads nor on where the workspace is; wit
   }
 }
 
+TEST_CASE("with batch_invariant=1 a query's bits and lse are those of a call with fewer of them, whatever it sees") {
+  for (const IsaPath isa : paths_here()) {
+    INFO("path ", std::string(kiln::name_of(isa)));
+    const std::unique_ptr<Engine> engine = engine_for(isa, 1);
+    for (const Causal causal : {Causal::top_left, Causal::bottom_right}) {
+      CAPTURE(static_cast<int>(causal));
+      Problem p(1, 6, 2, 41, 150, 48, 72);
+      KernelDesc desc = p.desc(causal);
+      desc.value[attention::kLse] = desc.value[attention::kBatchInvariant] = 1;
+      const KernelRef kernel = kernel_of(*engine, desc);
+      Args args = p.args();
+      args.lse = p.lse.data();
+      REQUIRE(attention::run(*kernel, args).is_ok());
+      for (const std::int64_t m : {1, 2, 5, 16, 33}) {
+        CAPTURE(m);
+        // The first queries by top_left, the last ones by bottom_right: they see what they saw.
+        const std::int64_t first = causal == Causal::top_left ? 0 : p.m - m;
+        std::vector<std::uint16_t> o(p.o.size(), Tensor::kFiller);
+        std::vector<float> lse(static_cast<std::size_t>(p.hq * m));
+        Args fewer = args;
+        fewer.m = m;
+        fewer.q += first * p.d;
+        fewer.o = o.data() + first * p.dv;
+        fewer.lse = lse.data();
+        REQUIRE(attention::run(*kernel, fewer).is_ok());
+        std::int64_t wrong = 0;
+        for (std::int64_t head = 0; head < p.hq; ++head)
+          for (std::int64_t i = 0; i < m; ++i) {
+            const std::int64_t row = head * p.m + first + i;
+            wrong +=
+                !std::equal(&o[static_cast<std::size_t>(row * p.dv)], &o[static_cast<std::size_t>(row * p.dv)] + p.dv,
+                            &p.o[static_cast<std::size_t>(row * p.dv)]);
+            wrong += lse[static_cast<std::size_t>(head * m + i)] != p.lse[static_cast<std::size_t>(row)];
+          }
+        CHECK(wrong == 0);
+      }
+    }
+  }
+}
+
 TEST_CASE("a NaN of a visible key is a NaN of the rows that see it, of no other and of one kind") {
   for (const IsaPath isa : paths_here()) {
     INFO("path ", std::string(kiln::name_of(isa)));
@@ -566,6 +652,8 @@ TEST_CASE("every path is within the bounds of the float64 reference, and stays i
   for (const IsaPath isa : paths_here()) {
     const std::unique_ptr<Engine> alone = engine_for(isa, 1), three = engine_for(isa, 3);
     INFO("path ", std::string(kiln::name_of(isa)));
+    for (const Case& c : fixed_cases())
+      check_case(*alone, c);
     for (int i = 0; i < samples(); ++i)
       check_case(i % 3 == 0 ? *three : *alone, random_case(first_seed + static_cast<unsigned>(i)));
   }
