@@ -2,11 +2,12 @@
 ///
 ///   bench_latency [--only GROUP,…] [--rows N] [--on DIRECTORY] [--json FILE] [--smoke]
 ///
-/// Groups: compile, memory, disk, scale, process, threads. `disk` and `process` fill a cache with N rows (default
-/// 10000) of kernels in a temporary directory (in /dev/shm where there is one), through kiln_warmup; `scale` fills two,
-/// of 1,000 and 100,000 rows, and reads them in turns. With --on the caches are copied to that directory's file system
-/// before they are read. --smoke takes a second: few rows and shapes, figures printed but not judged. Exit code: 0 all
-/// figures reached, 1 one fell short or failed, 2 usage.
+/// Groups: compile, memory, disk, scale, process, attention, threads. `attention`: the kernels of a model's attention,
+/// made by LLVM, in processes that find them on disk. `disk` and `process` fill a cache with N rows (default 10000) of
+/// kernels in a temporary directory (in /dev/shm where there is one), through kiln_warmup; `scale` fills two, of 1,000
+/// and 100,000 rows, and reads them in turns. With --on the caches are copied to that directory's file system before
+/// they are read. --smoke takes a second: few rows and shapes, figures printed but not judged. Exit code: 0 all figures
+/// reached, 1 one fell short or failed, 2 usage.
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -290,6 +291,14 @@ void scale(Bench& bench, std::size_t few, std::size_t many, const std::string& o
                 fmt::format("filled at {:.2f} ms a row", caches[1].fill_seconds() * 1e3 / static_cast<double>(many)));
 }
 
+int llvm_mappings() {
+  int found = 0;
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);)
+    found += line.find("llvm") != std::string::npos || line.find("LLVM") != std::string::npos;
+  return found;
+}
+
 /// In a fresh process: prints the nanoseconds from main's first line to the first kernel, where that came from, and
 /// whether LLVM is mapped.
 int child(double begin, const char* cache_dir) {
@@ -298,11 +307,7 @@ int child(double begin, const char* cache_dir) {
   const double end = now();
   kiln_kernel_info info = KILN_KERNEL_INFO_INIT;
   check(kiln_kernel_get_info(kernel.get(), &info), "kiln_kernel_get_info");
-  int llvm = 0;
-  std::ifstream maps("/proc/self/maps");
-  for (std::string line; std::getline(maps, line);)
-    llvm += line.find("llvm") != std::string::npos || line.find("LLVM") != std::string::npos;
-  fmt::print("{} {} {}\n", (end - begin) * 1e9, static_cast<int>(info.source), llvm);
+  fmt::print("{} {} {}\n", (end - begin) * 1e9, static_cast<int>(info.source), llvm_mappings());
   return 0;
 }
 
@@ -327,6 +332,90 @@ void process(Bench& bench, FilledCache& cache) {
                 Series::quantile(seconds, 0.5) * 1e3, "ms", 2, spread(seconds));
   bench.at_most("process", "of these, with an LLVM library mapped", with_llvm, "", 0,
                 fmt::format("{} processes", seconds.size()));
+}
+
+/// Of a model's attention: prefill, decode and a few queries, with and without lse.
+std::vector<kiln_attention_desc> attention_shapes() {
+  std::vector<kiln_attention_desc> descs;
+  for (const std::int64_t m : {std::int64_t{KILN_ANY}, std::int64_t{1}, std::int64_t{2}})
+    for (const std::int64_t d : {64, 128}) {
+      kiln_attention_desc desc = KILN_ATTENTION_DESC_INIT;
+      desc.b = desc.n = KILN_ANY;
+      desc.hq = 32;
+      desc.hkv = 8;
+      desc.m = m;
+      desc.d = desc.dv = d;
+      desc.causal = KILN_CAUSAL_BOTTOM_RIGHT;
+      desc.lse = d == 64;
+      descs.push_back(desc);
+    }
+  return descs;
+}
+
+/// In a process of its own: the time of each get, in the order of the list, of kernels that are on disk.
+int attention_child(const char* cache_dir) {
+  const EngineHandle engine = make_engine(cache_dir);
+  for (const kiln_attention_desc& desc : attention_shapes()) {
+    kiln_kernel* kernel = nullptr;
+    const double begin = now();
+    const kiln_status status = kiln_get(engine.get(), &desc.base, &kernel);
+    const double seconds = now() - begin;
+    check(status, "kiln_get");
+    const KernelHandle held(kernel);
+    kiln_kernel_info info = KILN_KERNEL_INFO_INIT;
+    check(kiln_kernel_get_info(kernel, &info), "kiln_kernel_get_info");
+    if (info.source != KILN_FROM_DISK || std::string_view(info.generator) != "llvm")
+      fail(fmt::format("{} by {} came from source {}", info.desc, info.generator, info.source));
+    fmt::print("{} ", seconds);
+  }
+  fmt::print("{}\n", llvm_mappings());
+  return 0;
+}
+
+void attention(Bench& bench) {
+  const TemporaryDirectory directory;
+  setenv("XDG_DATA_HOME", (directory.path + "/data").c_str(), 1);
+  const std::vector<kiln_attention_desc> shapes = attention_shapes();
+  double compile_us = 0;
+  {
+    const EngineHandle engine = make_engine((directory.path + "/cache").c_str());
+    for (const kiln_attention_desc& desc : shapes) {
+      kiln_kernel* kernel = nullptr;
+      check(kiln_get(engine.get(), &desc.base, &kernel), "kiln_get");
+      const KernelHandle held(kernel);
+      kiln_kernel_info info = KILN_KERNEL_INFO_INIT;
+      check(kiln_kernel_get_info(kernel, &info), "kiln_kernel_get_info");
+      if (std::string_view(info.generator) != "llvm") {
+        fmt::print("attention: no LLVM here that compiles it\n");
+        return;
+      }
+      compile_us += static_cast<double>(info.compile_us);
+    }
+  }
+  const std::string self = std::filesystem::read_symlink("/proc/self/exe").string();
+  const std::string command = fmt::format("'{}' --attention-child '{}/cache'", self, directory.path);
+  std::vector<double> first, later;
+  int with_llvm = 0;
+  constexpr int kProcesses = 25;
+  for (int i = 0; i < kProcesses; ++i) {
+    const std::unique_ptr<FILE, Releaser<pclose>> pipe(popen(command.c_str(), "r"));
+    int llvm = 0;
+    bool answered = pipe != nullptr;
+    for (std::size_t shape = 0; shape < shapes.size() && answered; ++shape) {
+      double seconds = 0;
+      answered = std::fscanf(pipe.get(), "%lf", &seconds) == 1;
+      (shape == 0 ? first : later).push_back(seconds);
+    }
+    if (!answered || std::fscanf(pipe.get(), "%d", &llvm) != 1)
+      fail("a child process gave no answer");
+    with_llvm += llvm > 0;
+  }
+  bench.at_most("attention", "kernel from disk, p50", Series::quantile(later, 0.5) * 1e6, "µs", 100,
+                fmt::format("{}; the first of a process, which opens the cache, {:.0f} µs; compiled in {:.1f} ms each",
+                            spread(later), Series::quantile(first, 0.5) * 1e6,
+                            compile_us / 1e3 / static_cast<double>(shapes.size())));
+  bench.at_most("attention", "of these processes, with an LLVM library mapped", with_llvm, "", 0,
+                fmt::format("{} processes", kProcesses));
 }
 
 /// Many threads ask for one key that nobody has yet.
@@ -366,7 +455,7 @@ struct Options {
 
 /// Nothing when the arguments are not understood.
 std::optional<Options> parse(int argc, char** argv) {
-  constexpr std::string_view groups[] = {"compile", "memory", "disk", "scale", "process", "threads"};
+  constexpr std::string_view groups[] = {"compile", "memory", "disk", "scale", "process", "attention", "threads"};
   Options options;
   for (int i = 1; i < argc; ++i) {
     const std::string_view name = argv[i];
@@ -417,6 +506,8 @@ int run(const Options& options) {
   }
   if (options.wants("scale"))
     scale(bench, options.smoke ? 20 : 1000, options.smoke ? 60 : 100'000, options.on);
+  if (options.wants("attention"))
+    attention(bench);
   if (options.wants("threads"))
     threads(bench);
   const bool written = options.json.empty() || report.write_json(options.json);
@@ -430,10 +521,12 @@ int main(int argc, char** argv) {
   const double begin = kiln::bench::now();
   if (argc == 3 && std::string_view(argv[1]) == "--child")
     return kiln::bench::child(begin, argv[2]);
+  if (argc == 3 && std::string_view(argv[1]) == "--attention-child")
+    return kiln::bench::attention_child(argv[2]);
   const auto options = kiln::bench::parse(argc, argv);
   if (!options) {
     fmt::print(stderr, "usage: bench_latency [--only GROUP,…] [--rows N] [--on DIRECTORY] [--json FILE] [--smoke]\n"
-                       "groups: compile, memory, disk, scale, process, threads\n");
+                       "groups: compile, memory, disk, scale, process, attention, threads\n");
     return 2;
   }
   return kiln::bench::run(*options);
