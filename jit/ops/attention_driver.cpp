@@ -86,6 +86,18 @@ struct Memory {
   }
 };
 
+/// Of K or V: to the end of the last key that its batch has.
+std::int64_t span_of_keys(const Extents& e, const Strides& s, const std::int32_t* kv_len) {
+  if (kv_len == nullptr)
+    return span_of(e, s);
+  std::int64_t span = 0;
+  for (std::int64_t batch = 0; batch < e.batches; ++batch)
+    if (kv_len[batch] > 0 && e.heads > 0)
+      span = std::max(span,
+                      batch * s.batch + (e.heads - 1) * s.head + (kv_len[batch] - std::int64_t{1}) * s.row + e.columns);
+  return span;
+}
+
 Status check_sizes(const Kernel& kernel, const Args& a) {
   const KernelDesc& desc = kernel.desc();
   const OpSpec& spec = op();
@@ -137,10 +149,14 @@ Status check_args(const Kernel& kernel, const Args& a) {
     return s;
   if (Status s = check_aligned(bad, "kv_len", a.kv_len, sizeof(std::int32_t)); !s)
     return s;
+  if (a.kv_len != nullptr)
+    for (std::int64_t i = 0; i < a.b; ++i)
+      if (a.kv_len[i] < 0 || a.kv_len[i] > a.n)
+        return bad(fmt::format("kv_len[{}]", i), std::to_string(a.kv_len[i]), fmt::format("0 to n, {}", a.n));
   const Memory outputs[] = {{"o", a.o, span_of(o, a.o_strides) * 2}, {"lse", a.lse, a.lse == nullptr ? 0 : rows * 4}};
   const Memory inputs[] = {{"q", a.q, span_of(q, a.q_strides) * 2},
-                           {"k", a.k, span_of(k, a.k_strides) * 2},
-                           {"v", a.v, span_of(v, a.v_strides) * 2},
+                           {"k", a.k, span_of_keys(k, a.k_strides, a.kv_len) * 2},
+                           {"v", a.v, span_of_keys(v, a.v_strides, a.kv_len) * 2},
                            {"kv_len", a.kv_len, a.kv_len == nullptr ? 0 : a.b * 4}};
   for (const Memory& output : outputs)
     for (const Memory& input : inputs)
@@ -148,10 +164,6 @@ Status check_args(const Kernel& kernel, const Args& a) {
         return bad(output.name, fmt::format("in memory that {} spans", input.name), "memory of its own");
   if (outputs[0].overlaps(outputs[1]))
     return bad("lse", "in memory that o spans", "memory of its own");
-  if (a.kv_len != nullptr)
-    for (std::int64_t i = 0; i < a.b; ++i)
-      if (a.kv_len[i] < 0 || a.kv_len[i] > a.n)
-        return bad(fmt::format("kv_len[{}]", i), std::to_string(a.kv_len[i]), fmt::format("0 to n, {}", a.n));
   if (a.scale && !(*a.scale >= 0 && std::isfinite(*a.scale)))
     return bad("scale", fmt::format("{}", *a.scale), "a finite number, 0 or more");
   return check_threads(kernel, a.threads);
