@@ -505,6 +505,7 @@ TEST_CASE("a bad argument is named, and nothing is written") {
       {[&](Args& a) { a.workspace = workspace + 1; }, "64-byte aligned"},
       {[&](Args& a) { a.workspace = workspace; }, "workspace_bytes is 0: allowed is", true},
   };
+  std::fill_n(o + 4, 4, std::uint16_t{0}); // two lengths
   const std::vector<std::uint16_t> before = memory;
   for (const auto& call : calls) {
     Args args = good(call.with_lse);
