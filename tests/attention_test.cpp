@@ -156,7 +156,8 @@ std::vector<Case> fixed_cases() {
     change([&](Case& c) { c.b = 2, c.n = 150, c.kv_len = true, c.lengths = {150, 0}; });
     // Latent attention's head sizes, and those furthest apart.
     for (const auto& [d, dv] : {std::pair{192, 128}, {8, 256}, {256, 8}})
-      change([&](Case& c) { c.n = 130, c.d = d, c.dv = dv; });
+      if (d == 192 || !is_emulated()) // where compiling takes half a second
+        change([&](Case& c) { c.n = 130, c.d = d, c.dv = dv; });
     // A cache with room for more, whose last keys are the last bytes that can be read.
     for (const bool heads_inside : {false, true})
       change([&](Case& c) {
@@ -590,6 +591,8 @@ TEST_CASE("with batch_invariant=1 a query's bits and lse are those of a call wit
     INFO("path ", std::string(kiln::name_of(isa)));
     const std::unique_ptr<Engine> engine = engine_for(isa, 1);
     for (const Causal causal : {Causal::top_left, Causal::bottom_right}) {
+      if (causal == Causal::top_left && is_emulated())
+        continue;
       CAPTURE(static_cast<int>(causal));
       Problem p(1, 6, 2, 41, 150, 48, 72);
       KernelDesc desc = p.desc(causal);
