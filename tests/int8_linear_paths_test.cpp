@@ -1,6 +1,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <array>
 #include <cfenv>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +17,10 @@
 #include "tests/guarded_buffer.h"
 #include "tests/int8_linear_values.h"
 #include "tests/int8_values.h"
+#if defined(__x86_64__)
+#include "tests/amx_emulator.h"
+#include "tests/avxvnni_emulator.h"
+#endif
 
 /// Every int8_linear row of the implementation table that this machine can run, through engine and driver, against the
 /// reference op to the bit: sampled shapes × types × values × with and without bias and workspace × one and three
@@ -208,6 +213,70 @@ TEST_CASE("every path equals the reference op") {
   }
   CHECK(paths >= 1);
 }
+
+#if defined(__x86_64__)
+TEST_CASE("amx, emulated where the machine has none") {
+  Features features = detect_machine().target.features;
+  if (!features.contains({Feature::avx512bw, Feature::avx512vl, Feature::avx512vnni}))
+    return;
+  std::optional<AmxEmulator> emulator;
+  if (!amx_available()) {
+    emulator.emplace();
+    features.add(Feature::amx_tile);
+    features.add(Feature::amx_int8);
+  }
+  const std::unique_ptr<Engine> engine = engine_for(IsaPath::amx, 1, 0, features);
+  for (int i = 0; i < samples(); ++i) {
+    Case c = random_case(static_cast<unsigned>(7000 + i));
+    c.guard = i % 2 == 0 ? Guard::after : Guard::before;
+    check_case(*engine, c);
+  }
+  // Pairs of panels and a last one that N cuts, sums that reach Y during the next pair, several blocks of columns,
+  // row tiles that share rows, K that ends within a tile.
+  unsigned seed = 7500;
+  for (const auto& [m, n, k] : {std::array<std::int64_t, 3>{70, 100, 256},
+                                {33, 64, 330},
+                                {100, 520, 256},
+                                {65, 1030, 514},
+                                {5, 200, 1090},
+                                {48, 90, 60},
+                                {17, 33, 65}})
+    for (const Float type : kFloats)
+      check_case(*engine, {.m = m,
+                           .n = n,
+                           .k = k,
+                           .ldx = k + 3,
+                           .ldy = n + 5,
+                           .x = type,
+                           .y = type,
+                           .bias = seed % 2 == 0,
+                           .special_scales = seed % 3 == 0,
+                           .own_workspace = seed % 4 == 0,
+                           .w_values = Values::random,
+                           .x_values = XValues::specials,
+                           .guard = Guard::after,
+                           .seed = seed++});
+  if (emulator)
+    CHECK(emulator->executed() > 0);
+}
+
+TEST_CASE("avxvnni, emulated where the machine has none") {
+  Features features = detect_machine().target.features;
+  if (!features.contains({Feature::avx2, Feature::f16c}))
+    return;
+  std::optional<AvxVnniEmulator> emulator;
+  if (!features.has(Feature::avxvnni)) {
+    emulator.emplace();
+    features.add(Feature::avxvnni);
+  }
+  const std::unique_ptr<Engine> engine = engine_for(IsaPath::avxvnni, 1, 0, features);
+  for (int i = 0; i < samples() / 2; ++i) {
+    Case c = random_case(static_cast<unsigned>(9000 + i));
+    c.guard = i % 2 == 0 ? Guard::after : Guard::before;
+    check_case(*engine, c);
+  }
+}
+#endif
 
 TEST_CASE("portable code for the same processor with less") {
   const Target target = detect_machine().target;

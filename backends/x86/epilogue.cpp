@@ -63,10 +63,11 @@ EpilogueEmitter::EpilogueEmitter(Assembler& assembler, const int8_mm::Epilogue& 
 }
 
 EpilogueEmitter::EpilogueEmitter(Assembler& assembler, const KernelDesc& linear, int vector_bytes, int vectors,
-                                 std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp)
+                                 std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp,
+                                 int scratch_at)
     : a_(assembler), epilogue_(int8_linear::output_of(linear)), terms_(int8_linear::terms_of(linear)),
       vector_bytes_(vector_bytes), vectors_(vectors), temps_{first_temp, second_temp, third_temp}, dequantises_(true),
-      has_bias_(int8_linear::has_bias(linear)) {
+      has_bias_(int8_linear::has_bias(linear)), scratch_at_(scratch_at) {
   nan_ = slot(shared_bytes_);
   if (epilogue_.c_dtype == CDtype::bf16) {
     bf16_half_ = slot(shared_bytes_);

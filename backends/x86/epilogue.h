@@ -30,7 +30,7 @@ public:
 
   /// int8_linear's stage in place of int8_mm's, for its terms and the types of a desc: y = fma(f32(sum), s · ws, bias).
   EpilogueEmitter(Assembler& assembler, const KernelDesc& linear, int vector_bytes, int vectors,
-                  std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp);
+                  std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp, int scratch_at = 0);
 
   /// Of the scratch memory, which is 64-byte aligned: a multiple of 64.
   int scratch_bytes() const { return (shared_bytes_ - scratch_at_ + vectors_ * column_bytes_ + 63) / 64 * 64; }
