@@ -107,7 +107,8 @@ Values random_values(Random& random, const Epilogue& e, std::int64_t m, std::int
       return static_cast<std::int32_t>(random.of<std::int64_t>(
           {1, 2, 3, 1 << 30, 0x7fff'ffff, random.from_to(1, 0x7fff'ffff), std::int64_t{1} << random.below(31)}));
     });
-    fill(v.shift, many, [&] { return random.q_shift(); });
+    const bool usual = random.below(2) == 0; // all as real layers have them: some paths compute those another way
+    fill(v.shift, many, [&] { return usual ? static_cast<std::int32_t>(random.from_to(-19, 31)) : random.q_shift(); });
   }
   if (e.rescale == Rescale::shift_right)
     fill(v.shift, many, [&] {

@@ -150,6 +150,8 @@ public:
     a_.leave(kSaved);
     if (k_ > 0 && !is_linear_)
       copy_tile();
+    if (finish_)
+      finish_->emit_rare_paths();
     return a_.finish(features_for(epilogue_), is_linear_ ? linear_plan().values() : plan().values());
   }
 

@@ -251,6 +251,8 @@ public:
   }
 
   void data() {
+    if (emitter_ != nullptr)
+      emitter_->emit_rare_paths();
     a_.align(asmjit::AlignMode::kZero, 64);
     a_.bind(lanes_);
     for (std::int32_t lane = 0; lane < 16; ++lane)
