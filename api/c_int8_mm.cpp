@@ -83,6 +83,7 @@ Status desc_from_c(const kiln_desc* given, KernelDesc& out) {
   out.value[kCDtype] = static_cast<std::int64_t>(c_dtype);
   out.value[kRescale] = d.rescale;
   out.value[kRescalePer] = d.rescale_per;
+  out.value[kADtype] = d.a_dtype;
   out.value[kBDtype] = d.b_dtype;
   out.value[kAZp] = d.a_zp;
   out.value[kBZp] = d.b_zp;

@@ -26,6 +26,7 @@ std::span<const Implementation> implementation_table() {
       nvidia::int8_mm_wgmma(),
       nvidia::int8_mm_mma_sync(),
       reference::int8_mm(),
+      x86::int8_linear_amx(),
       x86::int8_linear_avx512vnni(),
       x86::int8_linear_avxvnni(),
       x86::int8_linear_avx2(),

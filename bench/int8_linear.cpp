@@ -21,7 +21,7 @@
 #include "bench/host.h"
 #include "bench/machine.h"
 #include "bench/measure.h"
-#include "bench/onednn_linear.h"
+#include "bench/onednn.h"
 #include "bench/report.h"
 #include "jit/bf16.h"
 
@@ -116,7 +116,7 @@ private:
   kiln_int8_mm_args mm_args_ = KILN_INT8_MM_ARGS_INIT;
 };
 
-void check_results(const Layer& layer, Kiln& kiln, OneDnnLinear& peer) {
+void check_results(const Layer& layer, Kiln& kiln, OneDnn& peer) {
   kiln.run_linear();
   peer.run();
   if (const double found = layer.difference(); !(found < 0.02))
@@ -132,8 +132,8 @@ void cold(Report& report, kiln_engine* engine) {
   constexpr std::size_t copies = 24;
   const Layer layer(1, 4096, 4096);
   Kiln kiln(engine, layer, copies);
-  OneDnnLinear peer(layer.m, layer.n, layer.k, layer.x.as<std::uint16_t>(), layer.w_bf16.as<std::uint16_t>(),
-                    layer.y_peer.as<std::uint16_t>(), 1, copies);
+  OneDnn peer(layer.m, layer.n, layer.k, layer.x.as<std::uint16_t>(), layer.w_bf16.as<std::uint16_t>(),
+              layer.y_peer.as<std::uint16_t>(), 1, copies);
   check_results(layer, kiln, peer);
   std::vector<HugeBuffer> buffers;
   for (std::size_t copy = 0; copy < copies; ++copy) {
@@ -172,11 +172,11 @@ void cold(Report& report, kiln_engine* engine) {
 /// Prefills, bound by arithmetic.
 void gemm(Report& report, kiln_engine* engine) {
   constexpr std::uint64_t kLoopSteps = 10000;
-  for (const std::int64_t m : {64, 84}) {
+  for (const std::int64_t m : {64, 84, 512}) {
     const Layer layer(m, 4096, 4096);
     Kiln kiln(engine, layer, 1);
-    OneDnnLinear peer(layer.m, layer.n, layer.k, layer.x.as<std::uint16_t>(), layer.w_bf16.as<std::uint16_t>(),
-                      layer.y_peer.as<std::uint16_t>(), 1);
+    OneDnn peer(layer.m, layer.n, layer.k, layer.x.as<std::uint16_t>(), layer.w_bf16.as<std::uint16_t>(),
+                layer.y_peer.as<std::uint16_t>(), 1);
     check_results(layer, kiln, peer);
     const ComputeLoop* const loop = compute_loop(kiln.isa);
     if (loop == nullptr)
@@ -186,8 +186,10 @@ void gemm(Report& report, kiln_engine* engine) {
         timed("int8_mm", [&] { kiln.run_mm(); }), timed("oneDNN bf16", [&] { peer.run(); })};
     const std::vector<Series> s = race(contenders, {.rounds = 15, .sample_seconds = 4e-3});
     const Series limit = scaled(s[0], layer.operations() / (loop->operations * static_cast<double>(kLoopSteps)));
+    // Tiles wait for their loads (backends/x86/int8_mm_amx.cpp): the bound is int8_mm's there.
+    const double reach = kiln.isa == "amx" ? 0.80 : 0.88;
     report.add({"gemm", fmt::format("{} of {} peak", layer.text(), kiln.isa), time_ratio(limit, s[1]), "",
-                Figure::Bound::at_least, 0.88,
+                Figure::Bound::at_least, reach,
                 fmt::format("{:.0f} of {:.0f} GOPS; best of each {:.3f}", layer.operations() / s[1].median() / 1e9,
                             layer.operations() / limit.median() / 1e9, limit.best() / s[1].best())});
     report.add({"gemm", fmt::format("{} × oneDNN bf16", layer.text()), time_ratio(s[3], s[1]), "", Figure::Bound::none,
@@ -204,8 +206,8 @@ int run(const std::string& json, bool smoke) {
   if (smoke) {
     const Layer layer(5, 256, 512);
     Kiln kiln(engine.get(), layer, 1);
-    OneDnnLinear peer(layer.m, layer.n, layer.k, layer.x.as<std::uint16_t>(), layer.w_bf16.as<std::uint16_t>(),
-                      layer.y_peer.as<std::uint16_t>(), 1);
+    OneDnn peer(layer.m, layer.n, layer.k, layer.x.as<std::uint16_t>(), layer.w_bf16.as<std::uint16_t>(),
+                layer.y_peer.as<std::uint16_t>(), 1);
     check_results(layer, kiln, peer);
     kiln.run_mm();
     fmt::print("{} {}: as oneDNN's bf16 layer within {:.4f}\n", layer.text(), kiln.isa, layer.difference());

@@ -17,7 +17,11 @@ struct OneDnn::Impl {
   std::string implementation;
   std::vector<HugeBuffer> storage;
   std::vector<std::unordered_map<int, memory>> arguments; ///< one a copy
-  int threads = 1;
+  int threads;
+
+  explicit Impl(int thread_count) : threads(thread_count) {
+    omp_set_num_threads(threads); // oneDNN divides the work when it makes the primitive
+  }
 
   template <class Descriptor>
   void make(const Descriptor& descriptor, const memory& a, memory b, const memory& c, int copies) {
@@ -35,9 +39,7 @@ struct OneDnn::Impl {
 
 OneDnn::OneDnn(Primitive primitive, std::int64_t m, std::int64_t n, std::int64_t k, const std::int8_t* a,
                const std::int8_t* b, void* c, int threads, int copies, const OneDnnEpilogue* epilogue)
-    : impl_(std::make_unique<Impl>()) {
-  impl_->threads = threads;
-  omp_set_num_threads(threads); // oneDNN divides the work when it makes the primitive
+    : impl_(std::make_unique<Impl>(threads)) {
   const dnnl::engine& engine = impl_->engine;
   const auto s8 = memory::data_type::s8, s32 = memory::data_type::s32;
   const memory::desc a_desc({m, k}, s8, memory::format_tag::ab),
@@ -64,6 +66,20 @@ OneDnn::OneDnn(Primitive primitive, std::int64_t m, std::int64_t n, std::int64_t
                     attributes, engine),
                 a_memory, b_memory, c_memory, copies);
   }
+}
+
+OneDnn::OneDnn(std::int64_t m, std::int64_t n, std::int64_t k, const std::uint16_t* x, const std::uint16_t* w,
+               std::uint16_t* y, int threads, int copies)
+    : impl_(std::make_unique<Impl>(threads)) {
+  const dnnl::engine& engine = impl_->engine;
+  constexpr auto bf16 = memory::data_type::bf16;
+  const memory::desc x_desc({m, k}, bf16, memory::format_tag::ab), y_desc({m, n}, bf16, memory::format_tag::ab);
+  impl_->make(
+      dnnl::inner_product_forward::primitive_desc(
+          {dnnl::prop_kind::forward_inference, x_desc, {{n, k}, bf16, memory::format_tag::any}, y_desc}, engine),
+      memory(x_desc, engine, const_cast<std::uint16_t*>(x)),
+      memory({{n, k}, bf16, memory::format_tag::ab}, engine, const_cast<std::uint16_t*>(w)), memory(y_desc, engine, y),
+      copies);
 }
 
 OneDnn::~OneDnn() = default;

@@ -883,6 +883,26 @@ Result<std::string> Engine::pack_layout(const KernelDesc& desc) {
   return choice->pack_layout;
 }
 
+namespace {
+
+std::vector<IsaPath> paths_without(const KernelDesc& desc, Arch arch, std::span<const Implementation> table) {
+  std::vector<IsaPath> paths;
+  const auto is_of_target = [&](const Implementation& row) {
+    return row.device == desc.device.kind && (row.any_arch || row.device != DeviceKind::cpu || row.arch == arch);
+  };
+  for (const Implementation& row : table) {
+    const auto is_same = [&](const Implementation& other) {
+      return other.op == desc.op && other.isa == row.isa && is_of_target(other);
+    };
+    if (is_of_target(row) && std::none_of(table.begin(), table.end(), is_same) &&
+        std::find(paths.begin(), paths.end(), row.isa) == paths.end())
+      paths.push_back(row.isa);
+  }
+  return paths;
+}
+
+} // namespace
+
 Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
   Explanation e;
   const OpSpec& op = *find_op(desc.op);
@@ -899,6 +919,7 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
     return e;
   }
   const Target& for_target = *found;
+  e.without_implementation = paths_without(e.canonical, for_target.arch, implementations());
   const std::optional<IsaPath> forced =
       config().forced_path(e.canonical.op, e.canonical.device.kind, implementations());
   e.pack_layout = pack_layout_for(implementations(), e.canonical, for_target, config(), forced);

@@ -60,7 +60,9 @@ struct Explanation {
   };
   KernelDesc canonical;
   MRange m_range;
-  std::vector<Candidate> candidates;
+  std::vector<Candidate> candidates; ///< every row of the op, in order
+  /// ISA paths of the target's architecture and of the device that other ops are implemented on and this one is not.
+  std::vector<IsaPath> without_implementation;
   const Implementation* taken = nullptr;
   Digest key;
   std::string key_text;    ///< what the key is the digest of, readable

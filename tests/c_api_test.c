@@ -291,6 +291,23 @@ static void test_epilogue(kiln_engine* engine, const char* directory) {
   memset(y, 77, sizeof y);
   CHECK(kiln_run(kernel, &args.base) == KILN_OK);
   CHECK(memcmp(y, wanted, sizeof y) == 0);
+
+  /* The same with u8 activations that are 200 more, as their zero point is. */
+  const uint8_t more_x[2][2] = {{201, 202}, {203, 204}};
+  const int32_t more_a_zp = 201;
+  kiln_kernel* of_u8 = NULL;
+  desc.a_dtype = KILN_U8;
+  CHECK(kiln_get(engine, &desc.base, &of_u8) == KILN_OK);
+  desc.a_dtype = KILN_S8;
+  args.a = more_x;
+  args.a_zp = &more_a_zp;
+  memset(y, 77, sizeof y);
+  CHECK(kiln_run(of_u8, &args.base) == KILN_OK);
+  CHECK(memcmp(y, wanted, sizeof y) == 0);
+  kiln_kernel_release(of_u8);
+  args.a = x;
+  args.a_zp = &a_zp;
+
   snprintf(path, sizeof path, "%s/u8.pack", directory);
   CHECK(kiln_pack_save(pack, path) == KILN_OK);
   CHECK(kiln_pack_load(engine, &desc.base, path, &loaded) == KILN_OK);
@@ -305,6 +322,21 @@ static void test_epilogue(kiln_engine* engine, const char* directory) {
   args.bias = bias;
   args.hi = -129;
   CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "hi is -129: allowed is an integer from -128 to 127");
+  args.hi = 127.5;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "hi is 127.5: allowed is an integer from -128 to 127");
+  args.lo = -90;
+  args.hi = -95;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "lo is -90: allowed is at most hi, -95");
+  args.lo = -128;
+  const int32_t bad_mult[3] = {1, 0, 1}, bad_shift[3] = {0, 31, -63};
+  args.mult = bad_mult;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "mult[1] is 0: allowed is 1 to 2147483647");
+  args.mult = mult;
+  args.shift = bad_shift;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "shift[2] is -63: allowed is -62 to 31");
+  args.shift = NULL;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "shift is null: allowed is 3 values");
+  args.shift = shift;
   CHECK(y[0][0] == 77 && y[1][2] == 77);
   desc.b_dtype = KILN_S8;
   CHECK_ERROR(kiln_pack_load(engine, &desc.base, path, &other), KILN_INVALID_ARGUMENT, "/u8");

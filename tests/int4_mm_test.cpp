@@ -14,6 +14,7 @@
 #include "cache/file.h"
 #include "jit/bf16.h"
 #include "jit/ops/int4_mm_driver.h"
+#include "tests/test_engine.h"
 
 /// int4_mm without a GPU: both forms of the weights, the reference and the packs, against vectors made by PyTorch
 /// (tests/data/int4/README.md).
@@ -70,17 +71,6 @@ double relative_error(const std::vector<std::uint16_t>& actual, const std::vecto
     norm += e * e;
   }
   return std::sqrt(error / norm);
-}
-
-std::unique_ptr<Engine> make_cpu_engine() {
-  EngineOptions options;
-  options.machine = detect_machine();
-  options.config.cache = CacheMode::off;
-  options.config.threads = 2;
-  options.implementations = implementation_table();
-  Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
-  REQUIRE(engine.is_ok());
-  return std::move(*engine);
 }
 
 } // namespace
@@ -162,7 +152,7 @@ TEST_CASE("bf16 is rounded once, to nearest even") {
 }
 
 TEST_CASE("packs of either form, through the engine and with strides, equal the reference") {
-  const auto engine = make_cpu_engine();
+  const auto engine = test::make_engine({.threads = 2});
   for (const Vector& v : vectors())
     for (const bool from_tensor_core : {false, true}) {
       CAPTURE(v.name);
@@ -193,7 +183,7 @@ TEST_CASE("packs of either form, through the engine and with strides, equal the 
 }
 
 TEST_CASE("files of packs: the same bytes back, damage is told") {
-  const auto engine = make_cpu_engine();
+  const auto engine = test::make_engine({.threads = 2});
   const Vector v = vectors().front();
   const KernelDesc desc = make_desc(v.m, v.n, v.k, v.group);
   const Result<Pack> pack =

@@ -1,8 +1,8 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
+#include <array>
 #include <cfenv>
-#include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -16,6 +16,11 @@
 #include "tests/guarded_buffer.h"
 #include "tests/int8_linear_values.h"
 #include "tests/int8_values.h"
+#include "tests/test_engine.h"
+#if defined(__x86_64__)
+#include "tests/amx_emulator.h"
+#include "tests/avxvnni_emulator.h"
+#endif
 
 /// Every int8_linear row of the implementation table that this machine can run, through engine and driver, against the
 /// reference op to the bit: sampled shapes × types × values × with and without bias and workspace × one and three
@@ -31,29 +36,7 @@ namespace {
 constexpr std::int64_t kSizes[] = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 255, 257};
 constexpr Float kFloats[] = {Float::bf16, Float::f16, Float::f32};
 
-/// KILN_TEST_SAMPLES asks for more or fewer.
-int samples() {
-  const char* text = std::getenv("KILN_TEST_SAMPLES");
-  return text != nullptr ? std::atoi(text) : 40;
-}
-
-std::unique_ptr<Engine> engine_for(std::optional<IsaPath> isa, int threads, std::int64_t l2_bytes = 0,
-                                   std::optional<Features> features = {}) {
-  EngineOptions options;
-  options.config.cache = CacheMode::off;
-  options.config.threads = threads;
-  if (isa)
-    options.config.forced.push_back({OpId::int8_linear, *isa});
-  options.machine = detect_machine();
-  if (features)
-    options.machine.target.features = *features;
-  if (l2_bytes > 0)
-    options.machine.l2_bytes = l2_bytes;
-  options.implementations = implementation_table();
-  Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
-  REQUIRE_MESSAGE(engine.is_ok(), (engine ? "" : engine.status().message()));
-  return std::move(*engine);
-}
+constexpr int kSamples = 40;
 
 struct Case {
   std::int64_t m, n, k;
@@ -196,8 +179,9 @@ TEST_CASE("every path equals the reference op") {
     ++paths;
     SUBCASE(isa.c_str()) {
       for (const int threads : {1, 3}) {
-        const std::unique_ptr<Engine> engine = engine_for(row.isa, threads);
-        for (int i = 0; i < samples(); ++i)
+        const std::unique_ptr<Engine> engine =
+            make_engine({.threads = threads, .forced = Config::Force{OpId::int8_linear, row.isa}});
+        for (int i = 0; i < samples(kSamples); ++i)
           for (Case c = random_case(static_cast<unsigned>(1000 * threads + i));
                const Guard guard : {Guard::after, Guard::before}) {
             c.guard = guard;
@@ -209,6 +193,72 @@ TEST_CASE("every path equals the reference op") {
   CHECK(paths >= 1);
 }
 
+#if defined(__x86_64__)
+TEST_CASE("amx, emulated where the machine has none") {
+  Features features = detect_machine().target.features;
+  if (!features.contains({Feature::avx512bw, Feature::avx512vl, Feature::avx512vnni}))
+    return;
+  std::optional<AmxEmulator> emulator;
+  if (!amx_available()) {
+    emulator.emplace();
+    features.add(Feature::amx_tile);
+    features.add(Feature::amx_int8);
+  }
+  const std::unique_ptr<Engine> engine =
+      make_engine({.forced = Config::Force{OpId::int8_linear, IsaPath::amx}, .features = features});
+  for (int i = 0; i < samples(kSamples); ++i) {
+    Case c = random_case(static_cast<unsigned>(7000 + i));
+    c.guard = i % 2 == 0 ? Guard::after : Guard::before;
+    check_case(*engine, c);
+  }
+  // Pairs of panels and a last one that N cuts, sums that reach Y during the next pair, several blocks of columns,
+  // row tiles that share rows, K that ends within a tile.
+  unsigned seed = 7500;
+  for (const auto& [m, n, k] : {std::array<std::int64_t, 3>{70, 100, 256},
+                                {33, 64, 330},
+                                {100, 520, 256},
+                                {65, 1030, 514},
+                                {5, 200, 1090},
+                                {48, 90, 60},
+                                {17, 33, 65}})
+    for (const Float type : kFloats)
+      check_case(*engine, {.m = m,
+                           .n = n,
+                           .k = k,
+                           .ldx = k + 3,
+                           .ldy = n + 5,
+                           .x = type,
+                           .y = type,
+                           .bias = seed % 2 == 0,
+                           .special_scales = seed % 3 == 0,
+                           .own_workspace = seed % 4 == 0,
+                           .w_values = Values::random,
+                           .x_values = XValues::specials,
+                           .guard = Guard::after,
+                           .seed = seed++});
+  if (emulator)
+    CHECK(emulator->executed() > 0);
+}
+
+TEST_CASE("avxvnni, emulated where the machine has none") {
+  Features features = detect_machine().target.features;
+  if (!features.contains({Feature::avx2, Feature::f16c}))
+    return;
+  std::optional<AvxVnniEmulator> emulator;
+  if (!features.has(Feature::avxvnni)) {
+    emulator.emplace();
+    features.add(Feature::avxvnni);
+  }
+  const std::unique_ptr<Engine> engine =
+      make_engine({.forced = Config::Force{OpId::int8_linear, IsaPath::avxvnni}, .features = features});
+  for (int i = 0; i < samples(kSamples) / 2; ++i) {
+    Case c = random_case(static_cast<unsigned>(9000 + i));
+    c.guard = i % 2 == 0 ? Guard::after : Guard::before;
+    check_case(*engine, c);
+  }
+}
+#endif
+
 TEST_CASE("portable code for the same processor with less") {
   const Target target = detect_machine().target;
   if (target.arch != Arch::x86_64)
@@ -217,8 +267,9 @@ TEST_CASE("portable code for the same processor with less") {
     if (!target.features.contains(features))
       continue;
     CAPTURE(features.text());
-    const std::unique_ptr<Engine> engine = engine_for(IsaPath::portable, 1, 0, features);
-    for (int i = 0; i < samples(); ++i) {
+    const std::unique_ptr<Engine> engine =
+        make_engine({.forced = Config::Force{OpId::int8_linear, IsaPath::portable}, .features = features});
+    for (int i = 0; i < samples(kSamples); ++i) {
       Case c = random_case(static_cast<unsigned>(5000 + i));
       c.guard = Guard::after;
       check_case(*engine, c);
@@ -227,7 +278,7 @@ TEST_CASE("portable code for the same processor with less") {
 }
 
 TEST_CASE("large enough for several threads, row blocks and rows quantised for all") {
-  const std::unique_ptr<Engine> engine = engine_for({}, 3, 64 << 10); // a small L2, so that the driver cuts
+  const std::unique_ptr<Engine> engine = make_engine({.threads = 3, .l2_bytes = 64 << 10});
   for (const std::int64_t m : {1, 40, 300})
     for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{1000, 1100}, {40, 3000}, {700, 9000}}) {
       if (m * n * k > 400'000'000)
@@ -251,7 +302,7 @@ TEST_CASE("large enough for several threads, row blocks and rows quantised for a
 }
 
 TEST_CASE("a host whose m walks compiles a bounded number of kernels") {
-  const std::unique_ptr<Engine> engine = engine_for({}, 1);
+  const std::unique_ptr<Engine> engine = make_engine({});
   for (std::int64_t m = 1; m <= 512; ++m)
     REQUIRE(engine->get(int8_linear::make_desc(m, 96, 80)).is_ok());
   CHECK(engine->stats().kernels <= 8);

@@ -16,6 +16,7 @@
 #include "jit/ops/int8_linear_driver.h"
 #include "tests/int8_linear_values.h"
 #include "tests/int8_values.h"
+#include "tests/test_engine.h"
 
 /// int8_linear by its definition: the reference against arithmetic in float64 that rounds where the definition does and
 /// shares nothing with it; the conversions of f16; the desc, the pack and what a call refuses.
@@ -110,17 +111,6 @@ void oracle_row(Float x_type, Float y_type, const void* x, std::int64_t n, std::
 }
 
 constexpr Float kFloats[] = {Float::bf16, Float::f16, Float::f32};
-
-std::unique_ptr<Engine> make_test_engine(int threads = 1) {
-  EngineOptions options;
-  options.machine = detect_machine();
-  options.config.cache = CacheMode::off;
-  options.config.threads = threads;
-  options.implementations = implementation_table();
-  Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
-  REQUIRE(engine.is_ok());
-  return std::move(*engine);
-}
 
 } // namespace
 
@@ -228,7 +218,7 @@ TEST_CASE("the desc: classes of m, what changes no code, bad fields by name") {
 }
 
 TEST_CASE("a call refuses what is wrong, names it, and writes nothing") {
-  const std::unique_ptr<Engine> engine = make_test_engine();
+  const std::unique_ptr<Engine> engine = test::make_engine({});
   const Result<KernelRef> kernel = engine->get(make_desc(3, 20, 16, Float::bf16, Float::bf16, true)),
                           without_bias = engine->get(make_desc(3, 20, 16));
   REQUIRE(kernel.is_ok());
@@ -299,7 +289,7 @@ TEST_CASE("a call refuses what is wrong, names it, and writes nothing") {
 }
 
 TEST_CASE("packs are those of int8_mm where the layouts agree, and one serves every m and type") {
-  const std::unique_ptr<Engine> engine = make_test_engine();
+  const std::unique_ptr<Engine> engine = test::make_engine({});
   const Result<std::string> layout = engine->pack_layout(make_desc(kAny, 64, 64));
   REQUIRE(layout.is_ok());
   for (const std::int64_t m : {1, 7, 100})

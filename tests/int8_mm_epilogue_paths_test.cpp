@@ -3,7 +3,6 @@
 
 #include <array>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -12,6 +11,7 @@
 #include "jit/engine.h"
 #include "jit/ops/int8_mm_driver.h"
 #include "tests/guarded_buffer.h"
+#include "tests/test_engine.h"
 #if defined(__x86_64__)
 #include "tests/amx_emulator.h"
 #include "tests/avxvnni_emulator.h"
@@ -25,32 +25,12 @@ using namespace kiln;
 using namespace kiln::int8_mm;
 using test::Guard;
 using test::GuardedBuffer;
+using test::make_engine;
+using test::samples;
 
 namespace {
 
-/// KILN_TEST_SAMPLES asks for more or fewer.
-int samples() {
-  const char* text = std::getenv("KILN_TEST_SAMPLES");
-  return text != nullptr ? std::atoi(text) : 250;
-}
-
-std::unique_ptr<Engine> engine_for(std::optional<IsaPath> isa, int threads, bool small_caches,
-                                   std::optional<Features> features = {}) {
-  EngineOptions options;
-  options.config.cache = CacheMode::off;
-  options.config.threads = threads;
-  if (isa)
-    options.config.forced.push_back({OpId::int8_mm, *isa});
-  options.machine = detect_machine();
-  if (features)
-    options.machine.target.features = *features;
-  if (small_caches)
-    options.machine.l2_bytes = 64 << 10; // so that the driver cuts rows and columns
-  options.implementations = implementation_table();
-  Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
-  REQUIRE_MESSAGE(engine.is_ok(), (engine ? "" : engine.status().message()));
-  return std::move(*engine);
-}
+constexpr int kSamples = 250;
 
 class Random {
 public:
@@ -127,7 +107,8 @@ Values random_values(Random& random, const Epilogue& e, std::int64_t m, std::int
       return static_cast<std::int32_t>(random.of<std::int64_t>(
           {1, 2, 3, 1 << 30, 0x7fff'ffff, random.from_to(1, 0x7fff'ffff), std::int64_t{1} << random.below(31)}));
     });
-    fill(v.shift, many, [&] { return random.q_shift(); });
+    const bool usual = random.below(2) == 0; // all as real layers have them: some paths compute those another way
+    fill(v.shift, many, [&] { return usual ? static_cast<std::int32_t>(random.from_to(-19, 31)) : random.q_shift(); });
   }
   if (e.rescale == Rescale::shift_right)
     fill(v.shift, many, [&] {
@@ -283,16 +264,17 @@ TEST_CASE("every path finishes its sums as the definition does") {
     ++paths;
     SUBCASE(isa.c_str()) {
       // LLVM takes milliseconds a kernel.
-      const int count = row.generator == GeneratorId::llvm ? samples() / 5 : samples();
+      const int count = row.generator == GeneratorId::llvm ? samples(kSamples) / 5 : samples(kSamples);
       for (const int threads : {1, 3})
-        check_sampled(*engine_for(row.isa, threads, false), static_cast<unsigned>(100'000 * threads), count);
+        check_sampled(*make_engine({.threads = threads, .forced = Config::Force{OpId::int8_mm, row.isa}}),
+                      static_cast<unsigned>(100'000 * threads), count);
     }
   }
   CHECK(paths >= 2); // portable and reference run everywhere
 }
 
 TEST_CASE("calls that the driver cuts") {
-  const std::unique_ptr<Engine> engine = engine_for(std::nullopt, 3, true);
+  const std::unique_ptr<Engine> engine = make_engine({.threads = 3, .l2_bytes = 64 << 10});
   unsigned seed = 7;
   for (const std::int64_t m : {1, 33, 150})
     for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{1000, 1100}, {40, 3000}})
@@ -311,8 +293,9 @@ TEST_CASE("amx, emulated where the machine has none") {
     features.add(Feature::amx_tile);
     features.add(Feature::amx_int8);
   }
-  const std::unique_ptr<Engine> engine = engine_for(IsaPath::amx, 1, false, features);
-  check_sampled(*engine, 700'000, samples());
+  const std::unique_ptr<Engine> engine =
+      make_engine({.forced = Config::Force{OpId::int8_mm, IsaPath::amx}, .features = features});
+  check_sampled(*engine, 700'000, samples(kSamples));
   // Pairs of panels, sums that reach C during the next pair, rows copied ahead.
   unsigned seed = 800'000;
   for (const auto& [m, n, k] :
@@ -330,13 +313,15 @@ TEST_CASE("avxvnni, emulated where the machine has none") {
     emulator.emplace();
     features.add(Feature::avxvnni);
   }
-  check_sampled(*engine_for(IsaPath::avxvnni, 1, false, features), 900'000, samples());
+  check_sampled(*make_engine({.forced = Config::Force{OpId::int8_mm, IsaPath::avxvnni}, .features = features}), 900'000,
+                samples(kSamples));
 }
 
 TEST_CASE("portable with narrower vectors than the machine's") {
   if (!detect_machine().target.features.has(Feature::avx2))
     return;
   for (const Features features : {Features{}, Features{Feature::avx2}})
-    check_sampled(*engine_for(IsaPath::portable, 1, false, features), 500'000, samples() / 5);
+    check_sampled(*make_engine({.forced = Config::Force{OpId::int8_mm, IsaPath::portable}, .features = features}),
+                  500'000, samples(kSamples) / 5);
 }
 #endif

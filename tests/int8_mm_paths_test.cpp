@@ -1,7 +1,6 @@
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
 
-#include <cstdlib>
 #include <vector>
 
 #include <fmt/format.h>
@@ -11,6 +10,7 @@
 #include "jit/ops/int8_mm_driver.h"
 #include "tests/guarded_buffer.h"
 #include "tests/int8_values.h"
+#include "tests/test_engine.h"
 
 /// Every int8_mm row of the implementation table that this machine can run, through engine and driver, against the
 /// reference op: sampled shapes × values × packed and raw B × both layouts × one and three threads, in buffers that
@@ -23,23 +23,7 @@ namespace {
 
 constexpr std::int64_t kSizes[] = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 100, 255, 257};
 
-/// Enough to take every branch of the driver; KILN_TEST_SAMPLES asks for more or fewer.
-int samples() {
-  const char* text = std::getenv("KILN_TEST_SAMPLES");
-  return text != nullptr ? std::atoi(text) : 120;
-}
-
-std::unique_ptr<Engine> engine_for(IsaPath isa, int threads) {
-  EngineOptions options;
-  options.config.cache = CacheMode::off;
-  options.config.threads = threads;
-  options.config.forced.push_back({OpId::int8_mm, isa});
-  options.machine = detect_machine();
-  options.implementations = implementation_table();
-  Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
-  REQUIRE_MESSAGE(engine.is_ok(), (engine ? "" : engine.status().message()));
-  return std::move(*engine);
-}
+constexpr int kSamples = 120;
 
 struct Case {
   std::int64_t m, n, k;
@@ -150,8 +134,9 @@ TEST_CASE("every path equals the reference op") {
     ++paths;
     SUBCASE(isa.c_str()) {
       for (const int threads : {1, 3}) {
-        const std::unique_ptr<Engine> engine = engine_for(row.isa, threads);
-        for (int i = 0; i < samples(); ++i)
+        const std::unique_ptr<Engine> engine =
+            make_engine({.threads = threads, .forced = Config::Force{OpId::int8_mm, row.isa}});
+        for (int i = 0; i < samples(kSamples); ++i)
           for (Case c = random_case(static_cast<unsigned>(1000 * threads + i));
                const Guard guard : {Guard::after, Guard::before}) {
             c.guard = guard;
@@ -166,15 +151,7 @@ TEST_CASE("every path equals the reference op") {
 TEST_CASE("large enough for several threads and row blocks") {
   for (const std::int64_t m : {1, 33, 150, 700})
     for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{1000, 1100}, {40, 3000}}) {
-      const std::unique_ptr<Engine> engine = [] {
-        EngineOptions options;
-        options.config.cache = CacheMode::off;
-        options.config.threads = 3;
-        options.machine = detect_machine();
-        options.machine.l2_bytes = 64 << 10; // small, so that the driver cuts rows and columns
-        options.implementations = implementation_table();
-        return std::move(*Engine::create(std::move(options)));
-      }();
+      const std::unique_ptr<Engine> engine = make_engine({.threads = 3, .l2_bytes = 64 << 10});
       for (const bool packed : {true, false})
         check_case(*engine, {.m = m,
                              .n = n,
@@ -191,12 +168,7 @@ TEST_CASE("large enough for several threads and row blocks") {
 }
 
 TEST_CASE("a host whose m walks compiles a bounded number of kernels") {
-  EngineOptions options;
-  options.config.cache = CacheMode::off;
-  options.config.threads = 1;
-  options.machine = detect_machine();
-  options.implementations = implementation_table();
-  const std::unique_ptr<Engine> engine = std::move(*Engine::create(std::move(options)));
+  const std::unique_ptr<Engine> engine = make_engine({});
   for (std::int64_t m = 1; m <= 512; ++m)
     REQUIRE(engine->get(int8_mm::make_desc(m, 96, 80)).is_ok());
   CHECK(engine->stats().kernels <= 8);

@@ -83,6 +83,83 @@ class Python(unittest.TestCase):
                 self.engine.int8_mm(a, pack, out)
                 np.testing.assert_array_equal(expected, out)
 
+    def test_int8_mm_stages_in_numbers_and_arrays(self):
+        rng = np.random.default_rng(2)
+        m, n, k = 5, 24, 40
+        for a_type, b_type in ((np.int8, np.uint8), (np.uint8, np.int8)):
+            a, b = (rng.integers(np.iinfo(t).min, np.iinfo(t).max + 1, shape).astype(t) for t, shape in ((a_type, (m, k)), (b_type, (n, k))))
+            pack = self.engine.pack_int8(b)
+            bias = rng.integers(-9000, 9000, n, dtype=np.int32)
+            for a_zp, b_zp in ((3, rng.integers(-5, 200, n, dtype=np.int32)), (rng.integers(-5, 200, m, dtype=np.int32), np.array([7], np.int32))):
+                left = a.astype(np.int64) - np.reshape(a_zp, (-1, 1))
+                right = b.astype(np.int64).T - np.reshape(b_zp, (1, -1))
+                sums = left @ right + bias
+                out = np.zeros((m, n), np.int32)
+                self.engine.int8_mm(a, pack, out, a_zp=a_zp, b_zp=b_zp, bias=bias)
+                np.testing.assert_array_equal(sums, out)
+                # To nearest, ties to plus infinity: an addition and a shift.
+                out = np.zeros((m, n), np.int8)
+                self.engine.int8_mm(a, pack, out, a_zp=a_zp, b_zp=b_zp, bias=bias, shift_right=9, rounding="plus_inf", c_zp=-3, clamp=(-100, 50))
+                np.testing.assert_array_equal(np.clip((sums + 256 >> 9) - 3, -100, 50), out)
+                mult, shift = rng.integers(1, 2**31, n, dtype=np.int32), rng.integers(0, 9, n, dtype=np.int32)
+                out = np.zeros((m, n), np.uint8)
+                self.engine.int8_mm(a, pack, out, a_zp=a_zp, b_zp=b_zp, bias=bias, mult=mult, shift=shift, rounding="plus_inf", act="relu")
+                scaled = sums * mult + (1 << (30 + shift.astype(np.int64))) >> (31 + shift.astype(np.int64))
+                np.testing.assert_array_equal(np.clip(scaled, 0, 255), out)
+                out = np.zeros((m, n), np.int32)
+                self.engine.int8_mm(a, pack, out, a_zp=a_zp, b_zp=b_zp, bias=bias, shift_left=np.full(n, 2, np.int32), act="leaky_relu",
+                                    slope_mult=1 << 30, slope_shift=1, rounding="plus_inf")
+                np.testing.assert_array_equal(np.where(sums < 0, (sums << 2) + 2 >> 2, sums << 2), out)  # times 1/2 · 1/2
+                for scale, dtype in ((0.0078125, np.float32), (rng.random(n, dtype=np.float32), np.float16)):
+                    out = np.zeros((m, n), dtype)
+                    self.engine.int8_mm(a, pack, out, scale, a_zp=a_zp, b_zp=b_zp, bias=bias, act="leaky_relu", slope=0.25)
+                    y = sums.astype(np.float32) * np.float32(scale)
+                    with np.errstate(over="ignore"):
+                        np.testing.assert_array_equal(np.where(y < 0, y * np.float32(0.25), y).astype(dtype), out)
+
+    def test_int8_linear_by_its_definition(self):
+        rng = np.random.default_rng(3)
+        m, n, k = 6, 20, 70
+        w, ws, bias = rng.integers(-128, 128, (n, k), dtype=np.int8), rng.random(n, dtype=np.float32) + 1, rng.random(n, dtype=np.float32)
+        x = (rng.random((m, k), dtype=np.float32) - 0.5) * np.logspace(-3, 3, m, dtype=np.float32)[:, None]
+        x[2], x[4, 3] = 0, np.nan
+        for pack in (self.engine.pack_int8_linear(w), self.engine.pack_int8_linear(np.ascontiguousarray(w.T), "kn")):
+            for x_in, y_type in ((x, np.float32), (x.astype(np.float16), np.float16)):
+                values = x_in.astype(np.float32)
+                most = np.abs(values).max(axis=1, keepdims=True)
+                with np.errstate(all="ignore"):
+                    s, r = most / np.float32(127), np.float32(127) / most
+                    q = np.where(np.isfinite(r), np.rint(values * r), 0)
+                    s = np.where(np.isfinite(r) | np.isnan(most), s, np.float32(0))
+                    sums = np.nan_to_num(q).astype(np.int64) @ w.T.astype(np.int64)
+                    # Of f32 products exact in f64: one rounding, as fma makes it, but for double rounding in the last bit.
+                    expected = sums.astype(np.float32).astype(np.float64) * (s * ws).astype(np.float64)
+                for given in (None, bias):
+                    out = np.zeros((m, n + 1), y_type)[:, :n]
+                    self.assertIs(out, self.engine.int8_linear(x_in, pack, ws, out, given))
+                    with np.errstate(over="ignore"):
+                        want = (expected + (0 if given is None else given)).astype(np.float32).astype(y_type)
+                    np.testing.assert_array_max_ulp(want[[0, 1, 2, 3, 5]], out[[0, 1, 2, 3, 5]], 1)
+                    self.assertTrue(np.isnan(out[4]).all())
+        bits = np.zeros((m, n), np.uint16)
+        self.engine.int8_linear(x, pack, ws, bits)
+        out = np.zeros((m, n), np.float32)
+        self.engine.int8_linear(x, pack, ws, out)
+        rows = [0, 1, 2, 3, 5]
+        self.assertLessEqual(np.abs(as_float(bits)[rows] - out[rows]).max(), np.abs(out[rows]).max() * 2**-8)
+
+    def test_tensors_by_their_methods(self):
+        """As torch has them: data_ptr(), stride(), a dtype with a name."""
+        rng = np.random.default_rng(4)
+        a, b = rng.integers(0, 256, (3, 32), dtype=np.uint8), rng.integers(-128, 128, (16, 32), dtype=np.int8)
+        zero, out = np.full(3, 128, np.int32), np.zeros((3, 16), np.float16)
+        self.engine.int8_mm(TorchLike(a, "uint8"), self.engine.pack_int8(TorchLike(b, "int8")), TorchLike(out, "float16"),
+                            scale=TorchLike(np.full(16, 2**-9, np.float32), "float32"), a_zp=TorchLike(zero, "int32"))
+        np.testing.assert_array_equal(((a.astype(np.int32) - 128) @ b.T.astype(np.int32) * 2**-9).astype(np.float16), out)
+        x, y, ws = np.ones((2, 32), np.float32), np.zeros((2, 16), np.float16), np.full(16, 2**-7, np.float32)
+        self.engine.int8_linear(TorchLike(x, "float32"), self.engine.pack_int8_linear(TorchLike(b, "int8")), TorchLike(ws, "float32"), TorchLike(y, "float16"))
+        np.testing.assert_allclose(np.tile(b.astype(np.float64).sum(axis=1) * 2**-7, (2, 1)), y, rtol=1e-3)
+
     def test_attention(self):
         rng = np.random.default_rng(2)
         bits = lambda values: ((values.astype(np.float32).view(np.uint32).astype(np.uint64) + 0x8000) >> 16).astype(np.uint16)  # noqa: E731
@@ -128,6 +205,58 @@ class Python(unittest.TestCase):
             "scale is nan": lambda: self.engine.attention(q, k, v, out, scale=float("nan")),
             "kv_len[1] is 41: allowed is 0 to n, 40": lambda: self.engine.attention(q, k, v, out, kv_len=kv_len + np.int32([0, 24])),
             "o is in memory that q spans": lambda: self.engine.attention(q[..., :16], k[..., :16], v, q[..., :16]),
+        }.items():
+            with self.subTest(says), self.assertRaises(kiln.Error) as raised:
+                call()
+            self.assertIn(says, str(raised.exception))
+            self.assertEqual("invalid_argument", raised.exception.status)
+
+    def test_errors_of_stages_name_them(self):
+        a, b, out = np.zeros((3, 8), np.int8), np.zeros((4, 8), np.int8), np.zeros((3, 4), np.int8)
+        pack, linear = self.engine.pack_int8(b), self.engine.pack_int8_linear(b)
+        mm = lambda out=out, **stages: self.engine.int8_mm(a, pack, out, **stages)  # noqa: E731
+        x, ws, y = np.zeros((3, 8), np.float32), np.zeros(4, np.float32), np.zeros((3, 4), np.float32)
+        s32 = lambda *values: np.array(values, np.int32)  # noqa: E731
+        for says, call in {
+            "a_zp has shape (2,): allowed is (3)": lambda: mm(a_zp=s32(1, 2)),
+            "b_zp has shape (3,): allowed is (4)": lambda: mm(b_zp=s32(1, 2, 3)),
+            "bias has shape (1,): allowed is (4)": lambda: mm(bias=s32(1)),
+            "bias is 3: allowed is an array of 4": lambda: mm(bias=3),
+            "mult is f32: allowed is s32": lambda: mm(mult=np.ones(4, np.float32), shift=1),
+            "shift has shape (5,): allowed is (4)": lambda: mm(mult=1, shift=s32(1, 2, 3, 4, 5)),
+            "mult is given alone": lambda: mm(mult=1),
+            "shift is given alone": lambda: mm(shift=1),
+            "scale and shift_right are given": lambda: mm(scale=1.0, shift_right=1),
+            "shift_right is 1.5: allowed is an integer": lambda: mm(shift_right=1.5),
+            "c_zp is 4294967296: allowed is -2147483648 to 2147483647": lambda: mm(c_zp=2**32),
+            "rounding is 'up': allowed is 'zero'": lambda: mm(shift_right=1, rounding="up"),
+            "act is 'gelu': allowed is None, 'relu', 'leaky_relu'": lambda: mm(act="gelu"),
+            "slope is None": lambda: mm(scale=1.0, act="leaky_relu"),
+            "slope_mult is 1": lambda: mm(slope_mult=1),
+            "clamp is 5: allowed is (lo, hi)": lambda: mm(clamp=5),
+            "a is f32: allowed is s8 or u8": lambda: self.engine.int8_mm(a.astype(np.float32), pack, out),
+            "b is s32: allowed is s8 or u8": lambda: self.engine.pack_int8(b.astype(np.int32)),
+            "w is u8: allowed is s8": lambda: self.engine.pack_int8_linear(b.astype(np.uint8)),
+            "layout is 'km'": lambda: self.engine.pack_int8_linear(b, "km"),
+            "x is s8: allowed is bf16, f16 or f32": lambda: self.engine.int8_linear(a, linear, ws, y),
+            "out is s8: allowed is bf16, f16 or f32": lambda: self.engine.int8_linear(x, linear, ws, out),
+            "ws has shape (3,): allowed is (4)": lambda: self.engine.int8_linear(x, linear, ws[:3], y),
+            "bias is s32: allowed is f32": lambda: self.engine.int8_linear(x, linear, ws, y, bias=s32(1, 2, 3, 4)),
+        }.items():
+            with self.subTest(says), self.assertRaises((TypeError, ValueError)) as raised:
+                call()
+            self.assertIn(says, str(raised.exception))
+        for says, call in {
+            "mult is 0": lambda: mm(mult=0, shift=1),
+            "mult[2] is -1": lambda: mm(mult=s32(1, 1, -1, 1), shift=1),
+            "shift is 32": lambda: mm(mult=1, shift=32),
+            "shift is 63": lambda: mm(shift_right=63),
+            "shift[1] is -1": lambda: mm(shift_left=s32(0, -1, 0, 0)),
+            "slope_mult is 0": lambda: mm(act="leaky_relu", slope_mult=0, slope_shift=0),
+            "scale is inf": lambda: mm(scale=float("inf")),
+            "lo is 1": lambda: mm(clamp=(1, 0)),
+            "hi is 128": lambda: mm(clamp=(0, 128)),
+            "c_dtype": lambda: mm(np.zeros((3, 4), np.float32), shift_right=1),
         }.items():
             with self.subTest(says), self.assertRaises(kiln.Error) as raised:
                 call()

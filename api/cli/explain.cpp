@@ -29,11 +29,15 @@ Json explanation_json(const KernelDesc& desc, const Explanation& e) {
                           {"generator", name_of(candidate.implementation->generator)},
                           {"taken", candidate.taken},
                           {"reason", candidate.reason}});
+  Json without = Json::array();
+  for (const IsaPath isa : e.without_implementation)
+    without.push_back(name_of(isa));
   return {{"op", find_op(desc.op)->name},
           {"desc", desc.text()},
           {"canonical", e.canonical.text()},
           {"m_range", {e.m_range.min, e.m_range.max}},
           {"candidates", candidates},
+          {"without_implementation", without},
           {"isa", e.taken ? Json(name_of(e.taken->isa)) : Json()},
           {"key", has_key(e) ? e.key.hex() : ""},
           {"key_text", e.key_text},
@@ -84,6 +88,12 @@ void print_explanation(const KernelDesc& desc, const Explanation& e) {
                     std::string(name_of(candidate.implementation->backend)),
                     candidate.taken ? "taken" : candidate.reason});
   candidates.print();
+  if (e.without_implementation.empty())
+    return;
+  std::string names;
+  for (const IsaPath isa : e.without_implementation)
+    names += (names.empty() ? "" : ", ") + std::string(name_of(isa));
+  print_line(fmt::format("\nother paths here, without an implementation of {}: {}", find_op(desc.op)->name, names));
 }
 
 Result<Exit> explain(const Options& options) {

@@ -7,6 +7,9 @@
 /// integers nearest to x / 2^shift are ⌊(x + h + nudge) / 2^shift⌋, where the nudge of a tie is
 ///   plus_inf 0, minus_inf −1, away −[x < 0], zero [x < 0] − 1, even q − 1, odd −q, q the lowest bit of ⌊x / 2^shift⌋.
 /// A shift of 0 adds nothing: its half and its part of the nudge are 0, by shifts of 64 and more, which give 0.
+/// Half to even, with 512 bits, takes fewer steps in doubles: x / 2^shift + 1.5 · 2^52 by one fma is rounded once, to
+/// an integer, and its low 32 bits are the quotient's. That needs |x| / 2^shift < 2^51, so a shift of 11 or more (or a
+/// multiplier of 1); vectors of columns with other shifts go through the integers.
 /// AVX2 lacks the arithmetic shift of 64-bit lanes: 2^63 more is shifted as an unsigned number, and taken off again.
 namespace kiln::x86 {
 
@@ -22,6 +25,9 @@ namespace {
 const KReg kOddLanes = k5, kSelect = k6;
 constexpr std::uint32_t kTwoTo31 = 0x4F00'0000, kNan = 0x7FC0'0000; // f32
 constexpr std::uint64_t kSignBit = std::uint64_t{1} << 63;
+constexpr std::uint64_t kMagic = 0x4338'0000'0000'0000; // f64: 1.5 · 2^52
+constexpr int kExponentBias = 1023, kMantissaBits = 52; // f64
+constexpr int kLeastShiftInDoubles = 12;
 
 } // namespace
 
@@ -46,6 +52,10 @@ EpilogueEmitter::EpilogueEmitter(Assembler& assembler, const int8_mm::Epilogue& 
     bf16_half_ = slot(shared_bytes_);
     one_ = slot(shared_bytes_);
   }
+  if (rounds_in_doubles()) {
+    magic_ = slot(shared_bytes_);
+    low_halves_ = slot(shared_bytes_);
+  }
   if (epilogue_.has_integer_slope())
     slope_wide_ = wide_slots(shared_bytes_, false);
 
@@ -63,10 +73,11 @@ EpilogueEmitter::EpilogueEmitter(Assembler& assembler, const int8_mm::Epilogue& 
 }
 
 EpilogueEmitter::EpilogueEmitter(Assembler& assembler, const KernelDesc& linear, int vector_bytes, int vectors,
-                                 std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp)
+                                 std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp,
+                                 int scratch_at)
     : a_(assembler), epilogue_(int8_linear::output_of(linear)), terms_(int8_linear::terms_of(linear)),
       vector_bytes_(vector_bytes), vectors_(vectors), temps_{first_temp, second_temp, third_temp}, dequantises_(true),
-      has_bias_(int8_linear::has_bias(linear)) {
+      has_bias_(int8_linear::has_bias(linear)), scratch_at_(scratch_at) {
   nan_ = slot(shared_bytes_);
   if (epilogue_.c_dtype == CDtype::bf16) {
     bf16_half_ = slot(shared_bytes_);
@@ -112,6 +123,11 @@ EpilogueEmitter::Wide EpilogueEmitter::wide_slots(int& bytes, bool per_lane) con
     add(wide.lowest);
   if (!is_512())
     wide.bias = slot(bytes);
+  if (rounds_in_doubles()) {
+    add(wide.factor);
+    // A shift alone leaves |x| ≤ 2^31.
+    wide.unfit = per_lane && epilogue_.rescale == Rescale::shift_right ? -1 : slot(bytes);
+  }
   return wide;
 }
 
@@ -125,6 +141,10 @@ bool EpilogueEmitter::rounds_by_lowest_bit() const {
 bool EpilogueEmitter::rounds_down_from_half() const {
   return epilogue_.rounding == Rounding::zero || epilogue_.rounding == Rounding::minus_inf ||
          epilogue_.rounding == Rounding::even;
+}
+
+bool EpilogueEmitter::rounds_in_doubles() const {
+  return is_512() && epilogue_.rounding == Rounding::even && (epilogue_.rounds_wide() || epilogue_.has_integer_slope());
 }
 
 void EpilogueEmitter::load(const Vec& to, const Mem& from) {
@@ -172,6 +192,14 @@ void EpilogueEmitter::prepare_shared(const Gp& call, const Gp& scratch) {
   constant(limit_, kTwoTo31);
   constant(bf16_half_, 0x7FFF);
   constant(one_, 1);
+  if (rounds_in_doubles()) {
+    broadcast_constant(value, kMagic);
+    save(shared(scratch, magic_), value);
+    for (std::uint64_t i = 0; i < 8; ++i) { // dwords 0, 2, … 30
+      a_.mov(rax, 4 * i | (4 * i + 2) << 32);
+      a_.mov(ptr(scratch, low_halves_ + static_cast<int>(8 * i)), rax);
+    }
+  }
   if (epilogue_.has_integer_slope()) {
     a_.mov(scalars, ptr(call, static_cast<int>(offsetof(int8_mm::Call, scalars))));
     a_.vpbroadcastd(reg(0), ptr(scalars, static_cast<int>(offsetof(Scalars, slope_multiplier))));
@@ -209,6 +237,8 @@ void EpilogueEmitter::prepare_wide(const Wide& wide, const Gp& scratch, int base
   const Vec multiplier = reg(0), shifts = reg(1), shift = reg(2), value = reg(3), ones = reg(4), one = reg(5),
             constant = reg(6), bias = reg(7);
   const auto put = [&](int slot, const Vec& from) { save(ptr(scratch, base + slot), from); };
+  if (rounds_in_doubles())
+    prepare_factors(wide, scratch, base);
   broadcast_constant(one, 1);
   broadcast_constant(ones, ~std::uint64_t{0});
   for (int odd = 0; odd < 2; ++odd) {
@@ -258,6 +288,33 @@ void EpilogueEmitter::prepare_wide(const Wide& wide, const Gp& scratch, int base
   }
 }
 
+void EpilogueEmitter::prepare_factors(const Wide& wide, const Gp& scratch, int base) {
+  const Vec multiplier = reg(0), shifts = reg(1), factor = reg(2), power = reg(3), constant = reg(4);
+  for (int high = 0; high < 2; ++high) {
+    if (high == 1) {
+      if (wide.factor[1] == wide.factor[0])
+        break;
+      a_.vextracti64x4(Ymm(factor.id()), multiplier, 1);
+      a_.vextracti64x4(Ymm(power.id()), shifts, 1);
+    }
+    a_.vcvtdq2pd(factor, high == 1 ? Ymm(factor.id()) : Ymm(multiplier.id()));
+    a_.vpmovzxdq(power, high == 1 ? Ymm(power.id()) : Ymm(shifts.id()));
+    broadcast_constant(constant, kExponentBias);
+    a_.vpsubq(power, constant, power);
+    a_.vpsllq(power, power, kMantissaBits);
+    a_.vmulpd(factor, factor, power); // exact
+    save(ptr(scratch, base + wide.factor[high]), factor);
+  }
+  if (wide.unfit < 0)
+    return;
+  a_.mov(eax, kLeastShiftInDoubles);
+  a_.vpbroadcastd(constant, eax);
+  a_.vpcmpud(kSelect, shifts, constant, VCmpImm::kLT_OS);
+  a_.k(kSelect).vptestmd(kSelect, multiplier, multiplier); // 0 beyond N, where nothing is stored
+  a_.kmovw(eax, kSelect);
+  a_.mov(ptr(scratch, base + wide.unfit), eax);
+}
+
 void EpilogueEmitter::load_offsets(const Vec& sums, int i, const Gp& scratch) {
   load(sums, column(scratch, i, offset_));
 }
@@ -274,6 +331,44 @@ void EpilogueEmitter::add_product(const Vec& sums, const Mem& of_row, const Mem&
 
 /// Low 32 bits of the rounded quotients; `from` may be `to`.
 void EpilogueEmitter::round_wide(const Vec& from, const Vec& to, const Wide& wide, const Gp& scratch, int base) {
+  if (!rounds_in_doubles()) {
+    round_in_integers(from, to, wide, scratch, base);
+    return;
+  }
+  if (wide.unfit < 0) {
+    round_in_doubles(from, to, wide, scratch, base);
+    return;
+  }
+  const RarePath rare{a_.newLabel(), a_.newLabel(), from, to, wide, scratch, base};
+  a_.cmp(dword_ptr(scratch, base + wide.unfit), 0);
+  a_.jne(rare.begin);
+  round_in_doubles(from, to, wide, scratch, base);
+  a_.bind(rare.end);
+  rare_paths_.push_back(rare);
+}
+
+void EpilogueEmitter::emit_rare_paths() {
+  for (const RarePath& rare : rare_paths_) {
+    a_.bind(rare.begin);
+    round_in_integers(rare.from, rare.to, rare.wide, rare.scratch, rare.base);
+    a_.jmp(rare.end);
+  }
+}
+
+void EpilogueEmitter::round_in_doubles(const Vec& from, const Vec& to, const Wide& wide, const Gp& scratch, int base) {
+  const Vec high = temp(0), other = temp(1);
+  const auto at = [&](int slot) { return ptr(scratch, base + slot); };
+  a_.vextracti64x4(Ymm(high.id()), from, 1);
+  a_.vcvtdq2pd(high, Ymm(high.id()));
+  a_.vcvtdq2pd(to, Ymm(from.id()));
+  load(other, shared(scratch, magic_));
+  a_.vfmadd132pd(high, other, at(wide.factor[1]));
+  a_.vfmadd132pd(to, other, at(wide.factor[0]));
+  load(other, shared(scratch, low_halves_));
+  a_.vpermt2d(to, other, high);
+}
+
+void EpilogueEmitter::round_in_integers(const Vec& from, const Vec& to, const Wide& wide, const Gp& scratch, int base) {
   const Vec odds = temp(0), nudge = temp(1);
   const auto at = [&](int slot) { return ptr(scratch, base + slot); };
   a_.vpsrlq(odds, from, 32);

@@ -1,4 +1,6 @@
 #pragma once
+#include <vector>
+
 #include "backends/x86/emit.h"
 #include "jit/ops/int8_linear.h"
 #include "jit/ops/int8_mm_epilogue.h"
@@ -11,6 +13,7 @@
 ///   load_offsets       what the sums of a vector of columns begin at
 ///   apply              the stages, in registers
 ///   narrow, store      to C's type
+///   emit_rare_paths    behind the code: what apply jumps to for values that are seldom seen
 ///
 /// Both `prepare` write to scratch memory, a few lines that stay in L1; the stages take their operands from there, so
 /// that they need few registers beside the sums. Absent stages emit nothing.
@@ -30,7 +33,7 @@ public:
 
   /// int8_linear's stage in place of int8_mm's, for its terms and the types of a desc: y = fma(f32(sum), s · ws, bias).
   EpilogueEmitter(Assembler& assembler, const KernelDesc& linear, int vector_bytes, int vectors,
-                  std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp);
+                  std::uint32_t first_temp, std::uint32_t second_temp, std::uint32_t third_temp, int scratch_at = 0);
 
   /// Of the scratch memory, which is 64-byte aligned: a multiple of 64.
   int scratch_bytes() const { return (shared_bytes_ - scratch_at_ + vectors_ * column_bytes_ + 63) / 64 * 64; }
@@ -58,6 +61,8 @@ public:
   /// 256 bits: those narrowed 16 to memory of any alignment.
   void store_narrowed(const Vec& low, const Vec& high, const Gp& to, int offset);
 
+  void emit_rare_paths();
+
   /// f32 to bf16 in the low half of each lane, to nearest even; a NaN must be 0x7FC00000.
   void round_to_bf16(const Vec& values, const Gp& scratch);
 
@@ -66,6 +71,16 @@ private:
   struct Wide {
     int multiplier[2], half[2], shift[2], sign[2], lowest[2];
     int bias; ///< 256 bits: what the shift of unsigned numbers adds
+    // With rounds_in_doubles(): multiplier / 2^shift of the low and high 8 lanes, and which lanes that is no way for;
+    // −1: none are.
+    int factor[2], unfit;
+  };
+  struct RarePath {
+    asmjit::Label begin, end;
+    Vec from, to;
+    Wide wide;
+    Gp scratch;
+    int base;
   };
 
   bool is_512() const { return vector_bytes_ == 64; }
@@ -80,13 +95,17 @@ private:
   bool rounds_by_sign() const;
   bool rounds_by_lowest_bit() const;
   bool rounds_down_from_half() const;
+  bool rounds_in_doubles() const;
 
   void load(const Vec& to, const Mem& from);
   void save(const Mem& to, const Vec& from);
   void broadcast_constant(const Vec& to, std::uint64_t value);
   /// From vectors of multipliers (s32) and shifts (s32 0 … 62) in registers 0 and 1.
   void prepare_wide(const Wide& wide, const Gp& scratch, int base);
+  void prepare_factors(const Wide& wide, const Gp& scratch, int base);
   void round_wide(const Vec& from, const Vec& to, const Wide& wide, const Gp& scratch, int base);
+  void round_in_doubles(const Vec& from, const Vec& to, const Wide& wide, const Gp& scratch, int base);
+  void round_in_integers(const Vec& from, const Vec& to, const Wide& wide, const Gp& scratch, int base);
   void apply_scale(const Vec& sums, int i, const Gp& scratch);
   void dequantise(const Vec& sums, int i, const Gp& scratch, const Mem& s);
   void apply_integer(const Vec& sums, int i, const Gp& scratch);
@@ -103,10 +122,12 @@ private:
   int column_bytes_ = 0;           ///< of a vector of columns
   // Slots of the shared part; −1: none.
   int lo_ = -1, hi_ = -1, c_zp_ = -1, slope_ = -1, limit_ = -1, nan_ = -1, bf16_half_ = -1, one_ = -1;
+  int magic_ = -1, low_halves_ = -1;
   Wide slope_wide_{};
   // Slots of each vector of columns.
   int offset_ = -1, a_zp_ = -1, row_sum_ = -1, scale_ = -1, left_ = -1, bias_ = -1;
   Wide wide_{};
+  std::vector<RarePath> rare_paths_;
 };
 
 } // namespace kiln::x86

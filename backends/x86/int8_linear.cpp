@@ -103,7 +103,8 @@ template <class Chunk> void emit_chunks(Assembler& a, std::int64_t count, int fr
 } // namespace
 
 void emit_quantiser_512(Assembler& a, const QuantisedRows& rows) {
-  const bool words = rows.x != Float::f32; // |x| of 16 bits compares as its bits do, as of 32
+  const bool u8 = rows.form == QuantisedRows::Form::u8; // else s8
+  const bool words = rows.x != Float::f32;              // |x| of 16 bits compares as its bits do, as of 32
   const int bytes = words ? 2 : 4, per_maximum = 64 / bytes;
   const int rest = static_cast<int>(rows.k % 16), maximum_rest = static_cast<int>(rows.k % per_maximum);
   const Zmm magnitude = zmm31, flip = zmm30, r = zmm29;
@@ -165,8 +166,10 @@ void emit_quantiser_512(Assembler& a, const QuantisedRows& rows) {
   };
   const auto scale_row = [&] {
     a.vbroadcastss(r, xmm2);
-    a.mov(eax, 0x80);
-    a.vpbroadcastd(flip, eax);
+    if (u8) {
+      a.mov(eax, 0x80);
+      a.vpbroadcastd(flip, eax);
+    }
     a.mov(from, row);
     a.mov(to, out);
     const auto chunk = [&](int i, bool masked) {
@@ -192,13 +195,21 @@ void emit_quantiser_512(Assembler& a, const QuantisedRows& rows) {
         break;
       }
       a.vcvtps2dq(x, x); // |x · r| ≤ 127 · (1 + 2^-22): nothing to clamp
-      a.vpxord(x, x, flip);
+      if (u8)
+        a.vpxord(x, x, flip);
       a.vpmovdb(ptr(to, 16 * i), x);
     };
     const std::int64_t chunks = rows.k / 16;
     emit_chunks(a, chunks, 16 * bytes, 16, [&](int i) { chunk(i, false); });
     if (rest > 0) // whole vectors: the stride has room, and what lies behind K meets the pack's zeros
       chunk(static_cast<int>(chunks % 4), true);
+    if (const int tail = static_cast<int>(rows.k % 64); !u8 && tail > 0) {
+      const int line = static_cast<int>(rows.k - tail);
+      a.mov(rax, ((std::uint64_t{1} << tail) - 1) << rows.tail_zeros);
+      a.kmovq(k3, rax);
+      a.k(k3).z().vmovdqu8(zmm4, ptr(out, line - rows.tail_zeros));
+      a.vmovdqu64(ptr(out, line), zmm4);
+    }
   };
   emit_rows_quantised(a, rows, find_maximum, scale_row, true);
 }

@@ -18,17 +18,19 @@ namespace kiln::x86 {
 struct QuantisedRows {
   enum class Form : std::uint8_t {
     u8, ///< q + 128
-    s16
+    s16,
+    s8 ///< with `tail_zeros` zeros before the last k mod 64 elements, and zeros behind them to the end of their line
   } form;
   int8_linear::Float x; ///< what comes in
   std::int64_t k;
   std::int64_t row_stride; ///< bytes
+  int tail_zeros = 0;
 };
 
 /// Emits the head of a kernel's entry: quantises when the call asks for it, and returns unless it asks for the
-/// multiplication too. rdi keeps the Call; changes only what System V lets a callee change. For u8 rows.
+/// multiplication too. rdi keeps the Call; changes only what System V lets a callee change. For u8 and s8 rows.
 void emit_quantiser_512(Assembler& a, const QuantisedRows& rows);
-/// The same with 256-bit vectors: AVX2, F16C for f16.
+/// The same with 256-bit vectors, for u8 and s16 rows: AVX2, F16C for f16.
 void emit_quantiser_256(Assembler& a, const QuantisedRows& rows);
 
 /// The hooks of a path of int8_mm whose rows are there already. `Path` has an EpilogueEmitter of int8_linear's desc.

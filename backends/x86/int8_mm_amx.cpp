@@ -7,6 +7,7 @@
 
 #include "backends/x86/emit.h"
 #include "backends/x86/epilogue.h"
+#include "backends/x86/int8_linear.h"
 #include "backends/x86/rows.h"
 #include "jit/ops/int8_mm.h"
 
@@ -35,6 +36,10 @@
 // hence the copy of A. Storing the sums at once was 10 % slower than passing them to C during the next steps; the
 // likely reason is that C's lines, most of them not in L1, hold up the tile loads behind them. Fetching C's lines ahead
 // (prefetchw, prefetcht0…2) was slower too, by 4–8 %.
+//
+// int8_linear is the same nest without the copy of A: its rows are quantised to the workspace at a stride that spreads
+// them over the sets of L1, and tiles are loaded from them as they lie. The sums go through staging and the
+// dequantising stage to Y.
 namespace kiln::x86 {
 namespace {
 
@@ -78,11 +83,12 @@ enum Local : int {
   kRowA = 56,     ///< and its tiles of A
   kRowAStep = 64, ///< to the tiles of the next wide block
   kStagingBegin = 72,
-  kStagingEnd = 80,   ///< where `from` stands when all staged sums are in C
-  kAheadRows = 88,    ///< rows of the next wide block whose copy is still due: 0, its tiles are there
-  kAheadFrom = 96,    ///< the next of them in A, or 0 for no copy ahead
-  kAheadSecond = 104, ///< the first row in A of that block's second tile of rows
-  kAheadTo = 112,     ///< bytes from where `ka` walks to the tiles of the row at kAheadFrom
+  kStagingEnd = 80,           ///< where `from` stands when all staged sums are in C
+  kAheadRows = 88,            ///< rows of the next wide block whose copy is still due: 0, its tiles are there
+  kAheadFrom = 96,            ///< the next of them in A, or 0 for no copy ahead
+  kAheadSecond = 104,         ///< the first row in A of that block's second tile of rows
+  kAheadTo = 112,             ///< bytes from where `ka` walks to the tiles of the row at kAheadFrom
+  kSecondRows = kAheadSecond, ///< of int8_linear, which copies nothing: bytes to the second tile's rows
   kCall = 120,
   kFrameBytes = 136,
   // With an epilogue, whose scratch memory lies behind them; rsp is then 64-byte aligned.
@@ -94,14 +100,29 @@ enum Local : int {
 
 class Emitter {
 public:
+  /// Of int8_mm or int8_linear.
   explicit Emitter(const KernelDesc& desc)
-      : m_class_(desc.value[int8_mm::kM]), n_(desc.value[int8_mm::kN]), k_(desc.value[int8_mm::kK]),
-        panel_bytes_(kLayout.panel_bytes(k_)), epilogue_(int8_mm::Epilogue::of(desc)) {
-    if (!epilogue_.is_absent())
-      finish_.emplace(a_, epilogue_, kTileRowBytes, kGroupPanels, 29, 30, 31, kEpilogueFrameBytes);
+      : is_linear_(desc.op == OpId::int8_linear), product_(is_linear_ ? int8_linear::product_desc(desc) : desc),
+        m_class_(product_.value[int8_mm::kM]), n_(product_.value[int8_mm::kN]), k_(product_.value[int8_mm::kK]),
+        panel_bytes_(kLayout.panel_bytes(k_)),
+        epilogue_(is_linear_ ? int8_linear::output_of(desc) : int8_mm::Epilogue::of(desc)),
+        terms_(is_linear_ ? int8_linear::terms_of(desc) : int8_mm::TermsLayout::of(epilogue_)) {
+    constexpr std::uint32_t temps[] = {29, 30, 31};
+    if (is_linear_) {
+      finish_.emplace(a_, desc, kTileRowBytes, kGroupPanels, temps[0], temps[1], temps[2], kEpilogueFrameBytes);
+      quantised_ = {.form = QuantisedRows::Form::s8,
+                    .x = int8_linear::x_of(desc),
+                    .k = k_,
+                    .row_stride = row_stride(),
+                    .tail_zeros = tail_zeros()};
+    } else if (!epilogue_.is_absent()) {
+      finish_.emplace(a_, epilogue_, kTileRowBytes, kGroupPanels, temps[0], temps[1], temps[2], kEpilogueFrameBytes);
+    }
   }
 
   Result<CodeObject> emit() {
+    if (is_linear_)
+      emit_quantiser_512(a_, quantised_);
     a_.enter(kSaved);
     if (finish_) {
       a_.mov(scratch_, rsp);
@@ -120,16 +141,18 @@ public:
     column_blocks();
     // The caller's configuration is its own to keep (its tiles are not: a call may destroy them). Without one this
     // loads zeros, which is the initial state, so that the system has no tile data to save.
-    a_.mov(scratch_, field(offsetof(Call, workspace)));
+    a_.mov(scratch_, workspace());
     a_.ldtilecfg(ptr(scratch_, kCallerConfig));
     if (finish_)
       a_.mov(rsp, local(kCallerStack));
     else
       a_.add(rsp, kFrameBytes);
     a_.leave(kSaved);
-    if (k_ > 0)
+    if (k_ > 0 && !is_linear_)
       copy_tile();
-    return a_.finish(features_for(epilogue_), plan().values());
+    if (finish_)
+      finish_->emit_rare_paths();
+    return a_.finish(features_for(epilogue_), is_linear_ ? linear_plan().values() : plan().values());
   }
 
   static Features features_for(const int8_mm::Epilogue& epilogue) {
@@ -156,9 +179,22 @@ private:
     return plan;
   }
 
+  int8_linear::Plan linear_plan() const {
+    return {.layout = kLayout,
+            .m_step = has_wide() ? kWideRows : kTileRows,
+            .n_step = kGroupColumns,
+            .q_row_bytes = row_stride(),
+            .workspace_bytes = tiles_of_a(),
+            .terms = true};
+  }
+  /// Of quantised rows: their steps and a line for s, an odd number of lines.
+  std::int64_t row_stride() const { return ((steps() + 1) | 1) * kTileRowBytes; }
+
   // With an epilogue that takes values of the rows, those of 32 rows lie before A's tiles: for row i of each tile of
   // rows the sum of its elements and its a_zp, a line for each i, as far behind it as in staging.
-  bool has_row_values() const { return epilogue_.needs_row_sums() || epilogue_.a_zp == int8_mm::AZp::row; }
+  // Of int8_linear s takes the place of a_zp.
+  bool has_row_values() const { return epilogue_.needs_row_sums() || has_row_value_each(); }
+  bool has_row_value_each() const { return is_linear_ || epilogue_.a_zp == int8_mm::AZp::row; }
   static constexpr int kRowValues = kTilesOfA;
   static constexpr int kRowSum = 0, kRowZp = 4, kRowValuesOfTile = 8;
   int tiles_of_a() const { return kTilesOfA + (has_row_values() ? kTileBytes : 0); }
@@ -166,7 +202,7 @@ private:
   int c_bytes() const { return epilogue_.c_bytes(); }
   int c_shift() const { return c_bytes() == 4 ? 2 : c_bytes() == 2 ? 1 : 0; }
   /// From one panel's terms to the next's.
-  int terms_bytes() const { return static_cast<int>(int8_mm::TermsLayout::of(epilogue_).panel_bytes(kLayout)); }
+  int terms_bytes() const { return static_cast<int>(terms_.panel_bytes(kLayout)); }
 
   bool has_wide() const { return m_class_ == kAny || m_class_ > kTileRows; }
 
@@ -183,7 +219,8 @@ private:
   int tail_step_back() const {
     return is_short() ? 0 : static_cast<int>(full_steps() * kTileBytes - (k_padded() * kPanelColumns - kTileBytes));
   }
-  std::int64_t a_tile_row_bytes() const { return steps() * kTileBytes; } ///< of A's tiles of 16 rows
+  std::int64_t a_tile_row_bytes() const { return steps() * kTileBytes; }       ///< of A's tiles of 16 rows
+  int a_step_bytes() const { return is_linear_ ? kTileRowBytes : kTileBytes; } ///< from one tile of A to the next
 
   /// Whole groups of columns whose panels take at most about half of a 2 MiB L2, or a quarter where A's tiles take
   /// their part of it.
@@ -196,7 +233,7 @@ private:
   /// block of columns; 0 where each block copies its own rows first.
   int rows_ahead() const {
     const std::int64_t pairs = std::min(n_ / kPairColumns, block_pairs());
-    if (m_class_ != kAny || tail_elements() != 0 || !defers() || pairs < kWideRows / kMostRowsAhead)
+    if (is_linear_ || m_class_ != kAny || tail_elements() != 0 || !defers() || pairs < kWideRows / kMostRowsAhead)
       return 0;
     return pairs >= kWideRows ? 1 : kMostRowsAhead;
   }
@@ -208,6 +245,11 @@ private:
   }
 
   Mem field(std::size_t offset) const { return qword_ptr(call_, static_cast<std::int32_t>(offset)); }
+  /// The call's own; that of int8_linear's product is where the quantised rows are.
+  Mem workspace() const {
+    return field(is_linear_ ? offsetof(int8_linear::Call, workspace) : offsetof(Call, workspace));
+  }
+  Mem quantised_rows() const { return field(offsetof(int8_linear::Call, product.workspace)); }
   Mem local(Local offset) const { return qword_ptr(rsp, offset); }
   static Tmm sums(int i) { return Tmm(static_cast<std::uint32_t>(i)); }
   static Tmm tile_a(int i) { return Tmm(static_cast<std::uint32_t>(4 + i)); }
@@ -222,7 +264,7 @@ private:
     const std::int64_t a_bytes = is_short() && k_ > 0 ? k_padded() : kTileRowBytes;
     const std::int64_t b_rows = a_bytes / 4;
     const Gp config = ka_, rows = kb_;
-    a_.mov(config, field(offsetof(Call, workspace)));
+    a_.mov(config, workspace());
     a_.sttilecfg(ptr(config, kCallerConfig));
     a_.vpxord(zmm0, zmm0, zmm0);
     a_.vmovdqa64(ptr(config, kConfig), zmm0);
@@ -244,6 +286,8 @@ private:
     if (c_shift() > 0)
       a_.shl(ldc_bytes_, c_shift());
     a_.mov(tile_stride_.r32(), kTileRowBytes);
+    if (is_linear_)
+      a_.mov(a_stride_, row_stride());
   }
 
   void at_most(Gp reg, std::int64_t bound) {
@@ -302,16 +346,18 @@ private:
       a_.mov(scratch_.r32(), (1 << (n_ % kPanelColumns)) - 1);
       a_.kmovw(asmjit::x86::k1, scratch_.r32());
     }
-    if (tail_elements() != 0) {
+    if (tail_elements() != 0 && !is_linear_) {
       a_.mov(scratch_, ((std::uint64_t{1} << tail_elements()) - 1) << tail_zeros());
       a_.kmovq(asmjit::x86::k2, scratch_);
     }
     if (has_wide()) {
-      a_.mov(scratch_, field(offsetof(Call, workspace)));
+      a_.mov(scratch_, workspace());
       a_.add(scratch_, kStaging);
       a_.mov(local(kStagingBegin), scratch_);
       a_.add(scratch_, kTileBytes);
       a_.mov(local(kStagingEnd), scratch_);
+    }
+    if (has_wide() && !is_linear_) {
       // With one block of columns, tiles are used once: all wide blocks take the same memory, which then stays in the
       // cache, or two memories in turn where they copy ahead.
       a_.mov(ka_, 2 * a_tile_row_bytes());
@@ -380,8 +426,9 @@ private:
     a_.mov(local(kRowsLeft), scratch_);
     a_.mov(scratch_, local(kBlockC));
     a_.mov(local(kRowC), scratch_);
-    a_.mov(scratch_, field(offsetof(Call, workspace)));
-    a_.add(scratch_, tiles_of_a());
+    a_.mov(scratch_, is_linear_ ? quantised_rows() : workspace());
+    if (!is_linear_)
+      a_.add(scratch_, tiles_of_a());
     a_.mov(local(kRowA), scratch_);
     a_.mov(from_, local(kStagingEnd));
     if (rows_ahead() > 0)
@@ -390,7 +437,7 @@ private:
     a_.mov(second_, local(kRowsLeft));
     a_.sub(second_, kTileRows);
     at_most(second_, kTileRows);
-    if (k_ > 0) {
+    if (k_ > 0 && !is_linear_) {
       // A's rows become tiles before or when their first block of columns is due.
       Label copied = a_.newLabel();
       a_.mov(scratch_, local(kBlockB));
@@ -426,8 +473,13 @@ private:
         row_values(tile);
       }
     begin_terms();
+    if (is_linear_) {
+      a_.imul(scratch_, second_, static_cast<std::int32_t>(row_stride()));
+      a_.mov(local(kSecondRows), scratch_);
+    }
     a_.imul(second_, ldc_bytes_);
-    a_.mov(a_rows_, local(kRowA));
+    if (!is_linear_)
+      a_.mov(a_rows_, local(kRowA));
     a_.mov(b_, local(kBlockB));
     a_.mov(c_, local(kRowC));
     if (n_ >= kPairColumns) {
@@ -456,8 +508,12 @@ private:
     a_.mov(scratch_, ldc_bytes_);
     a_.shl(scratch_, 5);
     a_.add(local(kRowC), scratch_);
-    a_.mov(scratch_, local(kRowAStep));
-    a_.add(local(kRowA), scratch_);
+    if (is_linear_) {
+      a_.add(local(kRowA), static_cast<std::int32_t>(kWideRows * row_stride()));
+    } else {
+      a_.mov(scratch_, local(kRowAStep));
+      a_.add(local(kRowA), scratch_);
+    }
     if (rows_ahead() > 0) {
       Label blocks = a_.newLabel();
       a_.cmp(field(offsetof(Call, n)), static_cast<std::int32_t>(block_pairs() * kPairColumns));
@@ -519,7 +575,7 @@ private:
         a_.dec(counter_);
         a_.jnz(step);
       }
-      a_.mov(scratch_, field(offsetof(Call, workspace)));
+      a_.mov(scratch_, workspace());
       for (int row = 0; row < kTileRows; ++row) {
         const Xmm sum(row), other = xmm17;
         a_.vextracti64x4(ymm17, Zmm(row), 1);
@@ -533,17 +589,22 @@ private:
         a_.vmovd(place(scratch_, row, kRowSum), sum);
       }
     }
-    if (epilogue_.a_zp == int8_mm::AZp::row) {
+    if (has_row_value_each()) {
       const Label next = a_.newLabel();
       a_.mov(counter_, field(offsetof(Call, m)));
       at_most(counter_, kTileRows);
-      a_.mov(scratch_, field(offsetof(Call, a_zp)));
-      a_.lea(ka_, ptr(scratch_, ka_, 2));
-      a_.mov(kb_, field(offsetof(Call, workspace)));
+      if (is_linear_) {
+        a_.imul(ka_, ka_, static_cast<std::int32_t>(row_stride()));
+        a_.add(ka_, quantised_rows());
+      } else {
+        a_.mov(scratch_, field(offsetof(Call, a_zp)));
+        a_.lea(ka_, ptr(scratch_, ka_, 2));
+      }
+      a_.mov(kb_, workspace());
       a_.bind(next);
-      a_.vmovd(xmm0, ptr(ka_));
+      a_.vmovd(xmm0, ptr(ka_, is_linear_ ? static_cast<std::int32_t>(row_stride()) - 4 : 0));
       a_.vmovd(place(kb_, 0, kRowZp), xmm0);
-      a_.add(ka_, 4);
+      a_.add(ka_, is_linear_ ? static_cast<std::int32_t>(row_stride()) : 4);
       a_.add(kb_, kTileRowBytes);
       a_.dec(counter_);
       a_.jnz(next);
@@ -553,7 +614,8 @@ private:
   /// The stages on 16 sums of row tile `tile`, panel `panel`; `staged` is where they lay in staging.
   void finish_row(const asmjit::x86::Zmm& sums, int tile, int panel, const Gp& staged, int staged_at) {
     const int values = kRowValues - kStaging + staged_at + tile * kRowValuesOfTile;
-    finish_->add_offsets(sums, panel, rsp);
+    if (!is_linear_) // whose offsets are 0
+      finish_->add_offsets(sums, panel, rsp);
     finish_->apply(sums, panel, rsp, ptr(staged, values + kRowZp), ptr(staged, values + kRowSum));
   }
 
@@ -627,8 +689,11 @@ private:
   /// 32 rows × 1 or 2 panels; `cut` columns in the last panel, 0 for all.
   void wide(int panels, int cut) {
     const bool ahead = panels == 2 && cut == 0 && rows_ahead() > 0;
-    a_.mov(ka_, a_rows_);
-    a_.mov(kb_, b_);
+    begin_k();
+    if (is_linear_) {
+      a_.mov(ka_second_, local(kSecondRows));
+      a_.add(ka_second_, ka_);
+    }
     if (ahead) {
       a_.mov(ahead_from_, local(kAheadFrom));
       if (rows_ahead() > 1)
@@ -643,10 +708,8 @@ private:
         a_.mov(counter_, full_steps());
       a_.bind(step);
       wide_step(panels, true, ahead);
-      if (full_steps() > 1 || tail_elements() != 0) {
-        a_.add(ka_, kTileBytes);
-        a_.add(kb_, kTileBytes);
-      }
+      if (full_steps() > 1 || tail_elements() != 0)
+        next_k(true);
       if (full_steps() > 1) {
         a_.dec(counter_);
         a_.jnz(step);
@@ -684,7 +747,7 @@ private:
   /// Each tile is loaded just before its first product, so that the products of one step overlap the loads of the next.
   void wide_step(int panels, bool copies, bool ahead) {
     load_b(tile_b(0), 0, kWideRows);
-    load_a(tile_a(0), 0);
+    load_a(0);
     multiply(sums(0), tile_a(0), tile_b(0));
     if (panels == 2) {
       load_b(tile_b(1), static_cast<std::int32_t>(panel_bytes_), kWideRows);
@@ -703,7 +766,7 @@ private:
     }
     if (ahead)
       copy_ahead();
-    load_a(tile_a(1), static_cast<std::int32_t>(a_tile_row_bytes()));
+    load_a(1);
     multiply(sums(panels), tile_a(1), tile_b(0));
     if (panels == 2)
       multiply(sums(panels + 1), tile_a(1), tile_b(1));
@@ -781,17 +844,23 @@ private:
       a_.test(scratch_, kTileRows);
       a_.jnz(done);
     }
-    a_.shr(scratch_, 4); // its tile
-    a_.imul(scratch_, scratch_, static_cast<std::int32_t>(a_tile_row_bytes()));
-    a_.add(scratch_, field(offsetof(Call, workspace)));
-    a_.add(scratch_, tiles_of_a());
-    a_.mov(kb_, scratch_);
+    if (!is_linear_) {
+      a_.shr(scratch_, 4); // its tile
+      a_.imul(scratch_, scratch_, static_cast<std::int32_t>(a_tile_row_bytes()));
+      a_.add(scratch_, workspace());
+      a_.add(scratch_, tiles_of_a());
+      a_.mov(kb_, scratch_);
+    }
     a_.xor_(scratch_.r32(), scratch_.r32());
     a_.sub(rows, kTileRows);
     a_.cmovb(rows, scratch_);
     a_.mov(second_, rows);
+    if (is_linear_) {
+      a_.imul(kb_, rows, static_cast<std::int32_t>(row_stride()));
+      a_.add(kb_, quantised_rows());
+    }
     a_.mov(from_, kb_);
-    if (k_ > 0) {
+    if (k_ > 0 && !is_linear_) {
       Label copied = a_.newLabel();
       a_.mov(scratch_, local(kBlockB));
       a_.cmp(scratch_, field(offsetof(Call, b)));
@@ -805,7 +874,10 @@ private:
       row_values(0);
     }
     begin_terms();
-    a_.mov(a_rows_, from_);
+    if (is_linear_)
+      a_.mov(local(kRowA), from_);
+    else
+      a_.mov(a_rows_, from_);
     a_.mov(c_, second_);
     a_.imul(c_, ldc_bytes_);
     a_.add(c_, local(kBlockC));
@@ -838,8 +910,7 @@ private:
   }
 
   void narrow(int panels, int cut) {
-    a_.mov(ka_, a_rows_);
-    a_.mov(kb_, b_);
+    begin_k();
     for (int p = 0; p < panels; ++p)
       a_.tilezero(sums(p));
     if (full_steps() > 0) {
@@ -848,10 +919,8 @@ private:
         a_.mov(counter_, full_steps());
       a_.bind(step);
       narrow_step(panels);
-      if (full_steps() > 1 || tail_elements() != 0) {
-        a_.add(ka_, kTileBytes);
-        a_.add(kb_, kTileBytes);
-      }
+      if (full_steps() > 1 || tail_elements() != 0)
+        next_k(false);
       if (full_steps() > 1) {
         a_.dec(counter_);
         a_.jnz(step);
@@ -873,14 +942,34 @@ private:
   }
 
   void narrow_step(int panels) {
-    load_a(tile_a(0), 0);
+    load_a(0);
     for (int p = 0; p < panels; ++p) {
       load_b(tile_b(p % 2), static_cast<std::int32_t>(p * panel_bytes_), kTileRows);
       multiply(sums(p), tile_a(0), tile_b(p % 2));
     }
   }
 
-  void load_a(Tmm tile, std::int32_t offset) { a_.tileloadd(tile, ptr(ka_, tile_stride_, 0, offset)); }
+  void begin_k() {
+    if (is_linear_)
+      a_.mov(ka_, local(kRowA));
+    else
+      a_.mov(ka_, a_rows_);
+    a_.mov(kb_, b_);
+  }
+  void next_k(bool is_wide) {
+    a_.add(ka_, a_step_bytes());
+    if (is_linear_ && is_wide)
+      a_.add(ka_second_, a_step_bytes());
+    a_.add(kb_, kTileBytes);
+  }
+
+  /// Of row tile 0 or 1.
+  void load_a(int tile) {
+    if (is_linear_)
+      a_.tileloadd(tile_a(tile), ptr(tile == 0 ? ka_ : ka_second_, a_stride_));
+    else
+      a_.tileloadd(tile_a(tile), ptr(ka_, tile_stride_, 0, static_cast<std::int32_t>(tile * a_tile_row_bytes())));
+  }
 
   /// For a block of 16 or 32 rows.
   void load_b(Tmm tile, std::int32_t offset, int rows) {
@@ -897,7 +986,7 @@ private:
       return;
     }
     const Gp from = kb_, to = ka_, left = counter_;
-    a_.mov(from, field(offsetof(Call, workspace)));
+    a_.mov(from, workspace());
     a_.add(from, kStaging);
     a_.tilestored(ptr(from, tile_stride_), tile);
     if (to != row)
@@ -917,7 +1006,7 @@ private:
   /// A tile of sums through staging and the stages to C.
   void finish_sums(Tmm tile_sums, int tile, int panel, int cut) {
     const Gp from = kb_, to = ka_, left = counter_;
-    a_.mov(from, field(offsetof(Call, workspace)));
+    a_.mov(from, workspace());
     a_.add(from, kStaging);
     a_.tilestored(ptr(from, tile_stride_), tile_sums);
     if (tile == 0)
@@ -937,9 +1026,13 @@ private:
     a_.jnz(loop);
   }
 
+  const bool is_linear_;
+  const KernelDesc product_;
   const std::int64_t m_class_, n_, k_;
   const std::int64_t panel_bytes_;
   const int8_mm::Epilogue epilogue_;
+  const int8_mm::TermsLayout terms_;
+  QuantisedRows quantised_{}; ///< of int8_linear
   Assembler a_;
   std::optional<EpilogueEmitter> finish_; ///< null: no epilogue
   const Label copy_tile_ = a_.newLabel();
@@ -958,7 +1051,21 @@ private:
   // During the steps of a pair of panels, which need none of the registers that these are otherwise:
   const Gp ahead_from_ = scratch_, ahead_to_ = call_; ///< kAheadFrom, walking along the row, and kAheadTo
   const Gp ahead_lda_ = a_rows_;
+  // Of int8_linear, which has its rows in kRowA and copies nothing ahead:
+  const Gp a_stride_ = a_rows_;   ///< bytes from one quantised row to the next
+  const Gp ka_second_ = scratch_; ///< walks along the second tile's rows, during the steps
 };
+
+std::string reason_to_decline(std::int64_t m_class) {
+  return m_class >= 0 && m_class <= 1 ? "M ≤ 1: memory bound, and avx512vnni needs no tile state" : "";
+}
+
+std::string pack_layout(const KernelDesc&, const Target&) {
+  return Emitter::kLayout.id();
+}
+Result<CodeObject> compile(const KernelDesc& desc, const Target&, std::string_view) {
+  return Emitter(desc).emit();
+}
 
 } // namespace
 
@@ -975,12 +1082,20 @@ Implementation int8_mm_amx() {
   row.declines = [](const KernelDesc& desc, const Target&) -> std::string {
     // Measured: equal within 4 % at M = 1…8 with weights in L3, 6 % behind at M = 1 with weights from memory, ahead
     // from M = 2 in L2.
-    return desc.value[int8_mm::kM] >= 0 && desc.value[int8_mm::kM] <= 1
-               ? "M ≤ 1: memory bound, and avx512vnni needs no tile state"
-               : "";
+    return reason_to_decline(desc.value[int8_mm::kM]);
   };
-  row.pack_layout = [](const KernelDesc&, const Target&) { return Emitter::kLayout.id(); };
-  row.compile = [](const KernelDesc& desc, const Target&, std::string_view) { return Emitter(desc).emit(); };
+  row.pack_layout = pack_layout;
+  row.compile = compile;
+  return row;
+}
+
+Implementation int8_linear_amx() {
+  Implementation row = linear_row(
+      IsaPath::amx, Emitter::kNeeds,
+      [](const KernelDesc& desc, const Target&) { return Emitter::features_for(int8_linear::output_of(desc)); },
+      pack_layout, compile);
+  row.supports = [](const KernelDesc& desc, const Target&) { return int8_linear::check_k(desc, kMaxK); };
+  row.declines = [](const KernelDesc& desc, const Target&) { return reason_to_decline(desc.value[int8_linear::kM]); };
   return row;
 }
 

@@ -235,7 +235,24 @@ public:
       a_.k(mask(p)).vmovdqu32(columns_at(role::c_row, p), acc(row, p));
   }
 
+  void stage_row(int row) {
+    for (int p = 0; p < tile_.panels; ++p)
+      a_.vmovdqa64(ptr(role::scratch, shape_.staging_at + row * shape_.staged_row_bytes() + 64 * p), acc(row, p));
+  }
+
+  void finish_row() {
+    for (int p = 0; p < tile_.panels; ++p) // B's and A's registers are the epilogue's between steps
+      a_.vmovdqa64(staged(p), ptr(role::finish_scratch, role::staged, 0, shape_.staging_at + 64 * p));
+    for (int p = 0; p < tile_.panels; ++p) {
+      emitter_->apply(staged(p), p, role::finish_scratch, ptr(role::staged_a, shape_.row_zp_at()),
+                      ptr(role::staged_a, shape_.row_sum_at()));
+      emitter_->store(staged(p), columns_at(role::c_row, p), mask(p));
+    }
+  }
+
   void data() {
+    if (emitter_ != nullptr)
+      emitter_->emit_rare_paths();
     a_.align(asmjit::AlignMode::kZero, 64);
     a_.bind(lanes_);
     for (std::int32_t lane = 0; lane < 16; ++lane)
@@ -246,6 +263,7 @@ protected:
   Zmm acc(int row, int panel, int set = 0) const {
     return Zmm((set * shape_.heights.max + row) * tile_.panels + panel);
   }
+  Zmm staged(int panel) const { return Zmm(tile_.sets * shape_.heights.max * tile_.panels + panel); }
   Zmm b(int panel) const { return Zmm(31 - panel); }
   Zmm bytes_of_a() const { return Zmm(31 - tile_.panels); }
   static KReg mask(int panel) { return KReg(1 + panel); }
@@ -284,6 +302,7 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target&, std::string_vi
   if (!epilogue.is_absent()) {
     emitter.emplace(a, epilogue, 64, tile.panels, kTemps[0], kTemps[1], kTemps[2]);
     shape.add_epilogue(epilogue, emitter->scratch_bytes());
+    shape.defer_epilogue();
   }
   Path path(a, shape, tile, epilogue, emitter ? &*emitter : nullptr);
   emit_nest(a, shape, path);
@@ -312,6 +331,7 @@ Result<CodeObject> compile_linear(const KernelDesc& desc, const Target& target, 
   Assembler a;
   EpilogueEmitter emitter(a, desc, 64, tile.panels, kTemps[0], kTemps[1], kTemps[2]);
   add_linear(shape, desc, emitter.scratch_bytes());
+  shape.defer_epilogue();
   emit_quantiser_512(a, {.form = form, .x = int8_linear::x_of(desc), .k = k, .row_stride = shape.row_stride});
   LinearPath<Path> path(a, shape, tile, int8_mm::Epilogue(), &emitter);
   emit_nest(a, shape, path);

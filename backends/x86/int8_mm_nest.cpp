@@ -16,9 +16,12 @@ constexpr int kTallCode = 0, kShortCode = 8, kShortTiles = 16, kTiles = 24, kWor
               kStreamBytes = 48, kFrame = 56;
 /// With an epilogue.
 constexpr int kScratch = 56, kTermsStride = 64, kEpilogueFrame = 72;
+/// With staging: where it and its rows of A stand, and who else uses the registers of finishing.
+constexpr int kStaged = 72, kStagedA = 80, kDisplaced = 88, kDeferringFrame = 120;
+constexpr Gp kDisplacedRoles[] = {role::b_sums, role::c, role::n_left, role::tiles_left};
 
 int frame_bytes(const NestShape& shape) {
-  return shape.terms > 0 ? kEpilogueFrame : kFrame;
+  return shape.defers() ? kDeferringFrame : shape.terms > 0 ? kEpilogueFrame : kFrame;
 }
 int log2(int power) {
   return std::countr_zero(static_cast<unsigned>(power));
@@ -80,6 +83,37 @@ asmjit::x86::Mem columns_at(const Gp& base, int p, int displacement) {
 void Nest::begin() {
   a_.enter(role::saved);
   a_.sub(rsp, frame_bytes(shape_));
+  if (shape_.defers())
+    stage(0);
+}
+
+void Nest::begin_finishing() {
+  for (int i = 0; const Gp& reg : kDisplacedRoles)
+    a_.mov(ptr(rsp, kDisplaced + 8 * i++), reg);
+  a_.mov(role::finish_scratch, ptr(rsp, kScratch));
+  a_.mov(role::staged, ptr(rsp, kStaged));
+  a_.mov(role::staged_a, ptr(rsp, kStagedA));
+}
+
+void Nest::end_finishing() {
+  for (int i = 0; const Gp& reg : kDisplacedRoles)
+    a_.mov(reg, ptr(rsp, kDisplaced + 8 * i++));
+}
+
+void Nest::is_finished() {
+  a_.cmp(role::staged.r32(), shape_.heights.max * shape_.staged_row_bytes());
+}
+
+void Nest::next_staged_row() {
+  a_.add(role::staged, shape_.staged_row_bytes());
+  a_.add(role::staged_a, shape_.row_stride);
+  a_.add(role::c_row, role::ldc);
+}
+
+void Nest::stage(int height) {
+  a_.mov(qword_ptr(rsp, kStaged), (shape_.heights.max - height) * shape_.staged_row_bytes());
+  if (height > 0)
+    a_.mov(ptr(rsp, kStagedA), role::a_tile);
 }
 
 void Nest::split_rows() {

@@ -55,6 +55,19 @@ struct NestShape {
   /// scratch memory before them; 0: they are not.
   int scratch_field = 0;
 
+  /// Where in the scratch memory finished sums wait for the epilogue, which then runs row by row between the steps of
+  /// the next row tile's K loop, on pipes that multiplication leaves idle; 0: it follows the K loop at once.
+  int staging_at = 0;
+  bool defers() const { return staging_at > 0; }
+  int staged_row_bytes() const { return panels * layout.n_block * 4; }
+  /// When there are rows to wait for, and steps enough to finish one between two of them.
+  void defer_epilogue() {
+    if (terms == 0 || heights.single_tile || steps() / unroll < heights.max)
+      return;
+    staging_at = scratch_bytes;
+    scratch_bytes += heights.max * staged_row_bytes();
+  }
+
   /// Where a row's values lie, from its first byte.
   int row_sum_at() const { return static_cast<int>(row_stride) - 4; }
   int row_zp_at() const { return static_cast<int>(row_stride) - (row_sums ? 8 : 4); }
@@ -89,6 +102,11 @@ inline constexpr Gp stream_columns_3 = r15; ///< three times that, with four pan
 inline constexpr Gp tiles_left = r15;       ///< row tiles, unless single
 inline constexpr Gp ahead = r13, ahead_step = r14; ///< next line to fetch
 inline constexpr Gp scratch = rdi;                 ///< the epilogue's, outside the K loop (load_scratch)
+// While staged rows are finished (Nest::begin_finishing):
+inline constexpr Gp finish_scratch = rcx; ///< the epilogue's
+inline constexpr Gp staged = rdx;         ///< bytes from the first staged row to the next to finish
+inline constexpr Gp staged_a = r8;        ///< that row in the workspace
+inline constexpr Gp chunks = r15;         ///< left of the K loop
 inline constexpr std::initializer_list<Gp> saved = {rbx, rbp, r12, r13, r14, r15};
 } // namespace role
 
@@ -108,6 +126,9 @@ asmjit::x86::Mem columns_at(const asmjit::x86::Gp& base, int p, int displacement
 ///   void data();                       constants, behind the code
 /// With an epilogue also, and begin_row_tile and store_row then find role::scratch loaded:
 ///   void prepare_columns(int p, Gp terms);  those of panel p; rax and every vector register are free
+/// And if shape.defers(), which a path without these must not:
+///   void stage_row(int row);  accumulator row `row` to its place in staging, from role::scratch
+///   void finish_row();        row role::staged to c_row; between steps, so that accumulators keep their values
 template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path& path);
 
 /// Parts of emit_nest that do not depend on the path.
@@ -123,6 +144,12 @@ public:
   void end_preparing();
   void load_scratch();
   void dispatch(); ///< to the K loop of this row tile's height
+  // With staging:
+  void begin_finishing(); ///< the roles of finishing take their registers,
+  void end_finishing();   ///< and give them back
+  void is_finished();     ///< sets the flags: equal when no row is left
+  void next_staged_row();
+  void stage(int height); ///< notes that a tile of this height is staged, 0 for none
   void end_row_tile();
   void end_column_tile();
   void end();
@@ -142,6 +169,15 @@ template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path&
   namespace x86 = asmjit::x86;
   const auto [min, max, single_tile] = shape.heights;
   Nest nest(a, shape);
+  constexpr bool can_defer = requires {
+    path.finish_row();
+  };
+  const auto finish_row = [&] {
+    if constexpr (can_defer) {
+      path.finish_row();
+      nest.next_staged_row();
+    }
+  };
   nest.begin();
   path.convert_rows();
   nest.split_rows();
@@ -174,8 +210,19 @@ template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path&
     path.begin_k(height);
     const std::int64_t turns = shape.steps() / shape.unroll;
     if (turns > 0) {
-      const asmjit::Label turn = a.newLabel();
-      a.mov(role::turns.r32(), turns);
+      const asmjit::Label turn = a.newLabel(), chunk = a.newLabel(), finished = a.newLabel();
+      if (shape.defers()) {
+        nest.begin_finishing();
+        a.mov(role::chunks.r32(), max);
+        a.mov(role::turns.r32(), turns / max + turns % max);
+        a.bind(chunk);
+        nest.is_finished();
+        a.je(finished);
+        finish_row();
+        a.bind(finished);
+      } else {
+        a.mov(role::turns.r32(), turns);
+      }
       a.align(asmjit::AlignMode::kCode, 32);
       a.bind(turn);
       for (int index = 0; index < shape.unroll; ++index)
@@ -188,10 +235,18 @@ template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path&
       a.add(role::b_k, shape.step_bytes() * shape.unroll);
       a.dec(role::turns.r32());
       a.jnz(turn);
+      if (shape.defers()) {
+        a.mov(role::turns.r32(), turns / max);
+        a.dec(role::chunks.r32());
+        a.jnz(chunk);
+        nest.end_finishing();
+      }
     }
     for (int index = 0; index < shape.steps() % shape.unroll; ++index)
       path.step(height, index);
     path.end_k(height);
+    if (shape.defers())
+      nest.stage(height);
     if (!single_tile || shape.has_row_values()) // those are then at fixed distances for every height
       a.add(role::a_tile, height * shape.row_stride);
     if (shape.terms > 0)
@@ -202,11 +257,26 @@ template <class Path> void emit_nest(Assembler& a, const NestShape& shape, Path&
   for (int row = 0; row < max; ++row) {
     if (max - row >= min)
       a.bind(nest.store[max - row - min]);
+    if constexpr (can_defer)
+      if (shape.defers()) {
+        path.stage_row(row);
+        continue;
+      }
     path.store_row(row);
     if (row + 1 < max || !single_tile)
       a.add(role::c_row, role::ldc);
   }
   nest.end_row_tile();
+  if (shape.defers()) {
+    const asmjit::Label row = a.newLabel();
+    nest.begin_finishing();
+    a.bind(row);
+    finish_row();
+    nest.is_finished();
+    a.jne(row);
+    nest.end_finishing();
+    nest.stage(0);
+  }
   nest.end_column_tile();
   nest.end();
   nest.data();

@@ -8,6 +8,7 @@ Implementation int8_mm_amx();
 Implementation int8_mm_avx512vnni();
 Implementation int8_mm_avxvnni();
 Implementation int8_mm_avx2();
+Implementation int8_linear_amx();
 Implementation int8_linear_avx512vnni();
 Implementation int8_linear_avxvnni();
 Implementation int8_linear_avx2();

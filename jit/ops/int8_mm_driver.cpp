@@ -204,7 +204,7 @@ struct Run {
       out_of_memory = true;
       return;
     }
-    const DefaultFloatingPoint floating_point(epilogue.rescale == Rescale::scale);
+    const DefaultFloatingPoint floating_point(epilogue.needs_floating_point());
     if (args.pack != nullptr && columns.begin == 0) { // the whole of a call that is not shared
       columns_of(rows, columns, args.pack->panels(), args.pack->sums(), workspace);
       return;

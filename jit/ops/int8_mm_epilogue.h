@@ -31,6 +31,8 @@ struct Epilogue {
   int c_bytes() const;
   /// v = acc · multiplier, rounded to v / 2^shift: `q_scale`, and `shift_right`, whose multiplier is 1.
   bool rounds_wide() const { return rescale == Rescale::q_scale || rescale == Rescale::shift_right; }
+  /// Kernels compute with floating-point instructions: f32 scales, and some round integers in f64.
+  bool needs_floating_point() const { return rescale == Rescale::scale || rounding == Rounding::even; }
   /// Negative values go through a rounding of their own, or are multiplied by a float.
   bool has_integer_slope() const { return act == Act::leaky_relu && rescale != Rescale::scale; }
   bool has_float_slope() const { return act == Act::leaky_relu && rescale == Rescale::scale; }

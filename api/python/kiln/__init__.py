@@ -1,9 +1,13 @@
-"""Kiln for Python: int4 and int8 products, and attention, on arrays of torch, NumPy and CuPy, in host memory or on NVIDIA GPUs.
+"""Kiln for Python: int4 and int8 products, linear layers and attention on arrays of torch, NumPy and CuPy, in host memory or on
+NVIDIA GPUs.
 
     import kiln
     engine = kiln.Engine()
     weights = engine.pack_int4(w, sz, group=128, device="cuda")   # w uint8 [n, k/2] or torch's int32 layout, sz bf16 [k/group, n, 2]
     engine.int4_mm(x, weights, out=y)                             # on torch's current stream; returns before the GPU is done
+
+    weights = engine.pack_int8_linear(w)                          # int8 [n, k]
+    engine.int8_linear(x, weights, ws, out=y, bias=bias)          # activations quantised row by row as they come
 
 Arrays are anything with data_ptr() (torch) or an array interface (NumPy, CuPy); bfloat16 is torch's type, or uint16 bits. Nothing is copied.
 libkiln.so.0 is found as KILN_LIBRARY says, beside this package, or by the system's loader. kiln.h is the manual of all behind it.
@@ -12,6 +16,7 @@ from ctypes import byref, c_void_p
 
 from . import _library as c
 from ._arrays import as_array, current_stream, parse_device
+from ._epilogue import Epilogue
 from ._library import Error
 
 __all__ = ["Engine", "Pack", "Error", "version", "int4_to_tensor_core", "int4_from_tensor_core"]
@@ -28,10 +33,6 @@ def _lib():
 
 def version():
     return _lib().version()
-
-
-def _dtype_code(dtype):
-    return {"s8": c.S8, "s32": c.S32, "bf16": c.BF16}[dtype]
 
 
 class Pack:
@@ -127,33 +128,69 @@ class Engine:
     # ---- int8_mm
 
     def pack_int8(self, b, layout="nk", device="cpu"):
-        """b: int8 [n, k] (nk) or [k, n] (kn), on the host."""
-        b = as_array(b, "b").expect("b", "s8", (-1, -1), (c.CPU, 0))
-        if layout not in ("nk", "kn"):
-            raise ValueError(f"layout is '{layout}': allowed is nk or kn")
-        n, k = b.shape if layout == "nk" else b.shape[::-1]
+        """b: int8 or uint8, [n, k] (nk) or [k, n] (kn), on the host."""
+        b = as_array(b, "b")
+        n, k = self._weight_shape("b", b, ("s8", "u8"), layout)
         target = parse_device(device)
-        desc = self._int8_desc(c.ANY, n, k, target, c.B_NK if layout == "nk" else c.B_KN, "s32", None)
-        handle = c_void_p()
-        _lib().call("kiln_pack_create", self._handle, byref(desc), b.pointer, b.row_stride("b"), byref(handle))
-        return Pack(handle, {"n": n, "k": k}, target)
+        desc = c.make_desc(c.Int8MmDesc, c.OP_INT8_MM, target, m=c.ANY, n=n, k=k, b_layout=c.B_LAYOUTS[layout],
+                           c_dtype=c.DTYPES["s32"], rescale_per=c.PER_CHANNEL, b_dtype=c.DTYPES[b.dtype])
+        return self._pack(desc, b, "b", {"n": n, "k": k, "b_dtype": b.dtype}, target)
 
-    def int8_mm(self, a, weights, out, scale=None, stream=None):
-        """out[m, n] = a[m, k] · weights: s32, or with `scale` (f32 [n] or [1]) s8 or bf16. Stream and return as in int4_mm."""
-        n, k = weights.fields["n"], weights.fields["k"]
-        aa = as_array(a, "a").expect("a", "s8", (-1, k), weights.device)
+    def int8_mm(self, a, weights, out, scale=None, stream=None, **stages):
+        """out[m, n] = a[m, k] · weights, with the stages of kiln.h's epilogue that are given, in its order; a int8 or uint8.
+
+        a_zp, b_zp: zero points, an integer or int32 [m], [n];   bias: int32 [n]
+        mult and shift (q_scale), shift_right, shift_left: integers or int32 [n];   scale: a number or float32 [n]
+        rounding: of integer stages, "zero", "away", "minus_inf", "plus_inf", "even" or "odd"
+        act: "relu" or "leaky_relu", the second with slope after scale, else slope_mult and slope_shift
+        c_zp: an integer;   clamp: (lo, hi)
+        out is int8, uint8 or int32; after scale float32, float16 or bfloat16 too. On a GPU a is int8 and scale, an array there, the only
+        stage. Stream and return as in int4_mm."""
+        n, k, b_dtype = (weights.fields[name] for name in ("n", "k", "b_dtype"))
+        aa = as_array(a, "a")
+        if aa.dtype not in ("s8", "u8"):
+            raise TypeError(f"a is {aa.dtype}: allowed is s8 or u8")
+        aa.expect("a", aa.dtype, (-1, k), weights.device)
         ca = as_array(out, "out")
-        if ca.dtype not in ("s32", "s8", "bf16"):
-            raise TypeError(f"out is {ca.dtype}: allowed is s32, s8 or bf16")
         ca.expect("out", ca.dtype, (aa.shape[0], n), weights.device)
-        sa = None
-        if scale is not None:
-            sa = as_array(scale, "scale").expect_dense("scale")
-            sa.expect("scale", "f32", (1 if sa.shape == (1,) else n,), weights.device)
+        epilogue = Epilogue(aa.shape[0], n, weights.device, scale=scale, **stages)
         stream = current_stream(aa) if stream is None else stream
-        kernel = self._get(self._int8_desc(aa.shape[0], n, k, weights.device, c.B_NK, ca.dtype, sa), weights.device, stream)
+        desc = c.make_desc(c.Int8MmDesc, c.OP_INT8_MM, weights.device, m=aa.shape[0], n=n, k=k, b_layout=c.B_LAYOUTS["nk"],
+                           a_dtype=c.DTYPES[aa.dtype], b_dtype=c.DTYPES[b_dtype], c_dtype=c.DTYPES[ca.dtype], **epilogue.desc)
+        kernel = self._get(desc, weights.device, stream)
         args = c.make_args(c.Int8MmArgs, c.OP_INT8_MM, m=aa.shape[0], a=aa.pointer, lda=aa.row_stride("a"), b_pack=weights._handle,
-                           c=ca.pointer, ldc=ca.row_stride("out"), scale=sa.pointer if sa else None, stream=stream)
+                           b_layout=c.B_LAYOUTS["nk"], c=ca.pointer, ldc=ca.row_stride("out"), stream=stream, **epilogue.args)
+        _lib().call("kiln_run", kernel._handle, byref(args))
+        return out
+
+    # ---- int8_linear
+
+    def pack_int8_linear(self, w, layout="nk"):
+        """w: int8 [n, k] (nk) or [k, n] (kn), on the host."""
+        w = as_array(w, "w")
+        n, k = self._weight_shape("w", w, ("s8",), layout)
+        desc = c.make_desc(c.Int8LinearDesc, c.OP_INT8_LINEAR, (c.CPU, 0), m=c.ANY, n=n, k=k, x_dtype=c.DTYPES["bf16"],
+                           y_dtype=c.DTYPES["bf16"], w_layout=c.B_LAYOUTS[layout])
+        return self._pack(desc, w, "w", {"n": n, "k": k}, (c.CPU, 0))
+
+    def int8_linear(self, x, weights, ws, out, bias=None):
+        """out[m, n] = dequant(quant(x[m, k]) · weights) + bias, activations quantised row by row (kiln.h says how). x and out: bfloat16,
+        float16 or float32, each its own; ws, bias: float32 [n]. CPUs only. Returns `out`."""
+        n, k = weights.fields["n"], weights.fields["k"]
+        xa, ya = as_array(x, "x"), as_array(out, "out")
+        for name, array, columns in (("x", xa, k), ("out", ya, n)):
+            if array.dtype not in ("bf16", "f16", "f32"):
+                raise TypeError(f"{name} is {array.dtype}: allowed is bf16, f16 or f32")
+            array.expect(name, array.dtype, (-1 if array is xa else xa.shape[0], columns), weights.device)
+        vectors = {}
+        for name, vector in (("ws", ws), ("bias", bias)):
+            if vector is not None or name == "ws":
+                vectors[name] = as_array(vector, name).expect(name, "f32", (n,), weights.device).expect_dense(name).pointer
+        desc = c.make_desc(c.Int8LinearDesc, c.OP_INT8_LINEAR, weights.device, m=xa.shape[0], n=n, k=k, x_dtype=c.DTYPES[xa.dtype],
+                           y_dtype=c.DTYPES[ya.dtype], bias=int(bias is not None), w_layout=c.B_LAYOUTS["nk"])
+        kernel = self._get(desc, weights.device, 0)
+        args = c.make_args(c.Int8LinearArgs, c.OP_INT8_LINEAR, m=xa.shape[0], x=xa.pointer, ldx=xa.row_stride("x"),
+                           w_pack=weights._handle, y=ya.pointer, ldy=ya.row_stride("out"), **vectors)
         _lib().call("kiln_run", kernel._handle, byref(args))
         return out
 
@@ -195,10 +232,19 @@ class Engine:
                            batch_invariant=int(batch_invariant))
 
     @staticmethod
-    def _int8_desc(m, n, k, device, b_layout, c_dtype, scale):
-        return c.make_desc(c.Int8MmDesc, c.OP_INT8_MM, device, m=m, n=n, k=k, b_layout=b_layout, a_dtype=c.S8,
-                           c_dtype=_dtype_code(c_dtype), rescale=int(scale is not None),
-                           rescale_per=0 if scale is not None and scale.shape == (1,) and n != 1 else 1)
+    def _weight_shape(name, array, dtypes, layout):
+        """n and k."""
+        if array.dtype not in dtypes:
+            raise TypeError(f"{name} is {array.dtype}: allowed is {' or '.join(dtypes)}")
+        array.expect(name, array.dtype, (-1, -1), (c.CPU, 0))
+        if layout not in c.B_LAYOUTS:
+            raise ValueError(f"layout is '{layout}': allowed is nk or kn")
+        return array.shape if layout == "nk" else array.shape[::-1]
+
+    def _pack(self, desc, array, name, fields, device):
+        handle = c_void_p()
+        _lib().call("kiln_pack_create", self._handle, byref(desc), array.pointer, array.row_stride(name), byref(handle))
+        return Pack(handle, fields, device)
 
     def _get(self, desc, device, stream):
         handle = c_void_p()

@@ -6,8 +6,8 @@ from ._library import CPU, CUDA, Strides
 
 # bfloat16 has no NumPy type: there it travels as its bits, uint16.
 _TORCH_TYPES = {"torch.bfloat16": "bf16", "torch.int8": "s8", "torch.uint8": "u8", "torch.int32": "s32", "torch.float32": "f32",
-                "torch.uint16": "bf16"}
-_ARRAY_TYPES = {"u2": "bf16", "i1": "s8", "u1": "u8", "i4": "s32", "f4": "f32"}
+                "torch.float16": "f16", "torch.uint16": "bf16"}
+_ARRAY_TYPES = {"u2": "bf16", "i1": "s8", "u1": "u8", "i4": "s32", "f4": "f32", "f2": "f16"}
 
 
 @dataclass

@@ -2,13 +2,18 @@
 import ctypes
 import os
 import pathlib
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 
 CPU, CUDA = 0, 1
 ANY = -1
-S8, S32, F32, BF16 = 0, 2, 3, 4
-B_KN, B_NK = 0, 1
-OP_INT8_MM, OP_INT4_MM, OP_ATTENTION = 1, 3, 5
+DTYPES = {"s8": 0, "u8": 1, "s32": 2, "f32": 3, "bf16": 4, "f16": 5}
+B_LAYOUTS = {"kn": 0, "nk": 1}
+RESCALES = {None: 0, "scale": 1, "q_scale": 2, "shift_right": 3, "shift_left": 4}
+PER_TENSOR, PER_CHANNEL = 0, 1
+ROUNDINGS = {"zero": 0, "away": 1, "minus_inf": 2, "plus_inf": 3, "even": 4, "odd": 5}
+ACTS = {None: 0, "relu": 1, "leaky_relu": 2}
+ABSENT, ONE, EACH = 0, 1, 2
+OP_INT8_MM, OP_INT8_LINEAR, OP_INT4_MM, OP_ATTENTION = 1, 2, 3, 5
 CAUSAL = ("none", "top_left", "bottom_right")
 SOURCES = ("memory", "disk", "compiled", "builtin")
 
@@ -41,7 +46,14 @@ class Desc(Structure):
 
 class Int8MmDesc(Structure):
     _fields_ = [("base", Desc), ("m", c_int64), ("n", c_int64), ("k", c_int64), ("b_layout", c_int32), ("a_dtype", c_int32),
-                ("c_dtype", c_int32), ("reserved", c_int32), ("rescale", c_int32), ("rescale_per", c_int32)]
+                ("c_dtype", c_int32), ("reserved", c_int32), ("rescale", c_int32), ("rescale_per", c_int32), ("b_dtype", c_int32),
+                ("a_zp", c_int32), ("b_zp", c_int32), ("bias", c_int32), ("rounding", c_int32), ("act", c_int32), ("c_zp", c_int32),
+                ("clamp", c_int32)]
+
+
+class Int8LinearDesc(Structure):
+    _fields_ = [("base", Desc), ("m", c_int64), ("n", c_int64), ("k", c_int64), ("x_dtype", c_int32), ("y_dtype", c_int32),
+                ("bias", c_int32), ("w_layout", c_int32)]
 
 
 class Int4MmDesc(Structure):
@@ -60,7 +72,14 @@ class Args(Structure):
 class Int8MmArgs(Structure):
     _fields_ = [("base", Args), ("m", c_int64), ("a", c_void_p), ("lda", c_int64), ("b_pack", c_void_p), ("b", c_void_p), ("ldb", c_int64),
                 ("b_layout", c_int32), ("reserved", c_int32), ("c", c_void_p), ("ldc", c_int64), ("workspace", c_void_p),
-                ("workspace_bytes", c_uint64), ("scale", c_void_p), ("stream", c_void_p)]
+                ("workspace_bytes", c_uint64), ("scale", c_void_p), ("stream", c_void_p), ("a_zp", c_void_p), ("b_zp", c_void_p),
+                ("bias", c_void_p), ("mult", c_void_p), ("shift", c_void_p), ("slope_mult", c_int32), ("slope_shift", c_int32),
+                ("slope", c_float), ("c_zp", c_int32), ("lo", c_double), ("hi", c_double)]
+
+
+class Int8LinearArgs(Structure):
+    _fields_ = [("base", Args), ("m", c_int64), ("x", c_void_p), ("ldx", c_int64), ("w_pack", c_void_p), ("ws", c_void_p),
+                ("bias", c_void_p), ("y", c_void_p), ("ldy", c_int64), ("workspace", c_void_p), ("workspace_bytes", c_uint64)]
 
 
 class Int4MmArgs(Structure):
