@@ -1169,6 +1169,23 @@ class Explain(CommandTest):
         self.assertIn("KILN_DISABLE", reasons["avx2"])
         self.assertEqual([path["isa"] for path in self.json("info")["ops"][0]["paths"]], [candidate["isa"] for candidate in report["candidates"]])
 
+    def test_every_path_is_accounted_for(self):
+        ops = {"int8_mm": ["m=4", "n=64", "k=64"], "int8_linear": ["m=4", "n=64", "k=64"], "int4_mm": ["m=4", "n=64", "k=64", "group=32"],
+               "attention": ["b=1", "hq=2", "hkv=1", "m=4", "n=64", "d=64", "dv=64"]}
+        for target, here in (("sapphirerapids", {"amx", "avx512vnni", "avxvnni", "avx2", "avx512bf16"}), ("apple-m4", {"sme", "i8mm", "sdot", "neon"})):
+            for op, words in ops.items():
+                with self.subTest(target, op=op):
+                    report = self.json("explain", op, *words, "--target", target)
+                    rows = {candidate["isa"]: candidate for candidate in report["candidates"]}
+                    self.assertLessEqual(here | {"portable", "reference"}, set(rows) | set(report["without_implementation"]))
+                    self.assertFalse(set(rows) & set(report["without_implementation"]))
+                    self.assertEqual([], [isa for isa, row in rows.items() if not row["taken"] and not row["reason"]])
+        self.assertEqual("amx", self.json("explain", "int8_linear", *ops["int8_linear"], "--target", "sapphirerapids")["isa"])
+        alone = self.json("explain", "int8_linear", "m=1", "n=64", "k=64", "--target", "sapphirerapids")
+        self.assertEqual("avx512vnni", alone["isa"])
+        self.assertIn("M ≤ 1", alone["candidates"][0]["reason"])
+        self.assertIn("without an implementation of int4_mm: ", self.kiln("explain", "int4_mm", *ops["int4_mm"]).stdout)
+
     def test_nothing_left(self):
         env = {"KILN_DISABLE": "x86,arm,portable,reference"}
         report = self.json("explain", *SHAPE, env=env, expect=FAILED)

@@ -749,27 +749,43 @@ private:
     load_b(tile_b(0), 0, kWideRows);
     load_a(0);
     multiply(sums(0), tile_a(0), tile_b(0));
+    // An epilogue is spread over the step: as one piece it would fill the scheduler, and no product would enter behind
+    // it.
+    const bool finishes = copies && defers(), spreads = finishes && finish_;
+    if (spreads)
+      copy_staged_quarters(0, 1);
     if (panels == 2) {
       load_b(tile_b(1), static_cast<std::int32_t>(panel_bytes_), kWideRows);
       multiply(sums(1), tile_a(0), tile_b(1));
     }
-    if (copies && defers()) {
-      Label none = a_.newLabel(), wait = a_.newLabel();
-      a_.cmp(from_, local(kStagingEnd));
-      a_.je(none);
-      a_.cmp(from_, local(kStagingBegin));
-      a_.jb(wait);
-      copy_staged(staged_rows_per_step());
-      a_.bind(wait);
-      a_.add(from_, staged_rows_per_step() * kTileRowBytes);
-      a_.bind(none);
-    }
+    if (finishes)
+      copy_staged_quarters(spreads ? 1 : 0, spreads ? 2 : 4);
     if (ahead)
       copy_ahead();
     load_a(1);
     multiply(sums(panels), tile_a(1), tile_b(0));
-    if (panels == 2)
+    if (spreads)
+      copy_staged_quarters(2, panels == 2 ? 3 : 4);
+    if (panels == 2) {
       multiply(sums(panels + 1), tile_a(1), tile_b(1));
+      if (spreads)
+        copy_staged_quarters(3, 4);
+    }
+  }
+
+  /// Of a step's share of the staged rows. The last quarter goes on to the next step's.
+  void copy_staged_quarters(int begin, int end) {
+    const int vectors = staged_rows_per_step(); // a quarter of four for each row
+    Label none = a_.newLabel(), wait = a_.newLabel();
+    a_.cmp(from_, local(kStagingEnd));
+    a_.je(none);
+    a_.cmp(from_, local(kStagingBegin));
+    a_.jb(wait);
+    copy_staged(begin * vectors, end * vectors);
+    a_.bind(wait);
+    if (end == 4)
+      a_.add(from_, staged_rows_per_step() * kTileRowBytes);
+    a_.bind(none);
   }
 
   // Sums of a pair of panels reach C during the steps of the next pair, as evenly as the steps allow (the opening
@@ -800,11 +816,13 @@ private:
     a_.mov(to_second_, second_);
   }
 
-  void copy_staged(int rows) {
-    for (int row = 0; row < rows; ++row) {
-      for (int i = 0; i < 4; ++i)
+  /// Vectors of 16 sums, four in a row: those of the first tile's panels, then of the second's.
+  void copy_staged(int begin, int end) {
+    for (int row = begin / 4; row < (end + 3) / 4; ++row) {
+      const int first = std::max(begin - 4 * row, 0), last = std::min(end - 4 * row, 4);
+      for (int i = first; i < last; ++i)
         a_.vmovdqa64(asmjit::x86::zmm(static_cast<std::uint32_t>(i)), ptr(from_, i * kTileBytes + row * kTileRowBytes));
-      for (int i = 0; i < 4; ++i) {
+      for (int i = first; i < last; ++i) {
         const asmjit::x86::Zmm line = asmjit::x86::zmm(static_cast<std::uint32_t>(i));
         const int tile = i / 2, panel = i % 2, at = panel * kPanelColumns * c_bytes();
         const Mem to = tile == 0 ? ptr(to_, at) : ptr(to_, to_second_, 0, at);
@@ -815,7 +833,8 @@ private:
           a_.vmovdqu64(to, line);
         }
       }
-      a_.add(to_, ldc_bytes_);
+      if (last == 4)
+        a_.add(to_, ldc_bytes_);
     }
   }
 
@@ -827,7 +846,7 @@ private:
     a_.cmp(from_, scratch_);
     a_.cmovb(from_, scratch_);
     a_.bind(row);
-    copy_staged(1);
+    copy_staged(0, 4);
     a_.add(from_, kTileRowBytes);
     a_.cmp(from_, local(kStagingEnd));
     a_.jne(row);
