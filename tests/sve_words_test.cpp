@@ -128,9 +128,8 @@ std::vector<Example> examples() {
   sweep(
       [&](Element e, U z, U p, Gp base, I i) {
         constexpr const char* kNames[] = {"st1b", "st1h", "st1w"};
-        add_example(
-            fmt::format("{} {{ z{}.s }}, p{}, [{}{}]", kNames[static_cast<int>(e)], z, p, name(base), vl(i)),
-            st1_of_s(e, Z{z}, P{p}, base, i));
+        add_example(fmt::format("{} {{ z{}.s }}, p{}, [{}{}]", kNames[static_cast<int>(e)], z, p, name(base), vl(i)),
+                    st1_of_s(e, Z{z}, P{p}, base, i));
       },
       std::vector<Element>{Element::b, Element::h, Element::s}, kVectors, kGoverning, kBases, near);
 

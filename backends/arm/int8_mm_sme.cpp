@@ -103,7 +103,7 @@ public:
     a_.msr(Predicate::SysReg::kFPSR, fpsr_);
     a_.leave();
     a_.bind(scalar);
-    emit_scalar_int8_mm(a_, layout_, k_);
+    emit_scalar_int8_mm(a_, layout_, k_, {}, 0);
     return a_.finish(kNeeds, sme_bits_, plan().values());
   }
 

@@ -258,7 +258,9 @@ constexpr Word umin(Element size, Z zdn, int imm) {
 }
 /// Every 64 bits of zdn: & 1, | ~1; every 32 bits: & 1.
 constexpr Word and_one(Element size, Z zdn) {
-  return detail::Builder(size == Element::d ? 0x05820000 : size == Element::s ? 0x05800000 : 0)
+  return detail::Builder(size == Element::d   ? 0x05820000
+                         : size == Element::s ? 0x05800000
+                                              : 0)
       .field(size == Element::d || size == Element::s ? 0 : detail::kOutOfRange, 0)
       .z(zdn, 0);
 }
@@ -268,8 +270,8 @@ constexpr Word or_not_one(Z zdn) {
 /// To the right by 1 … bits of an element, with copies of the sign or zeros.
 constexpr Word shift_right_immediate(std::uint32_t opcode, Element size, Z zd, Z zn, int imm) {
   const std::uint32_t bits = 8u << static_cast<std::uint32_t>(size);
-  const std::uint32_t code = imm >= 1 && imm <= static_cast<int>(bits) ? 2 * bits - static_cast<std::uint32_t>(imm)
-                                                                       : detail::kOutOfRange;
+  const std::uint32_t code =
+      imm >= 1 && imm <= static_cast<int>(bits) ? 2 * bits - static_cast<std::uint32_t>(imm) : detail::kOutOfRange;
   return detail::Builder(opcode)
       .field(code == detail::kOutOfRange ? code : code >> 5, 22)
       .field(code & 31, 16)
