@@ -30,13 +30,13 @@ void TileEpilogue::apply(const TileSums& sums, const TileTerms& at) {
     for (const std::uint32_t sum : sums.column(vector))
       add(sum, sums.free[0]);
   }
-  apply_rest(sums, at, false);
+  apply_rest(sums, at, true, false);
 }
 
-void TileEpilogue::apply_rest(const TileSums& sums, const TileTerms& at, bool with_row_sums) {
-  if (terms_.a_zp >= 0)
+void TileEpilogue::apply_rest(const TileSums& sums, const TileTerms& at, bool has_values, bool has_row_sums) {
+  if (terms_.a_zp >= 0 && has_values)
     add_products(sums, at, at.zp_at, terms_.a_zp);
-  if (terms_.row_sum >= 0 && !with_row_sums)
+  if (terms_.row_sum >= 0 && has_values && !has_row_sums)
     add_products(sums, at, 0, terms_.row_sum);
   const Registers& free = sums.free;
   for (int vector = 0; vector < sums.vectors; ++vector) {

@@ -44,8 +44,9 @@ public:
 
   /// Sums that began at 0. Clobbers `free`, at.scratch.
   void apply(const TileSums& sums, const TileTerms& at);
-  /// The same for sums to which offsets, and with `with_row_sums` the rows' sums times theirs, were added.
-  void apply_rest(const TileSums& sums, const TileTerms& at, bool with_row_sums);
+  /// The same for sums to which offsets, and with `has_row_sums` the rows' sums times theirs, were added. Without
+  /// `has_values` (K = 0) the products of at.values are 0.
+  void apply_rest(const TileSums& sums, const TileTerms& at, bool has_values, bool has_row_sums);
   /// Sets registers of sums.free, which stay with the tile until its last row is stored.
   virtual void prepare_stores(const TileSums& sums, const TileTerms& at) = 0;
   /// Row `row` of the tile to `to`, all its columns. Clobbers its sums, `scratch`.
