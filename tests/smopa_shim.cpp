@@ -11,8 +11,8 @@
 namespace kiln::test {
 namespace {
 
-// SMOPA and USMOPA ZAda.S, Pn/M, Pm/M, Zn.B, Zm.B: whether Zn is unsigned at bit 24, Zm at 16, Pm at 13, Pn at 10, Zn at
-// 5, ZAda at 0.
+// SMOPA and USMOPA ZAda.S, Pn/M, Pm/M, Zn.B, Zm.B: whether Zn is unsigned at bit 24, Zm at 16, Pm at 13, Pn at 10, Zn
+// at 5, ZAda at 0.
 constexpr std::uint32_t kUnsigned = 1u << 24, kSmopaMask = 0xffe0001c & ~kUnsigned, kSmopa = 0xa0800000;
 constexpr std::uint32_t kMostWords = 4096;
 

@@ -29,8 +29,8 @@
 // - N: the pack is zero beyond N; predicates keep its sums from memory. A last single panel is 1 × 2 in narrow.
 //
 // Epilogue: a tile's sums begin at the columns' terms (ADDHA), rows of it come to vector registers, kFinishRows at a
-// time, and go through the stages to C. Sums of A's rows are made where A is copied, and lie with their a_zp behind each
-// block of rows in the workspace. Row values that are the same for all columns are added to the tile too (ADDVA).
+// time, and go through the stages to C. Sums of A's rows are made where A is copied, and lie with their a_zp behind
+// each block of rows in the workspace. Row values that are the same for all columns are added to the tile too (ADDVA).
 //
 // The loops along K load vectors kAhead steps before their use, into registers of their own, from the last steps of one
 // turn on for the first of the next, so that neither an in-order unit nor one behind a queue waits. What the last turn
@@ -88,8 +88,8 @@ public:
   Emitter(const KernelDesc& desc, int sme_bits)
       : n_(desc.value[int8_mm::kN]), k_(desc.value[int8_mm::kK]), sme_bits_(sme_bits), t_(sme_bits / 32),
         layout_(layout(sme_bits)), panel_bytes_(layout_.panel_bytes(k_)), epilogue_(int8_mm::Epilogue::of(desc)),
-        terms_layout_(int8_mm::TermsLayout::of(epilogue_)), stages_(a_, epilogue_, true, vector_bytes(), kAll,
-                                                                    kColumns[0], {kTemps.begin(), kTemps.end()}),
+        terms_layout_(int8_mm::TermsLayout::of(epilogue_)),
+        stages_(a_, epilogue_, true, vector_bytes(), kAll, kColumns[0], {kTemps.begin(), kTemps.end()}),
         finish_(a_.newLabel()) {
     const std::int64_t m_class = desc.value[int8_mm::kM];
     has_wide_ = m_class == kAny || m_class > t_;
@@ -153,9 +153,7 @@ private:
     return k_ > 0 && (epilogue_.needs_row_sums() || epilogue_.a_zp == int8_mm::AZp::row) ? 2 : 0;
   }
   /// What Σ_k A[m,k] is multiplied with is the same for all columns.
-  bool adds_row_sums_to_tiles() const {
-    return epilogue_.needs_row_sums() && epilogue_.b_zp != int8_mm::BZp::channel;
-  }
+  bool adds_row_sums_to_tiles() const { return epilogue_.needs_row_sums() && epilogue_.b_zp != int8_mm::BZp::channel; }
   std::int64_t finish_rows() const { return std::min(t_, kFinishRows); }
   std::int64_t terms_panel_bytes() const { return terms_layout_.panel_bytes(layout_); }
   std::int64_t panel_columns() const { return 2 * t_; }
@@ -758,7 +756,7 @@ private:
     Gp a_zp = x(19);                                  ///< of the next tile of rows
   } copy_;
   const Gp b_ = x(3), c_ = x(2), n_left_ = x(4); ///< of the group: its first panel; its first column, row 0
-  const Gp ldc_ = x(1); ///< elements; with an epilogue bytes
+  const Gp ldc_ = x(1);                          ///< elements; with an epilogue bytes
   const Gp tile_columns_ = finishes() ? x(20) : x(14);
   /// Words from a row of C to each of the first tiles of the next ones.
   const Gp row_offset_[kSliceStep][2] = {{xzr, x(14)}, {x(1), x(15)}, {x(16), x(17)}, {x(19), x(20)}};
