@@ -187,6 +187,9 @@ TEST_CASE("every remainder of n and k") {
 TEST_CASE("a range of columns at a time, as several threads would") {
   check_column_ranges(paths_here());
 }
+TEST_CASE("epilogues of all stages and types") {
+  check_epilogues(paths_here());
+}
 TEST_CASE("sums wrap and never saturate") {
   check_sums_wrap(paths_here());
 }
@@ -217,6 +220,18 @@ TEST_CASE("on a thread that was given another vector length the sums are exact, 
                                   .values = Values::random,
                                   .guard = Guard::after},
                                  random);
+      for (const std::int64_t m : {1, 2, 40})
+        for (const std::int64_t k : {0, 70})
+          if (serves(path, m))
+            for (const KernelDesc& desc : finished_descs(m, block + 7, k))
+              check_finished_kernel(compile(path, desc), desc,
+                                    {.m = std::min<std::int64_t>(m, 5),
+                                     .n = block + 7,
+                                     .k = k,
+                                     .n_cut = kAny,
+                                     .values = Values::random,
+                                     .guard = Guard::after},
+                                    random);
     }
   }).join();
   CHECK(detect_machine().target.sve_bits == paths.front().target.sve_bits);
