@@ -234,6 +234,9 @@ std::vector<Example> examples() {
   sweep(
       [&](U d, U n, U m) {
         add_example(fmt::format("fmul z{}.s, z{}.s, z{}.s", d, n, m), fmul(Z{d}, Z{n}, Z{m}));
+        for (const Element e : kElements)
+          add_example(fmt::format("sclamp z{1}.{0}, z{2}.{0}, z{3}.{0}", name(e), d, n, m),
+                      sclamp(e, Z{d}, Z{n}, Z{m}));
         add_example(fmt::format("udot z{}.s, z{}.b, z{}.b", d, n, m), udot(Z{d}, Z{n}, Z{m}));
       },
       kVectors, kVectors, kVectors);

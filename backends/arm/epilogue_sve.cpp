@@ -91,7 +91,7 @@ void SveEpilogue::to_integers(const Registers& sums) {
 
 void SveEpilogue::round(const Registers& sums, const Registers& free, bool slope) {
   const Rounding rounding = slope ? of_negative(epilogue_.rounding) : epilogue_.rounding;
-  sve2_ ? round_by_sve2(sums, free, slope, rounding) : round_by_sve1(sums, free, slope, rounding);
+  level_ == Level::sve ? round_by_sve1(sums, free, slope, rounding) : round_by_sve2(sums, free, slope, rounding);
 }
 
 /// Products of even and of odd lanes, in 64 bits; SRSHL rounds them, ties up, as plus_inf has it.
@@ -279,9 +279,12 @@ void SveEpilogue::store_row(const TileSums& sums, int row, const GpX& to, const 
       a_.word(sve::fcmgt(below, all_, operand(kHi), y));
       a_.word(sve::sel(Element::s, y, below, y, operand(kHi)));
     });
-  if (!is_float && has_lo)
+  const bool clamps = !is_float && has_lo && has_hi && level_ == Level::streaming;
+  if (clamps)
+    each([&](Z y, std::size_t) { a_.word(sve::sclamp(Element::s, y, operand(kLo), operand(kHi))); });
+  if (!is_float && has_lo && !clamps)
     each([&](Z y, std::size_t) { a_.word(sve::smax(Element::s, y, all_, operand(kLo))); });
-  if (!is_float && has_hi)
+  if (!is_float && has_hi && !clamps)
     each([&](Z y, std::size_t) { a_.word(sve::smin(Element::s, y, all_, operand(kHi))); });
   if (epilogue_.c_zp)
     each([&](Z y, std::size_t) { a_.word(sve::add(Element::s, y, y, operand(kCZp))); });

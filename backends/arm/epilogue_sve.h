@@ -7,11 +7,13 @@ namespace kiln::arm {
 
 class SveEpilogue final : public TileEpilogue {
 public:
-  /// `sve2`: its instructions may be used. `all` is true in every element; `temps` may be changed; `columns` are the
+  /// What may be used beside SVE: SVE2's instructions, and those that SME adds in streaming mode.
+  enum class Level { sve, sve2, streaming };
+  /// `all` is true in every element; `temps` may be changed; `columns` are the
   /// elements of a vector that belong to C.
-  SveEpilogue(Assembler& assembler, const int8_mm::Epilogue& epilogue, bool sve2, int vector_bytes, sve::P all,
+  SveEpilogue(Assembler& assembler, const int8_mm::Epilogue& epilogue, Level level, int vector_bytes, sve::P all,
               sve::P columns, std::vector<sve::P> temps)
-      : TileEpilogue(assembler, epilogue), sve2_(sve2), vector_bytes_(vector_bytes), all_(all), columns_(columns),
+      : TileEpilogue(assembler, epilogue), level_(level), vector_bytes_(vector_bytes), all_(all), columns_(columns),
         temps_(std::move(temps)) {}
 
   /// Whether the stages of this epilogue make use of SVE2.
@@ -35,7 +37,7 @@ private:
   void round_by_sve2(const Registers& sums, const Registers& free, bool slope, int8_mm::Rounding rounding);
   void round_by_sve1(const Registers& sums, const Registers& free, bool slope, int8_mm::Rounding rounding);
 
-  const bool sve2_;
+  const Level level_;
   const int vector_bytes_;
   const sve::P all_, columns_;
   const std::vector<sve::P> temps_;

@@ -89,7 +89,8 @@ public:
       : n_(desc.value[int8_mm::kN]), k_(desc.value[int8_mm::kK]), sme_bits_(sme_bits), t_(sme_bits / 32),
         layout_(layout(sme_bits)), panel_bytes_(layout_.panel_bytes(k_)), epilogue_(int8_mm::Epilogue::of(desc)),
         terms_layout_(int8_mm::TermsLayout::of(epilogue_)),
-        stages_(a_, epilogue_, true, vector_bytes(), kAll, kColumns[0], {kTemps.begin(), kTemps.end()}),
+        stages_(a_, epilogue_, SveEpilogue::Level::streaming, vector_bytes(), kAll, kColumns[0],
+                {kTemps.begin(), kTemps.end()}),
         finish_(a_.newLabel()) {
     const std::int64_t m_class = desc.value[int8_mm::kM];
     has_wide_ = m_class == kAny || m_class > t_;

@@ -51,7 +51,8 @@ Result<CodeObject> emit_sve_nest(Assembler& a, const NestShape& shape, SvePath& 
   a.b_eq(vectors);
   emit_scalar_int8_mm(a, shape.layout, shape.k, shape.epilogue, shape.plan().a_shift);
   a.bind(vectors);
-  SveEpilogue epilogue = path.epilogue(features.has(Feature::sve2));
+  SveEpilogue epilogue =
+      path.epilogue(features.has(Feature::sve2) ? SveEpilogue::Level::sve2 : SveEpilogue::Level::sve);
   return emit_nest(a, shape, path, epilogue, features, target.sve_bits);
 }
 

@@ -18,9 +18,8 @@ public:
   void load_b(int to, const asmjit::a64::Gp& base, int offset) override;
   void load_two(int, int, const asmjit::a64::Gp&, int) override {} // shape.pairs is false
 
-  /// What finishes its sums. `sve2`: where the target has it.
-  SveEpilogue epilogue(bool sve2) const {
-    return {a_, shape_.epilogue, sve2, shape_.vector_bytes, kAll, kAll, {{1}, {2}, {3}, {4}, {5}, {6}, {7}}};
+  SveEpilogue epilogue(SveEpilogue::Level level) const {
+    return {a_, shape_.epilogue, level, shape_.vector_bytes, kAll, kAll, {{1}, {2}, {3}, {4}, {5}, {6}, {7}}};
   }
 
 protected:

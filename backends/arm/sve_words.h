@@ -333,6 +333,11 @@ constexpr Word movprfx(Z zd, Z zn) {
   return detail::Builder(0x0420bc00).z(zn, 5).z(zd, 0);
 }
 
+/// zd at least zn, then at most zm, signed. SME has it, and SVE2.1.
+constexpr Word sclamp(Element size, Z zd, Z zn, Z zm) {
+  return detail::Builder(0x4400c000).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
+}
+
 // SVE2; s32 elements of even (b) or odd (t) numbers make 64-bit ones.
 constexpr Word long_product(std::uint32_t opcode, Z zd, Z zn, Z zm) {
   return detail::Builder(opcode).z(zm, 16).z(zn, 5).z(zd, 0);
