@@ -1,5 +1,6 @@
 #include "backends/arm/epilogue.h"
 
+#include <algorithm>
 #include <cstddef>
 
 namespace kiln::arm {
@@ -109,9 +110,8 @@ void NeonEpilogue::add(std::uint32_t to, std::uint32_t by) {
 void NeonEpilogue::add_products(const TileSums& sums, const TileTerms& at, std::int64_t value_at, int array) {
   constexpr int kLanes = 4;
   const auto values = [&](int row) { return v(sums.free[static_cast<std::size_t>(1 + row / kLanes)]); };
-  a_.add_constant(at.scratch, at.values, value_at, at.scratch);
   for (int row = 0; row < sums.rows; row += kLanes)
-    a_.ldr(values(row), ptr(at.scratch, 4 * row));
+    a_.ldr(values(row), ptr(at.values, static_cast<std::int32_t>(value_at) + 4 * row));
   for (int vector = 0; vector < sums.vectors; ++vector) {
     const VecV of_columns = v(sums.free[0]);
     load(sums.free[0], at.terms, term(at, vector, array), at.scratch);
@@ -159,9 +159,8 @@ void NeonEpilogue::round(const Registers& sums, const Registers& free, bool slop
   const Rounding rounding = slope ? of_negative(epilogue_.rounding) : epilogue_.rounding;
   const bool by_bit = rounding == Rounding::even || rounding == Rounding::odd,
              by_sign = by_bit || rounding == Rounding::zero || rounding == Rounding::away;
-  const VecV multiplier = v(free[0]), shift = v(free[1]), of_sign = v(free[1]), low = v(free[6]), high = v(free[7]);
+  const VecV multiplier = v(free[0]), shift = v(free[1]), of_sign = v(free[1]), low = v(free[6]);
   const VecV minus_shift[2] = {v(free[2]), v(free[slope ? 2 : 3])}, to_sign[2] = {v(free[4]), v(free[slope ? 4 : 5])};
-  const VecV mask = v(free[3]);
   const auto widen = [&](const VecV(&to)[2]) {
     a_.sxtl(to[0].d2(), low.s2());
     if (!slope)
@@ -183,29 +182,43 @@ void NeonEpilogue::round(const Registers& sums, const Registers& free, bool slop
   if (rounding == Rounding::minus_inf)
     a_.neg(multiplier.s4(), multiplier.s4());
 
-  for (const std::uint32_t i : sums) {
-    const VecV sum = v(i), result = slope ? low : sum;
-    const VecV& first = by_sign ? of_sign : multiplier;
-    a_.smull(low.d2(), sum.s2(), first.s2());
-    a_.smull2(high.d2(), sum.s4(), first.s4());
-    if (by_bit) {
-      a_.sshl(low.d2(), low.d2(), to_sign[0].d2());
-      a_.sshl(high.d2(), high.d2(), to_sign[1].d2());
-    }
+  // Two sums side by side where there are registers for it, so that in-order cores wait less.
+  const std::size_t width = by_bit ? 1 : 2;
+  for (std::size_t first = 0; first < sums.size(); first += width) {
+    const std::size_t count = std::min(width, sums.size() - first);
+    const auto sum = [&](std::size_t i) { return v(sums[first + i]); };
+    const auto half = [&](std::size_t i, std::size_t upper) { return v(free[6 - 2 * i + upper]); };
+    const auto each = [&](auto&& emit) {
+      for (std::size_t i = 0; i < count; ++i)
+        emit(i);
+    };
+    const auto each_half = [&](auto&& emit) {
+      for (std::size_t i = 0; i < count; ++i)
+        for (const std::size_t upper : {0, 1})
+          emit(half(i, upper), upper);
+    };
+    const VecV factor = by_sign ? of_sign : multiplier;
+    each([&](std::size_t i) {
+      a_.smull(half(i, 0).d2(), sum(i).s2(), factor.s2());
+      a_.smull2(half(i, 1).d2(), sum(i).s4(), factor.s4());
+    });
+    if (by_bit)
+      each_half([&](const VecV& x, std::size_t upper) { a_.sshl(x.d2(), x.d2(), to_sign[upper].d2()); });
     if (by_sign) {
-      a_.sshr(low.d2(), low.d2(), 63);
-      a_.sshr(high.d2(), high.d2(), 63);
-      a_.smlal(low.d2(), sum.s2(), multiplier.s2());
-      a_.smlal2(high.d2(), sum.s4(), multiplier.s4());
+      each_half([&](const VecV& x, std::size_t) { a_.sshr(x.d2(), x.d2(), 63); });
+      each([&](std::size_t i) {
+        a_.smlal(half(i, 0).d2(), sum(i).s2(), multiplier.s2());
+        a_.smlal2(half(i, 1).d2(), sum(i).s4(), multiplier.s4());
+      });
     }
-    a_.srshl(low.d2(), low.d2(), minus_shift[0].d2());
-    a_.srshl(high.d2(), high.d2(), minus_shift[1].d2());
-    a_.uzp1(result.s4(), low.s4(), high.s4());
+    each_half([&](const VecV& x, std::size_t upper) { a_.srshl(x.d2(), x.d2(), minus_shift[upper].d2()); });
+    const auto result = [&](std::size_t i) { return slope ? half(i, 0) : sum(i); };
+    each([&](std::size_t i) { a_.uzp1(result(i).s4(), half(i, 0).s4(), half(i, 1).s4()); });
     if (rounding == Rounding::minus_inf)
-      a_.neg(result.s4(), result.s4());
+      each([&](std::size_t i) { a_.neg(result(i).s4(), result(i).s4()); });
     if (slope) {
-      a_.cmlt(mask.s4(), sum.s4(), 0);
-      a_.bit(sum.b16(), result.b16(), mask.b16());
+      each([&](std::size_t i) { a_.cmlt(half(i, 1).s4(), sum(i).s4(), 0); });
+      each([&](std::size_t i) { a_.bit(sum(i).b16(), result(i).b16(), half(i, 1).b16()); });
     }
   }
 }

@@ -34,7 +34,8 @@ void emit_finished(Assembler& a, int8_mm::PackLayout layout, std::int64_t k, con
   a.ldr(lda, field(offsetof(Call, lda)));
   a.ldr(row_c, field(offsetof(Call, c)));
   a.ldr(ldc, field(offsetof(Call, ldc)));
-  a.lsl(ldc, ldc, std::countr_zero(static_cast<unsigned>(c_bytes)));
+  if (c_bytes > 1)
+    a.lsl(ldc, ldc, std::countr_zero(static_cast<unsigned>(c_bytes)));
   a.ldr(rows, field(offsetof(Call, m)));
   a.ldr(n, field(offsetof(Call, n)));
   a.bind(row);

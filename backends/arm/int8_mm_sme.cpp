@@ -86,15 +86,14 @@ struct TilePair {
 class Emitter {
 public:
   Emitter(const KernelDesc& desc, int sme_bits)
-      : n_(desc.value[int8_mm::kN]), k_(desc.value[int8_mm::kK]), sme_bits_(sme_bits), t_(sme_bits / 32),
-        layout_(layout(sme_bits)), panel_bytes_(layout_.panel_bytes(k_)), epilogue_(int8_mm::Epilogue::of(desc)),
-        terms_layout_(int8_mm::TermsLayout::of(epilogue_)),
+      : m_class_(desc.value[int8_mm::kM]), n_(desc.value[int8_mm::kN]), k_(desc.value[int8_mm::kK]),
+        sme_bits_(sme_bits), t_(sme_bits / 32), layout_(layout(sme_bits)), panel_bytes_(layout_.panel_bytes(k_)),
+        epilogue_(int8_mm::Epilogue::of(desc)), terms_layout_(int8_mm::TermsLayout::of(epilogue_)),
         stages_(a_, epilogue_, SveEpilogue::Level::streaming, vector_bytes(), kAll, kColumns[0],
                 {kTemps.begin(), kTemps.end()}),
         finish_(a_.newLabel()) {
-    const std::int64_t m_class = desc.value[int8_mm::kM];
-    has_wide_ = m_class == kAny || m_class > t_;
-    has_narrow_ = !has_wide_ || m_class == kAny || m_class > 2 * t_;
+    has_wide_ = m_class_ == kAny || m_class_ > t_;
+    has_narrow_ = !has_wide_ || m_class_ == kAny || m_class_ > 2 * t_;
   }
 
   static int8_mm::PackLayout layout(int sme_bits) { return {.n_block = 2 * (sme_bits / 32), .k_block = 4}; }
@@ -155,7 +154,11 @@ private:
   }
   /// What Σ_k A[m,k] is multiplied with is the same for all columns.
   bool adds_row_sums_to_tiles() const { return epilogue_.needs_row_sums() && epilogue_.b_zp != int8_mm::BZp::channel; }
-  std::int64_t finish_rows() const { return std::min(t_, kFinishRows); }
+  /// No more than there can be.
+  std::int64_t finish_rows() const {
+    const std::int64_t most = std::min(t_, kFinishRows);
+    return m_class_ == kAny ? most : std::clamp<std::int64_t>(m_class_, kSliceStep, most);
+  }
   std::int64_t terms_panel_bytes() const { return terms_layout_.panel_bytes(layout_); }
   std::int64_t panel_columns() const { return 2 * t_; }
   int group_panels() const { return has_narrow_ ? 2 : 1; }
@@ -728,7 +731,7 @@ private:
   /// What numbers the slice of a row of the group, less row % kSliceStep.
   static Gp slices(int row) { return w(static_cast<std::uint32_t>(12 + row / kSliceStep)); }
 
-  std::int64_t n_, k_;
+  std::int64_t m_class_, n_, k_;
   int sme_bits_;
   std::int64_t t_; ///< rows and columns of a tile
   int8_mm::PackLayout layout_;
