@@ -44,6 +44,12 @@ inline CodeObject compile(const ArmPath& path, std::int64_t m, std::int64_t n, s
   return std::move(*code);
 }
 
+inline CodeObject compile(const ArmPath& path, const KernelDesc& desc) {
+  Result<CodeObject> code = path.row.compile(desc, path.target, path.layout);
+  REQUIRE_MESSAGE(code.is_ok(), (code ? "" : code.status().message()));
+  return std::move(*code);
+}
+
 inline bool serves(const ArmPath& path, std::int64_t m) {
   return path.most_rows == kAny || m <= path.most_rows;
 }
@@ -213,6 +219,31 @@ inline void check_column_ranges(const std::vector<ArmPath>& paths) {
                      {.m = m, .n = n, .k = k, .n_cut = steps * step, .values = Values::random, .guard = Guard::after},
                      random);
     }
+  });
+}
+
+/// Every stage and type, with the registers and the workspace that a caller gives.
+inline void check_epilogues(const std::vector<ArmPath>& paths) {
+  constexpr unsigned kSeed = 36;
+  INFO("seed ", kSeed);
+  std::mt19937 random(kSeed);
+  for_each_runnable(paths, [&](const ArmPath& path) {
+    const std::int64_t block = int8_mm::PackLayout::parse(path.layout)->n_block;
+    const std::int64_t n = block > 24 ? std::min<std::int64_t>(block + 5, 197) : 2 * block - 3;
+    int turn = 0;
+    for (const std::int64_t m : {1, 2, 3, 5, 9, 16, 33})
+      if (serves(path, m))
+        for (const KernelDesc& desc : finished_descs(m, n, m % 2 == 1 ? 21 : 16)) {
+          const Guard guard = ++turn % 2 == 0 ? Guard::before : Guard::after;
+          check_finished_kernel(compile(path, desc), desc,
+                                {.m = m,
+                                 .n = n,
+                                 .k = desc.value[int8_mm::kK],
+                                 .n_cut = kAny,
+                                 .values = kAllValues[turn % 4],
+                                 .guard = guard},
+                                random, call_and_check_registers);
+        }
   });
 }
 

@@ -159,6 +159,9 @@ TEST_CASE("every remainder of n and k") {
 TEST_CASE("a range of columns at a time, as several threads would") {
   check_column_ranges(paths());
 }
+TEST_CASE("epilogues of all stages and types") {
+  check_epilogues(paths());
+}
 TEST_CASE("sums wrap and never saturate") {
   check_sums_wrap(paths());
 }

@@ -11,8 +11,9 @@
 namespace kiln::test {
 namespace {
 
-// SMOPA ZAda.S, Pn/M, Pm/M, Zn.B, Zm.B: Zm at bit 16, Pm at 13, Pn at 10, Zn at 5, ZAda at 0.
-constexpr std::uint32_t kSmopaMask = 0xffe0001c, kSmopa = 0xa0800000;
+// SMOPA and USMOPA ZAda.S, Pn/M, Pm/M, Zn.B, Zm.B: whether Zn is unsigned at bit 24, Zm at 16, Pm at 13, Pn at 10, Zn
+// at 5, ZAda at 0.
+constexpr std::uint32_t kUnsigned = 1u << 24, kSmopaMask = 0xffe0001c & ~kUnsigned, kSmopa = 0xa0800000;
 constexpr std::uint32_t kMostWords = 4096;
 
 // Word i is what UDF #i + 1 stands for. UDF: a word whose upper half is 0.
@@ -86,8 +87,10 @@ void smopa(std::uint32_t word, const Frame& frame) {
       std::uint32_t sum; // unsigned: the sum wraps
       std::memcpy(&sum, slice + 4 * j, sizeof sum);
       for (int k = 0; k < 4; ++k)
-        if (active(pa, 4 * i + k) && active(pb, 4 * j + k))
-          sum += static_cast<std::uint32_t>(a[4 * i + k] * b[4 * j + k]);
+        if (active(pa, 4 * i + k) && active(pb, 4 * j + k)) {
+          const int of_a = (word & kUnsigned) != 0 ? static_cast<std::uint8_t>(a[4 * i + k]) : a[4 * i + k];
+          sum += static_cast<std::uint32_t>(of_a * b[4 * j + k]);
+        }
       std::memcpy(slice + 4 * j, &sum, sizeof sum);
     }
   }

@@ -4,7 +4,7 @@
 
 #include "jit/code_object.h"
 
-/// Runs code with SMOPA (int8 → int32) under an emulator that computes it wrongly: qemu 7.2 never writes the odd rows
+/// Runs code with SMOPA and USMOPA (int8 → int32) under an emulator that computes it wrongly: qemu 7.2 never writes the odd rows
 /// of the result. Each such word of an image becomes an undefined instruction, whose trap carries the outer product out
 /// on the streaming vectors and ZA of the signal frame (Arm ARM DDI 0487, SMOPA; Linux,
 /// Documentation/arch/arm64/sme.rst); everything else runs as it is. For tests: a trap takes 10 to 130 µs, and what it
@@ -20,7 +20,7 @@ public:
   SmopaShim(const SmopaShim&) = delete;
   SmopaShim& operator=(const SmopaShim&) = delete;
 
-  /// Replaces the SMOPA words of the image and returns their number. The image runs while the shim lives; not beside
+  /// Replaces those words of the image and returns their number. The image runs while the shim lives; not beside
   /// running images.
   static std::size_t rewrite(CodeObject& code);
 

@@ -83,6 +83,24 @@ std::vector<Example> examples() {
       },
       kElements, kPredicates, limits, limits);
 
+  const auto compare = [&](const char* operation, Word (*word)(Element, P, P, Z, int)) {
+    sweep(
+        [&](Element e, U d, U g, U n, I i) {
+          add_example(fmt::format("{0} p{2}.{1}, p{3}/z, z{4}.{1}, #{5}", operation, name(e), d, g, n, i),
+                      word(e, P{d}, P{g}, Z{n}, i));
+        },
+        kElements, kPredicates, kGoverning, kVectors, std::vector<I>{-16, -15, -1, 0, 1, 15});
+  };
+  compare("cmplt", cmplt);
+  compare("cmpgt", cmpgt);
+  compare("cmpeq", cmpeq);
+  sweep(
+      [&](U d, U g, U n, U m) {
+        add_example(fmt::format("fcmlt p{}.s, p{}/z, z{}.s, #0.0", d, g, n), fcmlt_zero(P{d}, P{g}, Z{n}));
+        add_example(fmt::format("fcmgt p{}.s, p{}/z, z{}.s, z{}.s", d, g, n, m), fcmgt(P{d}, P{g}, Z{n}, Z{m}));
+      },
+      kPredicates, kGoverning, kVectors, kVectors);
+
   // Memory.
   const std::vector<I> near = {-8, -7, -1, 0, 1, 6, 7};
   const auto vl = [](I i) { return i == 0 ? std::string() : fmt::format(", #{}, mul vl", i); };
@@ -106,6 +124,15 @@ std::vector<Example> examples() {
       },
       kVectors, kBases, std::vector<I>{-256, -255, -8, -7, -1, 0, 1, 7, 8, 254, 255});
 
+  loads("ld1w {{ z{}.s }}, p{}/z, [{}{}]", ld1w, near, vl);
+  sweep(
+      [&](Element e, U z, U p, Gp base, I i) {
+        constexpr const char* kNames[] = {"st1b", "st1h", "st1w"};
+        add_example(fmt::format("{} {{ z{}.s }}, p{}, [{}{}]", kNames[static_cast<int>(e)], z, p, name(base), vl(i)),
+                    st1_of_s(e, Z{z}, P{p}, base, i));
+      },
+      std::vector<Element>{Element::b, Element::h, Element::s}, kVectors, kGoverning, kBases, near);
+
   // Vectors.
   sweep([&](Element e, U z, I i) { add_example(fmt::format("mov z{}.{}, #{}", z, name(e), i), dup(e, Z{z}, i)); },
         kElements, kVectors, std::vector<I>{-128, -127, -1, 0, 1, 127});
@@ -123,6 +150,96 @@ std::vector<Example> examples() {
                       word(e, Z{d}, Z{n}, Z{m}));
         },
         kElements, kVectors, kVectors, kVectors);
+
+  for (const auto& [operation, word] : std::map<std::string, Three>{{"sub", sub}, {"trn1", trn1}})
+    sweep(
+        [&, word = word, operation = operation](Element e, U d, U n, U m) {
+          add_example(fmt::format("{0} z{2}.{1}, z{3}.{1}, z{4}.{1}", operation, name(e), d, n, m),
+                      word(e, Z{d}, Z{n}, Z{m}));
+        },
+        kElements, kVectors, kVectors, kVectors);
+  using WithImmediate = Word (*)(Element, Z, int);
+  const auto immediates = [&](const char* operation, WithImmediate word, const std::vector<I>& values) {
+    sweep(
+        [&](Element e, U z, I i) {
+          add_example(fmt::format("{0} z{2}.{1}, z{2}.{1}, #{3}", operation, name(e), z, i), word(e, Z{z}, i));
+        },
+        kElements, kVectors, values);
+  };
+  const std::vector<I> natural = {0, 1, 127, 128, 254, 255}, integers = {-128, -127, -1, 0, 1, 127};
+  immediates("add", add, natural);
+  immediates("sub", sub, natural);
+  immediates("subr", subr, natural);
+  immediates("umin", umin, natural);
+  immediates("smax", smax, integers);
+  immediates("smin", smin, integers);
+  for (const U z : kVectors) {
+    add_example(fmt::format("and z{0}.s, z{0}.s, #1", z), and_one(Element::s, Z{z}));
+    add_example(fmt::format("and z{0}.d, z{0}.d, #1", z), and_one(Element::d, Z{z}));
+    add_example(fmt::format("orr z{0}.d, z{0}.d, #0xfffffffffffffffe", z), or_not_one(Z{z}));
+  }
+  for (const Element e : kElements) {
+    const I bits = 8 << static_cast<int>(e);
+    sweep(
+        [&](U d, U n, I i) {
+          add_example(fmt::format("asr z{1}.{0}, z{2}.{0}, #{3}", name(e), d, n, i), asr(e, Z{d}, Z{n}, i));
+          add_example(fmt::format("lsr z{1}.{0}, z{2}.{0}, #{3}", name(e), d, n, i), lsr(e, Z{d}, Z{n}, i));
+        },
+        kVectors, kVectors, std::vector<I>{1, 2, bits / 2 - 1, bits / 2, bits - 1, bits});
+  }
+  using Merging = Word (*)(Element, Z, P, Z);
+  for (const auto& [operation, word] : std::map<std::string, Merging>{
+           {"add", add}, {"mul", mul}, {"smax", smax}, {"smin", smin}, {"asr", asr}, {"lsl", lsl}, {"srshl", srshl}})
+    sweep(
+        [&, word = word, operation = operation](Element e, U d, U g, U m) {
+          add_example(fmt::format("{0} z{2}.{1}, p{3}/m, z{2}.{1}, z{4}.{1}", operation, name(e), d, g, m),
+                      word(e, Z{d}, P{g}, Z{m}));
+        },
+        kElements, kVectors, kGoverning, kVectors);
+  sweep(
+      [&](Element e, U d, U g, U n, U m) {
+        add_example(fmt::format("neg z{1}.{0}, p{2}/m, z{3}.{0}", name(e), d, g, n), neg(e, Z{d}, P{g}, Z{n}));
+        add_example(fmt::format("mla z{1}.{0}, p{2}/m, z{3}.{0}, z{4}.{0}", name(e), d, g, n, m),
+                    mla(e, Z{d}, P{g}, Z{n}, Z{m}));
+        add_example(fmt::format("mad z{1}.{0}, p{2}/m, z{3}.{0}, z{4}.{0}", name(e), d, g, n, m),
+                    mad(e, Z{d}, P{g}, Z{n}, Z{m}));
+        add_example(fmt::format("sel z{1}.{0}, p{2}, z{3}.{0}, z{4}.{0}", name(e), d, g, n, m),
+                    sel(e, Z{d}, P{g}, Z{n}, Z{m}));
+      },
+      kElements, kVectors, kGoverning, kVectors, kVectors);
+  sweep(
+      [&](U d, U g, U n) {
+        add_example(fmt::format("sxtw z{}.d, p{}/m, z{}.d", d, g, n), sxtw(Z{d}, P{g}, Z{n}));
+        add_example(fmt::format("uxtw z{}.d, p{}/m, z{}.d", d, g, n), uxtw(Z{d}, P{g}, Z{n}));
+        add_example(fmt::format("scvtf z{}.s, p{}/m, z{}.s", d, g, n), scvtf(Z{d}, P{g}, Z{n}));
+        add_example(fmt::format("frintn z{}.s, p{}/m, z{}.s", d, g, n), frintn(Z{d}, P{g}, Z{n}));
+        add_example(fmt::format("fcvtzs z{}.s, p{}/m, z{}.s", d, g, n), fcvtzs(Z{d}, P{g}, Z{n}));
+        add_example(fmt::format("fcvt z{}.h, p{}/m, z{}.s", d, g, n), fcvt_h(Z{d}, P{g}, Z{n}));
+        add_example(fmt::format("fmul z{0}.s, p{1}/m, z{0}.s, z{2}.s", d, g, n), fmul(Z{d}, P{g}, Z{n}));
+        add_example(fmt::format("fmaxnm z{0}.s, p{1}/m, z{0}.s, z{2}.s", d, g, n), fmaxnm(Z{d}, P{g}, Z{n}));
+      },
+      kVectors, kGoverning, kVectors);
+  using Long = Word (*)(Z, Z, Z);
+  for (const auto& [operation, word] : std::map<std::string, Long>{{"smullb", smullb},
+                                                                   {"smullt", smullt},
+                                                                   {"umullb", umullb},
+                                                                   {"umullt", umullt},
+                                                                   {"smlalb", smlalb},
+                                                                   {"smlalt", smlalt}})
+    sweep(
+        [&, word = word, operation = operation](U d, U n, U m) {
+          add_example(fmt::format("{} z{}.d, z{}.s, z{}.s", operation, d, n, m), word(Z{d}, Z{n}, Z{m}));
+        },
+        kVectors, kVectors, kVectors);
+  sweep(
+      [&](U d, U n, U m) {
+        add_example(fmt::format("fmul z{}.s, z{}.s, z{}.s", d, n, m), fmul(Z{d}, Z{n}, Z{m}));
+        for (const Element e : kElements)
+          add_example(fmt::format("sclamp z{1}.{0}, z{2}.{0}, z{3}.{0}", name(e), d, n, m),
+                      sclamp(e, Z{d}, Z{n}, Z{m}));
+        add_example(fmt::format("udot z{}.s, z{}.b, z{}.b", d, n, m), udot(Z{d}, Z{n}, Z{m}));
+      },
+      kVectors, kVectors, kVectors);
 
   // SME.
   for (const auto& [text, mode] : std::map<std::string, Mode>{{" sm", Mode::sm}, {" za", Mode::za}, {"", Mode::both}}) {
@@ -172,8 +289,28 @@ std::vector<Example> examples() {
       [&](U tile, U pn, U pm, U n, U m) {
         add_example(fmt::format("smopa za{}.s, p{}/m, p{}/m, z{}.b, z{}.b", tile, pn, pm, n, m),
                     smopa(ZaTile{tile}, P{pn}, P{pm}, Z{n}, Z{m}));
+        add_example(fmt::format("usmopa za{}.s, p{}/m, p{}/m, z{}.b, z{}.b", tile, pn, pm, n, m),
+                    usmopa(ZaTile{tile}, P{pn}, P{pm}, Z{n}, Z{m}));
+        add_example(fmt::format("addha za{}.s, p{}/m, p{}/m, z{}.s", tile, pn, pm, n),
+                    addha(ZaTile{tile}, P{pn}, P{pm}, Z{n}));
+        add_example(fmt::format("addva za{}.s, p{}/m, p{}/m, z{}.s", tile, pn, pm, n),
+                    addva(ZaTile{tile}, P{pn}, P{pm}, Z{n}));
       },
       kTiles, kGoverning, kGoverning, kVectors, kVectors);
+  sweep(
+      [&](U z, U p, U tile, Slice s, U ws, I offset) {
+        add_example(fmt::format("mov z{}.s, p{}/m, {}", z, p, slice(tile, s, ws, offset)),
+                    mova(Z{z}, P{p}, ZaTile{tile}, s, w(ws), offset));
+      },
+      kVectors, kGoverning, kTiles, slices, kSliceRegisters, offsets);
+  // One that overwrites its operand follows, as it must.
+  sweep(
+      [&](U d, U n) {
+        add_example(fmt::format("movprfx z{}, z{}", d, n), movprfx(Z{d}, Z{n}));
+        add_example(fmt::format("asr z{0}.d, p0/m, z{0}.d, z{1}.d", d, (d + 1) % 32),
+                    asr(Element::d, Z{d}, P{0}, Z{(d + 1) % 32}));
+      },
+      kVectors, kVectors);
   return all;
 }
 
@@ -219,6 +356,23 @@ TEST_CASE("an operand out of its range gives an empty word") {
                           ld1rd(Z{0}, P{0}, x(0), 512),
                           ld1rd(Z{0}, P{0}, x(0), 4),
                           dup(Element::s, Z{0}, 128),
+                          ld1w(Z{0}, P{0}, x(0), 8),
+                          st1_of_s(Element::d, Z{0}, P{0}, x(0), 0),
+                          st1_of_s(Element::b, Z{0}, P{8}, x(0), 0),
+                          cmplt(Element::s, P{0}, P{0}, Z{0}, 16),
+                          cmpgt(Element::s, P{0}, P{0}, Z{0}, -17),
+                          add(Element::s, Z{0}, 256),
+                          subr(Element::s, Z{0}, -1),
+                          smax(Element::s, Z{0}, 128),
+                          umin(Element::s, Z{0}, -1),
+                          and_one(Element::h, Z{0}),
+                          asr(Element::s, Z{0}, Z{0}, 0),
+                          lsr(Element::s, Z{0}, Z{0}, 33),
+                          neg(Element::s, Z{0}, P{8}, Z{0}),
+                          mova(Z{0}, P{0}, ZaTile{4}, Slice::horizontal, w(12), 0),
+                          mova(Z{0}, P{0}, ZaTile{0}, Slice::horizontal, w(12), 4),
+                          addha(ZaTile{0}, P{8}, P{0}, Z{0}),
+                          usmopa(ZaTile{0}, P{0}, P{8}, Z{0}, Z{0}),
                           zero(256),
                           str_za(w(11), 0, x(0)),
                           str_za(w(16), 0, x(0)),

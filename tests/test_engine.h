@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <span>
 
 #include "backends/table.h"
 #include "jit/engine.h"
@@ -17,6 +18,7 @@ struct EngineSpec {
   std::optional<Config::Force> forced;
   std::optional<Features> features; ///< in place of the machine's
   std::int64_t l2_bytes = 0;        ///< likewise: small, so that drivers cut rows and columns
+  std::span<const Implementation> implementations = implementation_table();
 };
 
 inline std::unique_ptr<Engine> make_engine(const EngineSpec& spec) {
@@ -30,7 +32,7 @@ inline std::unique_ptr<Engine> make_engine(const EngineSpec& spec) {
     options.machine.target.features = *spec.features;
   if (spec.l2_bytes > 0)
     options.machine.l2_bytes = spec.l2_bytes;
-  options.implementations = implementation_table();
+  options.implementations = spec.implementations;
   Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
   REQUIRE_MESSAGE(engine.is_ok(), (engine ? "" : engine.status().message()));
   return std::move(*engine);

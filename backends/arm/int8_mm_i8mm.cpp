@@ -1,3 +1,5 @@
+#include <utility>
+
 #include "backends/arm/int8_mm_nest.h"
 #include "backends/arm/rows.h"
 
@@ -32,6 +34,21 @@ public:
         a_.zip2(VecV(i).d2(), left.d2(), right.d2());
     }
     store(count, [](int i) { return VecV(i); });
+  }
+
+  TileSums finished_sums() override {
+    TileSums sums = sums_of(shape_.vectors() / 2, [&](int row, int i) { return acc(row / 2, 2 * i + row % 2); });
+    // The pair's first row is made in a free register, and one of the blocks is free then.
+    std::uint32_t& free = sums.free[0];
+    for (int row = 0; row < sums.rows; row += 2)
+      for (int i = 0; i < sums.vectors; ++i) {
+        std::uint32_t& first = sums.sums[static_cast<std::size_t>(row * sums.vectors + i)];
+        const VecV left = acc(row / 2, 2 * i), right = acc(row / 2, 2 * i + 1);
+        a_.zip1(VecV(free).d2(), left.d2(), right.d2());
+        a_.zip2(right.d2(), left.d2(), right.d2());
+        std::swap(first, free);
+      }
+    return sums;
   }
 };
 

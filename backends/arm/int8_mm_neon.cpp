@@ -48,6 +48,16 @@ public:
     store(count, [](int i) { return VecV(i); });
   }
 
+  TileSums finished_sums() override {
+    return sums_of(shape_.vectors() / 2, [&](int unit, int i) {
+      const VecV sums = acc(unit, 2 * i, 0), right = acc(unit, 2 * i + 1, 0);
+      a_.addp(sums.s4(), sums.s4(), acc(unit, 2 * i, 1).s4());
+      a_.addp(right.s4(), right.s4(), acc(unit, 2 * i + 1, 1).s4());
+      a_.addp(sums.s4(), sums.s4(), right.s4());
+      return sums;
+    });
+  }
+
 private:
   VecV product(int turn, int half) const { return VecV(shape_.loads + 2 * turn + half); }
   struct Waiting {

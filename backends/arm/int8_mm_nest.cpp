@@ -185,9 +185,9 @@ private:
 
 class Nest {
 public:
-  Nest(Assembler& assembler, const NestShape& shape, Path& path)
-      : a_(assembler), shape_(shape), path_(path), steps_(shape, path), finish_(assembler, shape.epilogue),
-        heights_(shape.heights), tail_(assembler.newLabel()), row_tile_done_(assembler.newLabel()) {}
+  Nest(Assembler& assembler, const NestShape& shape, Path& path, TileEpilogue& epilogue)
+      : a_(assembler), shape_(shape), path_(path), steps_(shape, path), epilogue_(epilogue), heights_(shape.heights),
+        tail_(assembler.newLabel()), row_tile_done_(assembler.newLabel()) {}
 
   bool emit() {
     const Label column_tile = a_.newLabel(), row_tile = a_.newLabel();
@@ -202,21 +202,15 @@ public:
     a_.bind(row_tile);
     begin_row_tile();
     const bool fits = row_tile_heights();
-    if (finishes()) {
-      finish_tile();
-    } else {
-      a_.cmp(n_left, shape_.tile_columns());
-      a_.b_lt(tail_);
-    }
+    a_.cmp(n_left, shape_.tile_columns());
+    a_.b_lt(tail_);
     a_.bind(row_tile_done_);
     end_row_tile(row_tile);
     end_column_tile(column_tile);
     a_.leave();
 
-    if (!finishes()) {
-      a_.bind(tail_);
-      copy_tail();
-    }
+    a_.bind(tail_);
+    copy_tail();
     return fits;
   }
 
@@ -510,15 +504,10 @@ private:
   void begin_row_tile() {
     row_tile_size();
     // Columns beyond N are stored to the workspace, and copied from there as far as they are C's.
-    if (finishes()) { // all are, and its stages take them from there
-      a_.mov(role::c_row, workspace);
-      a_.mov(role::store_stride, 4 * shape_.tile_columns());
-    } else {
-      a_.mov(role::scratch, 4 * shape_.tile_columns());
-      a_.cmp(n_left, shape_.tile_columns());
-      a_.csel(role::c_row, c_tile, workspace, CondCode::kGE);
-      a_.csel(role::store_stride, ldc, role::scratch, CondCode::kGE);
-    }
+    a_.mov(role::scratch, shape_.epilogue.c_bytes() * shape_.tile_columns());
+    a_.cmp(n_left, shape_.tile_columns());
+    a_.csel(role::c_row, c_tile, workspace, CondCode::kGE);
+    a_.csel(role::store_stride, ldc, role::scratch, CondCode::kGE);
     path_.clear();
     if (shape_.steps() == 0)
       return;
@@ -533,9 +522,11 @@ private:
   }
 
   /// The K loop of each height, the highest last: it goes on to store all rows, the others enter behind the first ones.
+  /// Stages take all rows of the highest tile: those that a lower one lacks are sums of 0.
   bool row_tile_heights() {
     const auto [min, max, single_tile] = heights_;
     std::vector<Label> k_loop, store;
+    const Label finish = a_.newLabel();
     for (int h = min; h <= max; ++h) {
       k_loop.push_back(a_.newLabel());
       store.push_back(a_.newLabel());
@@ -549,7 +540,17 @@ private:
       a_.bind(k_loop[static_cast<std::size_t>(h - min)]);
       fits = run_through_k(h) && fits;
       if (h < max)
-        a_.b(store[static_cast<std::size_t>(h - min)]);
+        a_.b(finishes() ? finish : store[static_cast<std::size_t>(h - min)]);
+    }
+    TileSums sums;
+    if (finishes()) {
+      a_.bind(finish);
+      sums = path_.finished_sums();
+      finish_sums(sums);
+      for (int h = min; h < max; ++h) {
+        a_.cmp(height, h);
+        a_.b_eq(store[static_cast<std::size_t>(h - min)]);
+      }
     }
     const Label stored = a_.newLabel();
     for (int unit = 0; unit < max; ++unit) {
@@ -558,7 +559,10 @@ private:
       for (int row = 0; row < shape_.unit_rows; ++row) {
         if (row == 1 && unit + 1 == max) // m is odd: the last tile's last unit is one row
           a_.tbnz(pair_rows, 0, stored);
-        path_.store_row(unit, row);
+        if (finishes())
+          epilogue_.store_row(sums, unit * shape_.unit_rows + row, role::c_row, role::scratch);
+        else
+          path_.store_row(unit, row);
         if (unit + 1 < max || row + 1 < shape_.unit_rows)
           a_.add(role::c_row, role::c_row, role::store_stride);
       }
@@ -622,88 +626,66 @@ private:
     a_.b_gt(column_tile);
   }
 
-  /// The tile's sums, as far as they are C's, from the workspace through the stages to C: four columns at a time, whose
-  /// terms stay in registers while all rows pass.
-  void finish_tile() {
-    const GpX sums = x8, of_columns = x9, to_columns = x10, left = x11, rows_to_do = x12, from = x13, to = x14,
-              values = x16, scratch = role::c_row, groups_left = role::store_stride;
-    const Label next_columns = a_.newLabel(), next_row = a_.newLabel(), some = a_.newLabel(), stored = a_.newLabel();
-    constexpr int kColumns = 4;
-    finish_.load_scalars(call, scratch);
-    a_.mov(sums, workspace);
-    a_.mov(of_columns, terms);
-    a_.mov(to_columns, c_tile);
-    a_.mov(left, shape_.tile_columns());
-    a_.cmp(n_left, left);
-    a_.csel(left, n_left, left, CondCode::kLT);
-    if (shape_.columns.panels > 1)
-      a_.mov(groups_left, shape_.slice_columns() / kColumns);
-    a_.bind(next_columns);
-    finish_.load_columns(of_columns, 4 * shape_.layout.n_block, scratch);
-    a_.mov(rows_to_do, rows());
-    a_.mov(from, sums);
-    if (shape_.has_row_values())
-      a_.add_constant(values, a_tile, shape_.a_elements_bytes(), scratch);
-    a_.mov(to, to_columns);
-    a_.bind(next_row);
-    a_.ldr(q0, ptr(from));
-    finish_.apply(values, NestShape::kRowValues, scratch);
-    a_.cmp(left, kColumns);
-    a_.b_lt(some);
-    finish_.store(to);
-    a_.bind(stored);
-    a_.add(from, from, 4 * shape_.tile_columns());
-    a_.add(to, to, ldc);
-    if (shape_.has_row_values())
-      a_.add(values, values, 4);
-    a_.subs(rows_to_do, rows_to_do, 1);
-    a_.b_ne(next_row);
-    a_.add(sums, sums, 4 * kColumns);
-    a_.add(of_columns, of_columns, 4 * kColumns);
-    a_.add(to_columns, to_columns, shape_.epilogue.c_bytes() * kColumns);
-    if (shape_.columns.panels > 1) {
-      const Label same_panel = a_.newLabel();
-      a_.subs(groups_left, groups_left, 1);
-      a_.b_ne(same_panel);
-      a_.mov(groups_left, shape_.slice_columns() / kColumns);
-      a_.add_constant(of_columns, of_columns, shape_.terms_panel_bytes() - 4 * shape_.slice_columns(), scratch);
-      a_.bind(same_panel);
+  /// The tile's sums through the stages.
+  void finish_sums(const TileSums& sums) {
+    TileTerms at{.terms = terms,
+                 .vector_at = {},
+                 .array_bytes = 4 * shape_.layout.n_block,
+                 .values = x16,
+                 .zp_at = NestShape::kRowValues,
+                 .scalars = x9,
+                 .scratch = role::scratch};
+    const int columns = shape_.tile_columns() / sums.vectors, per_panel = shape_.slice_columns() / columns;
+    for (int vector = 0; vector < sums.vectors; ++vector)
+      at.vector_at.push_back(vector / per_panel * shape_.terms_panel_bytes() + vector % per_panel * 4 * columns);
+    if (shape_.has_row_values()) { // of the highest tile's row 0, whether there is one or not
+      const auto [min, max, single_tile] = heights_;
+      const int log2_bytes = shape_.unit_rows == 1 ? 2 : 3;
+      if (min == max) {
+        a_.add_constant(at.values, a_tile, shape_.a_elements_bytes(), at.scratch);
+      } else {
+        a_.add_constant(at.values, a_tile, shape_.a_elements_bytes() - (std::int64_t{max} << log2_bytes), at.scratch);
+        a_.add(at.values, at.values, height, lsl(log2_bytes));
+      }
     }
-    a_.subs(left, left, kColumns);
-    a_.b_gt(next_columns);
-    a_.b(row_tile_done_);
-    a_.bind(some);
-    finish_.store_some(to, left, stored);
+    a_.ldr(at.scalars, ptr(call, offsetof(Call, scalars)));
+    epilogue_.apply(sums, at);
+    epilogue_.prepare_stores(sums, at);
   }
 
   /// The tile's first n_left columns, from the workspace to C.
   void copy_tail() {
     const GpX from_row = x8, to_row = x9, from = x10, to = x11, left = x12, tail_rows = x13;
-    const Label next_row = a_.newLabel(), next_four = a_.newLabel(), two = a_.newLabel(), one = a_.newLabel(),
-                row_done = a_.newLabel();
+    const int c_bytes = shape_.epilogue.c_bytes(), columns = kVectorBytes / c_bytes;
+    const Label next_row = a_.newLabel(), next_vector = a_.newLabel(), row_done = a_.newLabel();
     a_.mov(from_row, workspace);
     a_.mov(to_row, c_tile);
     a_.mov(tail_rows, rows());
     a_.bind(next_row);
     a_.mov(from, from_row);
     a_.mov(to, to_row);
-    a_.subs(left, n_left, 4);
-    a_.b_lt(two);
-    a_.bind(next_four);
-    a_.ldr(q0, ptr_post(from, 16));
-    a_.str(q0, ptr_post(to, 16));
-    a_.subs(left, left, 4);
-    a_.b_ge(next_four);
-    a_.bind(two); // the low bits of a count less 4 are those of the count
-    a_.tbz(left, 1, one);
-    a_.ldr(d0, ptr_post(from, 8));
-    a_.str(d0, ptr_post(to, 8));
-    a_.bind(one);
-    a_.tbz(left, 0, row_done);
-    a_.ldr(s0, ptr(from));
-    a_.str(s0, ptr(to));
+    a_.subs(left, n_left, columns);
+    Label none = a_.newLabel();
+    a_.b_lt(none);
+    a_.bind(next_vector);
+    a_.ldr(q0, ptr_post(from, kVectorBytes));
+    a_.str(q0, ptr_post(to, kVectorBytes));
+    a_.subs(left, left, columns);
+    a_.b_ge(next_vector);
+    // The low bits of a count less `columns` are those of the count.
+    for (int some = columns / 2; some > 0; some /= 2) {
+      a_.bind(none);
+      none = some > 1 ? a_.newLabel() : row_done;
+      a_.tbz(left, std::countr_zero(static_cast<unsigned>(some)), none);
+      const int bytes = some * c_bytes;
+      const auto copy = [&](const auto& vector) {
+        a_.ldr(vector, some > 1 ? ptr_post(from, bytes) : ptr(from));
+        a_.str(vector, some > 1 ? ptr_post(to, bytes) : ptr(to));
+      };
+      bytes == 8 ? copy(d0) : bytes == 4 ? copy(s0) : bytes == 2 ? copy(h0) : copy(b0);
+    }
     a_.bind(row_done);
-    a_.add(from_row, from_row, 4 * shape_.tile_columns());
+    a_.add(from_row, from_row, c_bytes * shape_.tile_columns());
     a_.add(to_row, to_row, ldc);
     a_.subs(tail_rows, tail_rows, 1);
     a_.b_ne(next_row);
@@ -714,7 +696,7 @@ private:
   const NestShape& shape_;
   Path& path_;
   Steps steps_;
-  EpilogueEmitter finish_;
+  TileEpilogue& epilogue_;
   const int8_mm::Heights heights_;
   const int left_out_ = shape_.left_out();
   Label tail_, row_tile_done_;
@@ -759,11 +741,17 @@ int8_mm::Plan NestShape::plan() const {
           .a_shift = flips ? -128 : 0};
 }
 
-Result<CodeObject> emit_nest(Assembler& a, const NestShape& shape, Path& path, Features features,
-                             std::int32_t vector_bits) {
-  if (!Nest(a, shape, path).emit())
+Result<CodeObject> emit_nest(Assembler& a, const NestShape& shape, Path& path, TileEpilogue& epilogue,
+                             Features features, std::int32_t vector_bits) {
+  if (!Nest(a, shape, path, epilogue).emit())
     return Status::error(Code::compile_failed, "int8_mm: a step of K needs more registers than its loads have");
   return a.finish(features, vector_bits, shape.plan().values());
+}
+
+Result<CodeObject> emit_nest(Assembler& a, const NestShape& shape, VectorPath& path, Features features,
+                             std::int32_t vector_bits) {
+  NeonEpilogue epilogue(a, shape.epilogue);
+  return emit_nest(a, shape, path, epilogue, features, vector_bits);
 }
 
 Implementation nest_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),

@@ -51,8 +51,7 @@ struct NestShape {
   bool pairs = true;     ///< two 16-byte loads in one instruction
   int a_bias = 0;        ///< added to a_k, for loads whose offsets begin below 0
   int unroll = 4;        ///< steps of K in one turn of the loop
-  /// Its stages take a tile's sums from the workspace, in NEON registers; a tile of A in the workspace then ends with
-  /// the sums of its rows and their a_zp, as far as they take part.
+  /// A tile of A in the workspace ends with the sums of its rows and their a_zp, as far as its stages want them.
   int8_mm::Epilogue epilogue;
 
   bool has_row_values() const { return epilogue.needs_row_sums() || epilogue.a_zp == int8_mm::AZp::row; }
@@ -98,9 +97,12 @@ public:
   virtual void finish_products() {}
   /// Row `row` of the unit's accumulators, all columns of the tile, to role::c_row.
   virtual void store_row(int unit, int row) = 0;
+  /// All accumulators become sums, in registers.
+  virtual TileSums finished_sums() = 0;
 };
 
-/// A path in v registers: its accumulators are those from `first` on, `per_product` for each unit and vector.
+/// A path in v registers: its accumulators are those from `first`, 8 or more, on, `per_product` for each unit and
+/// vector.
 class VectorPath : public Path {
 public:
   VectorPath(Assembler& assembler, const NestShape& shape, int first, int per_product)
@@ -115,6 +117,16 @@ protected:
   asmjit::a64::VecV acc(int unit, int vector, int i = 0) const {
     return asmjit::a64::VecV(
         static_cast<std::uint32_t>(first_ + (unit * shape_.vectors() + vector) * per_product_ + i));
+  }
+  /// Sums of `vectors` registers a row; `at(row, vector)` says or makes which.
+  template <class At> TileSums sums_of(int vectors, At at) const {
+    TileSums sums{.rows = shape_.tile_rows(), .vectors = vectors};
+    for (int row = 0; row < sums.rows; ++row)
+      for (int vector = 0; vector < vectors; ++vector)
+        sums.sums.push_back(at(row, vector).id());
+    for (std::uint32_t i = 0; i < 8; ++i)
+      sums.free.push_back(i);
+    return sums;
   }
   /// `count` registers from `get` on to role::c_row.
   template <class Get> void store(int count, Get get) {
@@ -132,8 +144,12 @@ private:
   const int first_, per_product_;
 };
 
-/// Emits the kernel. Code::compile_failed when `shape.loads` registers cannot hold what one product needs.
-Result<CodeObject> emit_nest(Assembler& a, const NestShape& shape, Path& path, Features features,
+/// Emits the kernel. `epilogue` takes the path's sums. Code::compile_failed when `shape.loads` registers cannot hold
+/// what one product needs.
+Result<CodeObject> emit_nest(Assembler& a, const NestShape& shape, Path& path, TileEpilogue& epilogue,
+                             Features features, std::int32_t vector_bits);
+/// The same for a path in v registers.
+Result<CodeObject> emit_nest(Assembler& a, const NestShape& shape, VectorPath& path, Features features,
                              std::int32_t vector_bits);
 
 /// A row of the implementation table, but for what differs between the nest's paths.

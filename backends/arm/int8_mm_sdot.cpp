@@ -33,6 +33,10 @@ public:
   void store_row(int unit, int) override {
     store(shape_.vectors(), [&](int vector) { return acc(unit, vector); });
   }
+
+  TileSums finished_sums() override {
+    return sums_of(shape_.vectors(), [&](int unit, int vector) { return acc(unit, vector); });
+  }
 };
 
 /// A vector of B: eight k of two columns.
@@ -49,6 +53,14 @@ public:
     for (int i = 0; i < count; ++i)
       a_.addp(VecV(i).s4(), acc(unit, 2 * i).s4(), acc(unit, 2 * i + 1).s4());
     store(count, [](int i) { return VecV(i); });
+  }
+
+  TileSums finished_sums() override {
+    return sums_of(shape_.vectors() / 2, [&](int unit, int i) {
+      const VecV sums = acc(unit, 2 * i);
+      a_.addp(sums.s4(), sums.s4(), acc(unit, 2 * i + 1).s4());
+      return sums;
+    });
   }
 };
 

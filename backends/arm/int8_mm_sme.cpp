@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstddef>
 #include <vector>
@@ -7,6 +8,7 @@
 #include <fmt/format.h>
 
 #include "backends/arm/emit.h"
+#include "backends/arm/epilogue_sve.h"
 #include "backends/arm/int8_mm_scalar.h"
 #include "backends/arm/rows.h"
 #include "backends/arm/sve_words.h"
@@ -25,6 +27,10 @@
 // - M: rows of A beyond m are zeros in the workspace, their sums are not stored. Between T + 1 and 2T rows are wide.
 // - K: A's bytes beyond K are not loaded, and zeros in the workspace; so they are in the pack.
 // - N: the pack is zero beyond N; predicates keep its sums from memory. A last single panel is 1 × 2 in narrow.
+//
+// Epilogue: a tile's sums begin at the columns' terms (ADDHA), rows of it come to vector registers, kFinishRows at a
+// time, and go through the stages to C. Sums of A's rows are made where A is copied, and lie with their a_zp behind
+// each block of rows in the workspace. Row values that are the same for all columns are added to the tile too (ADDVA).
 //
 // The loops along K load vectors kAhead steps before their use, into registers of their own, from the last steps of one
 // turn on for the first of the next, so that neither an in-order unit nor one behind a queue waits. What the last turn
@@ -54,6 +60,7 @@ constexpr int kUnroll = 8;       ///< steps of K in a turn: two vectors a step f
 constexpr int kAhead = 3;        ///< steps between a load and its use
 constexpr int kRegisterSets = 4; ///< of a step's vectors: one in use, kAhead on their way
 constexpr int kSliceStep = 4;    ///< slices that the offset of one slice register reaches
+constexpr std::int64_t kFinishRows = 16; ///< in vector registers at a time; as many are left for the stages
 constexpr std::int64_t kMaxK = std::int64_t{1} << 24;
 constexpr std::int64_t kFewestWeights = 2048; ///< below, see declines
 
@@ -78,10 +85,16 @@ struct TilePair {
 
 class Emitter {
 public:
-  Emitter(std::int64_t m_class, std::int64_t n, std::int64_t k, int sme_bits)
-      : n_(n), k_(k), sme_bits_(sme_bits), t_(sme_bits / 32), layout_(layout(sme_bits)),
-        panel_bytes_(layout_.panel_bytes(k)), has_wide_(m_class == kAny || m_class > t_),
-        has_narrow_(!has_wide_ || m_class == kAny || m_class > 2 * t_) {}
+  Emitter(const KernelDesc& desc, int sme_bits)
+      : m_class_(desc.value[int8_mm::kM]), n_(desc.value[int8_mm::kN]), k_(desc.value[int8_mm::kK]),
+        sme_bits_(sme_bits), t_(sme_bits / 32), layout_(layout(sme_bits)), panel_bytes_(layout_.panel_bytes(k_)),
+        epilogue_(int8_mm::Epilogue::of(desc)), terms_layout_(int8_mm::TermsLayout::of(epilogue_)),
+        stages_(a_, epilogue_, SveEpilogue::Level::streaming, vector_bytes(), kAll, kColumns[0],
+                {kTemps.begin(), kTemps.end()}),
+        finish_(a_.newLabel()) {
+    has_wide_ = m_class_ == kAny || m_class_ > t_;
+    has_narrow_ = !has_wide_ || m_class_ == kAny || m_class_ > 2 * t_;
+  }
 
   static int8_mm::PackLayout layout(int sme_bits) { return {.n_block = 2 * (sme_bits / 32), .k_block = 4}; }
   static constexpr Features kNeeds{Feature::neon, Feature::sme};
@@ -92,6 +105,8 @@ public:
     a_.cmp(scratch_, vector_bytes());
     a_.b_ne(scalar);
     a_.enter(kSavedGeneral, kSavedVectors);
+    if (finishes())
+      a_.str(x30, ptr_pre(sp, -16));
     commit_lazy_save();
     a_.mrs(fpsr_, Predicate::SysReg::kFPSR);
     a_.word(sve::smstart(sve::Mode::both));
@@ -99,11 +114,19 @@ public:
     if (k_ > 0)
       copy_rows();
     multiply();
+    if (finishes()) {
+      const Label done = a_.newLabel();
+      a_.b(done);
+      finish_tile();
+      a_.bind(done);
+    }
     a_.word(sve::smstop(sve::Mode::both));
     a_.msr(Predicate::SysReg::kFPSR, fpsr_);
+    if (finishes())
+      a_.ldr(x30, ptr_post(sp, 16));
     a_.leave();
     a_.bind(scalar);
-    emit_scalar_int8_mm(a_, layout_, k_);
+    emit_scalar_int8_mm(a_, layout_, k_, epilogue_, plan().a_shift);
     return a_.finish(kNeeds, sme_bits_, plan().values());
   }
 
@@ -113,9 +136,9 @@ private:
     plan.layout = layout_;
     plan.m_step = static_cast<std::int32_t>(has_wide_ ? 2 * t_ : t_);
     plan.n_step = static_cast<std::int32_t>(group_columns());
-    // Whole tiles of rows.
-    plan.workspace_per_row = 4 * steps_in_workspace();
-    plan.workspace_fixed = (t_ - 1) * plan.workspace_per_row;
+    // Whole tiles of rows; the values of a single one take the room of two.
+    plan.workspace_per_row = 4 * (steps_in_workspace() + value_vectors());
+    plan.workspace_fixed = (t_ - 1) * plan.workspace_per_row + value_vectors() * vector_bytes();
     return plan;
   }
 
@@ -123,7 +146,20 @@ private:
   std::int64_t steps() const { return (k_ + 3) / 4; }
   /// Of each tile of rows: copy_rows writes kSliceStep at a time, the loop along K reads kAhead steps beyond the end.
   std::int64_t steps_in_workspace() const { return k_ == 0 ? 0 : (steps() + 3) / 4 * 4 + kAhead; }
-  std::int64_t wide_block_bytes() const { return steps_in_workspace() * 2 * vector_bytes(); }
+  std::int64_t wide_block_bytes() const { return (steps_in_workspace() + value_vectors()) * 2 * vector_bytes(); }
+  bool finishes() const { return !epilogue_.is_absent(); }
+  /// Behind the steps: Σ_k A[m,k] of both tiles' rows, a_zp of both. With K = 0 their products are 0.
+  int value_vectors() const {
+    return k_ > 0 && (epilogue_.needs_row_sums() || epilogue_.a_zp == int8_mm::AZp::row) ? 2 : 0;
+  }
+  /// What Σ_k A[m,k] is multiplied with is the same for all columns.
+  bool adds_row_sums_to_tiles() const { return epilogue_.needs_row_sums() && epilogue_.b_zp != int8_mm::BZp::channel; }
+  /// No more than there can be.
+  std::int64_t finish_rows() const {
+    const std::int64_t most = std::min(t_, kFinishRows);
+    return m_class_ == kAny ? most : std::clamp<std::int64_t>(m_class_, kSliceStep, most);
+  }
+  std::int64_t terms_panel_bytes() const { return terms_layout_.panel_bytes(layout_); }
   std::int64_t panel_columns() const { return 2 * t_; }
   int group_panels() const { return has_narrow_ ? 2 : 1; }
   std::int64_t group_columns() const { return group_panels() * panel_columns(); }
@@ -173,6 +209,10 @@ private:
       a_.mov(scratch_, rest % vector_bytes());
       a_.word(sve::whilelt(Element::b, kLastBytes, xzr, scratch_));
     }
+    if (epilogue_.needs_row_sums())
+      a_.word(sve::dup(Element::b, kOnes, 1));
+    if (epilogue_.a_zp == int8_mm::AZp::row)
+      a_.ldr(copy_.a_zp, field(offsetof(Call, a_zp)));
     a_.bind(block);
     a_.mov(stride, t_); // in words
     if (has_wide_) {
@@ -190,6 +230,9 @@ private:
     a_.csel(copy_.rows, copy_.rows_left, scratch_, asmjit::arm::CondCode::kLT);
     a_.mov(copy_.from, copy_.row);
     a_.mov(copy_.to, copy_.tile);
+    if (epilogue_.needs_row_sums())
+      for (int i = 0; i < kSliceStep; ++i)
+        a_.word(sve::dup(Element::s, row_sums(i), 0));
     if (chunks > 0) {
       a_.mov(count, chunks);
       a_.bind(chunk);
@@ -200,6 +243,8 @@ private:
     }
     if (rest > 0)
       copy_chunk(rest);
+    if (value_vectors() > 0)
+      store_row_values();
     a_.subs(copy_.rows_left, copy_.rows_left, t_);
     a_.b_le(done);
     // Rows are left: this tile was one of two.
@@ -237,15 +282,45 @@ private:
       const Label turn = a_.newLabel();
       a_.mov(index, 0);
       a_.bind(turn);
+      const ZaTile tile{static_cast<std::uint32_t>(i)};
       for (int j = 0; j < kSliceStep; ++j)
-        a_.word(
-            sve::st1w(ZaTile{static_cast<std::uint32_t>(i)}, Slice::vertical, index, j, kAll, copy_.to, copy_.step[j]));
+        a_.word(sve::st1w(tile, Slice::vertical, index, j, kAll, copy_.to, copy_.step[j]));
+      if (epilogue_.needs_row_sums()) {
+        for (int j = 0; j < kSliceStep; ++j)
+          a_.word(sve::mova(four_of_rows(j), kAll, tile, Slice::vertical, index, j));
+        for (int j = 0; j < kSliceStep; ++j)
+          a_.word(a_is_u8() ? sve::udot(row_sums(j), four_of_rows(j), kOnes)
+                            : sve::sdot(row_sums(j), four_of_rows(j), kOnes));
+      }
       a_.add(copy_.to, copy_.to, copy_.step[1], lsl(4)); // kSliceStep steps, in words
       if (turns > 1) {
         a_.add(index, index, kSliceStep);
         a_.cmp(index, static_cast<std::int64_t>(turns * kSliceStep));
         a_.b_ne(turn);
       }
+    }
+  }
+
+  bool a_is_u8() const { return epilogue_.a_dtype == int8_mm::ADtype::u8; }
+  static constexpr Z kOnes{0};
+  static Z row_sums(int i) { return {static_cast<std::uint32_t>(1 + i)}; }
+  static Z four_of_rows(int i) { return {static_cast<std::uint32_t>(1 + kSliceStep + i)}; }
+
+  /// Of the tile that was copied; the loop along K reads the kAhead steps in front of them.
+  void store_row_values() {
+    static_assert(kAhead < kSliceStep);
+    a_.add(scratch_, copy_.to, copy_.step[kAhead], lsl(2));
+    if (epilogue_.needs_row_sums()) {
+      a_.word(sve::add(Element::s, row_sums(0), row_sums(0), row_sums(1)));
+      a_.word(sve::add(Element::s, row_sums(2), row_sums(2), row_sums(3)));
+      a_.word(sve::add(Element::s, row_sums(0), row_sums(0), row_sums(2)));
+      a_.word(sve::str(row_sums(0), scratch_, 0));
+    }
+    if (epilogue_.a_zp == int8_mm::AZp::row) {
+      a_.word(sve::whilelt(Element::s, kColumns[0], xzr, copy_.rows));
+      a_.word(sve::ld1w(row_sums(0), kColumns[0], copy_.a_zp, 0));
+      a_.word(sve::str(row_sums(0), scratch_, 2));
+      a_.add(copy_.a_zp, copy_.a_zp, vector_bytes());
     }
   }
 
@@ -258,10 +333,16 @@ private:
     a_.ldr(n_left_, field(offsetof(Call, n)));
     a_.ldr(ldc_, field(offsetof(Call, ldc)));
     a_.mov(tile_columns_, t_);
-    a_.add(row_offset_[1][1], ldc_, t_);
-    for (int row = 2; row < kSliceStep; ++row) {
-      a_.add(row_offset_[row][0], row_offset_[row - 1][0], ldc_);
-      a_.add(row_offset_[row][1], row_offset_[row][0], t_);
+    if (finishes()) {
+      if (c_shift() > 0)
+        a_.lsl(ldc_, ldc_, c_shift());
+      a_.ldr(terms_, field(offsetof(Call, terms)));
+    } else {
+      a_.add(row_offset_[1][1], ldc_, t_);
+      for (int row = 2; row < kSliceStep; ++row) {
+        a_.add(row_offset_[row][0], row_offset_[row - 1][0], ldc_);
+        a_.add(row_offset_[row][1], row_offset_[row][0], t_);
+      }
     }
     a_.bind(group);
     if (has_wide_)
@@ -269,7 +350,9 @@ private:
     if (has_narrow_)
       narrow_rows();
     a_.add_constant(b_, b_, group_panels() * panel_bytes_, scratch_);
-    a_.add(c_, c_, 4 * group_columns());
+    a_.add(c_, c_, epilogue_.c_bytes() * group_columns());
+    if (finishes())
+      a_.add_constant(terms_, terms_, group_panels() * terms_panel_bytes(), scratch_);
     a_.subs(n_left_, n_left_, group_columns());
     a_.b_gt(group);
   }
@@ -283,9 +366,13 @@ private:
     a_.add_constant(b_restart_, b_, bias(2), scratch_);
     a_.mov(n_left, n_left_);
     a_.mov(c_panel, c_);
+    if (finishes())
+      a_.mov(panel_terms_, terms_);
     a_.bind(panel);
-    a_.word(sve::whilelt(Element::s, kColumns[0], xzr, n_left));
-    a_.word(sve::whilelt(Element::s, kColumns[1], tile_columns_, n_left));
+    if (!finishes()) {
+      a_.word(sve::whilelt(Element::s, kColumns[0], xzr, n_left));
+      a_.word(sve::whilelt(Element::s, kColumns[1], tile_columns_, n_left));
+    }
     a_.ldr(rows_left_, field(offsetof(Call, m)));
     a_.ldr(a_block_, field(offsetof(Call, workspace)));
     a_.mov(c_row_, c_panel);
@@ -298,14 +385,21 @@ private:
     a_.add_constant(a_k_, a_block_, bias(2), scratch_);
     a_.mov(b_k_[0], b_restart_);
     along_k({{a_k_, 2, false}, {b_k_[0], 2, true, b_restart_}}, {{0, 0, 2}, {1, 0, 3}, {2, 1, 2}, {3, 1, 3}});
-    const TilePair upper = {0, 1, c_row_, kColumns[0], kColumns[1]}, lower = {2, 3, c_row_, kColumns[0], kColumns[1]};
-    a_.mov(rows_, t_);
-    store(rows_, t_, {upper});
-    a_.subs(rows_left_, rows_left_, t_);
-    a_.cmp(rows_left_, tile_columns_);
-    a_.csel(rows_, rows_left_, tile_columns_, asmjit::arm::CondCode::kLT);
-    store(rows_, 0, {lower});
-    a_.sub(rows_left_, rows_left_, t_);
+    if (finishes()) {
+      for (int tile = 0; tile < kTiles; ++tile)
+        finish({tile, tile / 2, tile % 2, 2, n_left, panel_terms_, (tile % 2) * std::int64_t{vector_bytes()}});
+      a_.add(c_row_, c_row_, ldc_, lsl(std::countr_zero(static_cast<std::uint64_t>(2 * t_))));
+      a_.sub(rows_left_, rows_left_, 2 * t_);
+    } else {
+      const TilePair upper = {0, 1, c_row_, kColumns[0], kColumns[1]}, lower = {2, 3, c_row_, kColumns[0], kColumns[1]};
+      a_.mov(rows_, t_);
+      store(rows_, t_, {upper});
+      a_.subs(rows_left_, rows_left_, t_);
+      a_.cmp(rows_left_, tile_columns_);
+      a_.csel(rows_, rows_left_, tile_columns_, asmjit::arm::CondCode::kLT);
+      store(rows_, 0, {lower});
+      a_.sub(rows_left_, rows_left_, t_);
+    }
     if (several) {
       a_.add_constant(a_block_, a_block_, wide_block_bytes(), scratch_);
       a_.cmp(rows_left_, t_);
@@ -314,9 +408,11 @@ private:
       a_.subs(n_left, n_left, panel_columns());
       a_.b_le(done);
       a_.add_constant(b_restart_, b_restart_, panel_bytes_, scratch_);
-      a_.add(c_panel, c_panel, 4 * panel_columns());
+      if (finishes())
+        a_.add_constant(panel_terms_, panel_terms_, terms_panel_bytes(), scratch_);
+      a_.add(c_panel, c_panel, epilogue_.c_bytes() * panel_columns());
       a_.sub(scratch_, c_panel, c_);
-      a_.cmp(scratch_, 4 * group_columns());
+      a_.cmp(scratch_, epilogue_.c_bytes() * group_columns());
       a_.b_ne(panel);
       a_.bind(done);
     }
@@ -336,21 +432,28 @@ private:
       a_.ldr(c_row_, field(offsetof(Call, m)));
       a_.sub(c_row_, c_row_, rows_left_);
       a_.mul(c_row_, c_row_, ldc_);
-      a_.add(c_row_, c_, c_row_, lsl(2));
+      a_.add(c_row_, c_, c_row_, lsl(finishes() ? 0 : 2));
     } else {
       a_.ldr(rows_left_, field(offsetof(Call, m)));
       a_.ldr(a_block_, field(offsetof(Call, workspace)));
       a_.mov(c_row_, c_);
     }
-    a_.word(sve::whilelt(Element::s, kColumns[0], xzr, n_left_));
-    for (int i = 1; i < kTiles; ++i) {
-      a_.mov(scratch_, i * t_);
-      a_.word(sve::whilelt(Element::s, kColumns[i], scratch_, n_left_));
+    if (!finishes()) {
+      a_.word(sve::whilelt(Element::s, kColumns[0], xzr, n_left_));
+      for (int i = 1; i < kTiles; ++i) {
+        a_.mov(scratch_, i * t_);
+        a_.word(sve::whilelt(Element::s, kColumns[i], scratch_, n_left_));
+      }
     }
     a_.word(sve::zero(kAllOfZa));
     a_.add_constant(a_k_, a_block_, bias(1), scratch_);
     a_.add_constant(b_restart_, b_, bias(2), scratch_);
     a_.mov(b_k_[0], b_restart_);
+    const auto finish_tiles = [&](int count) {
+      for (int tile = 0; tile < count; ++tile)
+        finish({tile, 0, tile, 1, n_left_, terms_,
+                tile / 2 * terms_panel_bytes() + tile % 2 * std::int64_t{vector_bytes()}});
+    };
     const TilePair left = {0, 1, c_row_, kColumns[0], kColumns[1]}, right = {2, 3, second, kColumns[2], kColumns[3]};
     if (has_pairs && has_single) {
       a_.cmp(n_left_, panel_columns());
@@ -359,9 +462,10 @@ private:
     if (has_pairs) {
       a_.add_constant(b_second_restart_, b_restart_, panel_bytes_, scratch_);
       a_.mov(b_k_[1], b_second_restart_);
-      a_.add(second, c_row_, 4 * panel_columns());
+      if (!finishes())
+        a_.add(second, c_row_, 4 * panel_columns());
       along_k({{a_k_, 1, false}, {b_k_[0], 2, true, b_restart_}, {b_k_[1], 2, true, b_second_restart_}}, two_panels);
-      store(rows_left_, 0, {left, right});
+      finishes() ? finish_tiles(4) : store(rows_left_, 0, {left, right});
     }
     if (has_single) {
       if (has_pairs) {
@@ -369,7 +473,7 @@ private:
         a_.bind(single);
       }
       along_k({{a_k_, 1, false}, {b_k_[0], 2, true, b_restart_}}, one_panel);
-      store(rows_left_, 0, {left});
+      finishes() ? finish_tiles(2) : store(rows_left_, 0, {left});
     }
     a_.bind(done);
   }
@@ -399,7 +503,8 @@ private:
         for (const std::size_t due = loads.size() * (i + 1) / products.size(); loaded < due; ++loaded)
           a_.word(loads[loaded]);
         const Product& product = products[i];
-        a_.word(sve::smopa(ZaTile{product.tile}, kAll, kAll, reg(step, product.rows), reg(step, product.columns)));
+        const auto word = a_is_u8() ? sve::usmopa : sve::smopa;
+        a_.word(word(ZaTile{product.tile}, kAll, kAll, reg(step, product.rows), reg(step, product.columns)));
       }
       loads.clear();
     };
@@ -494,31 +599,178 @@ private:
     a_.bind(done);
   }
 
-  std::int64_t n_, k_;
+  // ---------------------------------------------------------------- with an epilogue: sums → C
+
+  int c_shift() const { return std::countr_zero(static_cast<unsigned>(epilogue_.c_bytes())); }
+
+  /// One of a block's tiles of sums.
+  struct FinishedTile {
+    int number;
+    int row, column;     ///< of the block, in tiles
+    int rows_of_tiles;   ///< of the block
+    Gp n_left;           ///< columns from the block's first
+    Gp terms;            ///< these
+    std::int64_t at = 0; ///< and so many bytes are where the tile's begin
+  };
+
+  /// Calls finish_tile, as far as the tile has rows and columns of C. The block's row 0 in C is at c_row_.
+  void finish(const FinishedTile& tile) {
+    const Label none = a_.newLabel();
+    const ZaTile sums{static_cast<std::uint32_t>(tile.number)};
+    if (tile.column > 0) {
+      a_.subs(to_finish_.columns, tile.n_left, tile.column * t_);
+      a_.b_le(none);
+    } else {
+      a_.mov(to_finish_.columns, tile.n_left);
+    }
+    if (tile.rows_of_tiles == 1) {
+      a_.mov(to_finish_.rows, rows_left_);
+    } else if (tile.row == 0) {
+      a_.mov(to_finish_.rows, t_); // a second tile of rows has at least one
+    } else {
+      a_.sub(to_finish_.rows, rows_left_, t_);
+      a_.cmp(to_finish_.rows, tile_columns_);
+      a_.csel(to_finish_.rows, to_finish_.rows, tile_columns_, asmjit::arm::CondCode::kLT);
+    }
+    a_.mov(to_finish_.c, c_row_);
+    if (tile.row > 0)
+      a_.add(to_finish_.c, c_row_, ldc_, lsl(std::countr_zero(static_cast<std::uint64_t>(t_))));
+    a_.add_constant(to_finish_.c, to_finish_.c, tile.column * t_ * epilogue_.c_bytes(), scratch_);
+    a_.add_constant(to_finish_.terms, tile.terms, tile.at, scratch_);
+    a_.add_constant(to_finish_.values, a_block_,
+                    (steps_in_workspace() * tile.rows_of_tiles + tile.row) * std::int64_t{vector_bytes()}, scratch_);
+    a_.mov(to_finish_.tile, tile.number);
+    a_.word(sve::ldr(Z{0}, to_finish_.terms, 0));
+    a_.word(sve::addha(sums, kAll, kAll, Z{0}));
+    if (adds_row_sums_to_tiles() && k_ > 0) {
+      a_.add_constant(scratch_, to_finish_.terms, terms_layout_.row_sum * array_bytes(), scratch_);
+      a_.word(sve::ld1rw(Z{0}, kAll, scratch_, 0));
+      a_.word(sve::ldr(Z{1}, to_finish_.values, 0));
+      a_.word(sve::mul(Element::s, Z{0}, kAll, Z{1}));
+      a_.word(sve::addva(sums, kAll, kAll, Z{0}));
+    }
+    a_.bl(finish_);
+    a_.bind(none);
+  }
+
+  std::int64_t array_bytes() const { return int8_mm::TermsLayout::array_bytes(layout_, 1); }
+
+  /// A function: rows of a tile of sums through the stages to C. Rows beyond the last one go through too, and are not
+  /// stored.
+  void finish_tile() {
+    const Label group = a_.newLabel(), loaded = a_.newLabel();
+    const int rows = static_cast<int>(finish_rows());
+    a_.bind(finish_);
+    a_.word(sve::whilelt(Element::s, kColumns[0], xzr, to_finish_.columns));
+    a_.ldr(to_finish_.scalars, field(offsetof(Call, scalars)));
+    for (int i = 0; i < rows; i += kSliceStep)
+      a_.mov(slices(i), i);
+    TileSums sums{.rows = rows, .vectors = 1};
+    for (std::uint32_t i = 0; i < static_cast<std::uint32_t>(kFinishRows); ++i) {
+      sums.free.push_back(i);
+      if (i < static_cast<std::uint32_t>(rows))
+        sums.sums.push_back(static_cast<std::uint32_t>(kFinishRows) + i);
+    }
+    a_.bind(group);
+    std::vector<Label> of_tile;
+    for (int tile = 0; tile < kTiles; ++tile)
+      of_tile.push_back(a_.newLabel());
+    for (int tile = 1; tile < kTiles; ++tile) {
+      a_.cmp(to_finish_.tile, tile);
+      a_.b_eq(of_tile[static_cast<std::size_t>(tile)]);
+    }
+    for (int tile = 0; tile < kTiles; ++tile) {
+      a_.bind(of_tile[static_cast<std::size_t>(tile)]);
+      for (int row = 0; row < rows; ++row)
+        a_.word(sve::mova(Z{sums.at(row, 0)}, kAll, ZaTile{static_cast<std::uint32_t>(tile)}, Slice::horizontal,
+                          slices(row), row % kSliceStep));
+      if (tile + 1 < kTiles)
+        a_.b(loaded);
+    }
+    a_.bind(loaded);
+    const TileTerms at{.terms = to_finish_.terms,
+                       .vector_at = {0},
+                       .array_bytes = array_bytes(),
+                       .values = to_finish_.values,
+                       .zp_at = 2 * vector_bytes(),
+                       .scalars = to_finish_.scalars,
+                       .scratch = scratch_};
+    stages_.apply_rest(sums, at, k_ > 0, adds_row_sums_to_tiles());
+    stages_.prepare_stores(sums, at);
+    // From the last row that is C's to the first.
+    std::vector<Label> from_row;
+    a_.mov(scratch_, rows);
+    a_.cmp(to_finish_.rows, scratch_);
+    a_.csel(to_finish_.c_row, to_finish_.rows, scratch_, asmjit::arm::CondCode::kLT);
+    a_.sub(to_finish_.c_row, to_finish_.c_row, 1);
+    a_.madd(to_finish_.c_row, to_finish_.c_row, ldc_, to_finish_.c);
+    for (int row = 0; row < rows; ++row)
+      from_row.push_back(a_.newLabel());
+    a_.b_ge(from_row.back());
+    for (int row = 0; row + 1 < rows; ++row) {
+      a_.cmp(to_finish_.rows, row + 1);
+      a_.b_eq(from_row[static_cast<std::size_t>(row)]);
+    }
+    for (int row = rows - 1; row >= 0; --row) {
+      a_.bind(from_row[static_cast<std::size_t>(row)]);
+      stages_.store_row(sums, row, to_finish_.c_row, scratch_);
+      if (row > 0)
+        a_.sub(to_finish_.c_row, to_finish_.c_row, ldc_);
+    }
+    if (t_ > rows) {
+      a_.add(to_finish_.c, to_finish_.c, ldc_, lsl(std::countr_zero(static_cast<unsigned>(rows))));
+      a_.add(to_finish_.values, to_finish_.values, 4 * rows);
+      for (int i = 0; i < rows; i += kSliceStep)
+        a_.add(slices(i), slices(i), rows);
+      a_.subs(to_finish_.rows, to_finish_.rows, rows);
+      a_.b_gt(group);
+    }
+    a_.ret(x30);
+  }
+
+  /// What numbers the slice of a row of the group, less row % kSliceStep.
+  static Gp slices(int row) { return w(static_cast<std::uint32_t>(12 + row / kSliceStep)); }
+
+  std::int64_t m_class_, n_, k_;
   int sme_bits_;
   std::int64_t t_; ///< rows and columns of a tile
   int8_mm::PackLayout layout_;
   std::int64_t panel_bytes_;
-  bool has_wide_, has_narrow_;
+  int8_mm::Epilogue epilogue_;
+  int8_mm::TermsLayout terms_layout_;
+  bool has_wide_ = false, has_narrow_ = false;
   Assembler a_;
+  SveEpilogue stages_;
+  Label finish_; ///< the function
 
   static constexpr std::uint32_t kAllOfZa = 255;
   static constexpr int kSavedGeneral = 10, kSavedVectors = 8;
   // Predicates: every byte; the bytes of a row's last vector before K; columns of each tile before N.
+  // The stages have one for their columns, and the others for themselves.
   static constexpr P kAll{0}, kLastBytes{1}, kColumns[kTiles] = {{2}, {3}, {4}, {5}};
+  static constexpr std::array<P, 6> kTemps = {{{1}, {3}, {4}, {5}, {6}, {7}}};
 
   // Registers of the whole call, then of its two parts. Slices of ZA are numbered by w12 alone.
-  const Gp call_ = x(0), scratch_ = x(9), fpsr_ = x(28);
+  const Gp call_ = x(0), fpsr_ = x(28);
+  const GpX scratch_ = x9;
   struct {
     Gp row = x(1), lda = x(2), rows_left = x(3), block = x(4), tile = x(5), from = x(6), to = x(7), rows = x(8);
     Gp vector[kTiles] = {xzr, x(10), x(11), x(14)};   ///< bytes of so many vectors
     Gp step[kSliceStep] = {xzr, x(15), x(16), x(17)}; ///< words of so many steps in the workspace
+    Gp a_zp = x(19);                                  ///< of the next tile of rows
   } copy_;
   const Gp b_ = x(3), c_ = x(2), n_left_ = x(4); ///< of the group: its first panel; its first column, row 0
-  const Gp ldc_ = x(1), tile_columns_ = x(14);
+  const Gp ldc_ = x(1);                          ///< elements; with an epilogue bytes
+  const Gp tile_columns_ = finishes() ? x(20) : x(14);
   /// Words from a row of C to each of the first tiles of the next ones.
   const Gp row_offset_[kSliceStep][2] = {{xzr, x(14)}, {x(1), x(15)}, {x(16), x(17)}, {x(19), x(20)}};
   const Gp a_block_ = x(23), c_row_ = x(22), rows_left_ = x(21), rows_ = x(26);
+  const GpX terms_ = x27, panel_terms_ = x26; ///< of the group's, of the panel's first column
+  /// finish_tile's arguments, which it clobbers, and its own: w12 … w15 number slices.
+  struct {
+    GpX columns = x5, rows = x6, c = x7, values = x16, terms = x17, tile = x11;
+    GpX c_row = x8, scalars = x19;
+  } to_finish_;
   const Gp a_k_ = x(6), b_k_[2] = {x(7), x(8)}, turns_ = x(5), b_restart_ = x(10), b_second_restart_ = x(11);
 };
 
@@ -535,7 +787,7 @@ Implementation int8_mm_sme() {
   row.needs = Emitter::kNeeds;
   row.vector_bits = [](const Target& target) -> std::int32_t { return target.sme_bits; };
   row.supports = [](const KernelDesc& desc, const Target& target) -> Status {
-    if (Status status = int8_mm::check_plain(desc, kMaxK); !status)
+    if (Status status = int8_mm::check_k(desc, kMaxK); !status)
       return status;
     if (target.sme_bits < 128 || target.sme_bits > 2048 || !std::has_single_bit(static_cast<unsigned>(target.sme_bits)))
       return Status::error(Code::unsupported, fmt::format("streaming vectors of {} bits: allowed is 128, 256, "
@@ -556,11 +808,11 @@ Implementation int8_mm_sme() {
   row.assumes = [](const Target& target) {
     return fmt::format("each thread has an SME unit to itself: where the cores of a cluster share one, more threads "
                        "than units gain nothing. Each thread keeps the streaming vector length of {} bits: on one that "
-                       "was given another (PR_SME_SET_VL) the kernel is exact but computes without vectors",
+                       "was given another (PR_SME_SET_VL) the kernel is exact but multiplies without vectors",
                        target.sme_bits);
   };
   row.compile = [](const KernelDesc& desc, const Target& target, std::string_view) {
-    return Emitter(desc.value[int8_mm::kM], desc.value[int8_mm::kN], desc.value[int8_mm::kK], target.sme_bits).emit();
+    return Emitter(desc, target.sme_bits).emit();
   };
   return row;
 }

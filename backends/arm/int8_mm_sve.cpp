@@ -13,8 +13,6 @@ namespace {
 Status supports(const KernelDesc& desc, const Target& target) {
   if (target.sve_bits < 256)
     return Status::error(Code::unsupported, "made for vectors of 256 bits or more: NEON's do as well at 128");
-  if (Status s = int8_mm::check_plain(desc, INT64_MAX); !s) // its code without vectors has no epilogue
-    return s;
   return supports_nest(desc, target);
 }
 
@@ -25,7 +23,7 @@ std::int32_t vector_bits(const Target& target) {
 std::string assumes(const Target& target) {
   return fmt::format(
       "each thread keeps the vector length of {} bits: on one that was given another (PR_SVE_SET_VL) the "
-      "kernel is exact but computes without vectors",
+      "kernel is exact but multiplies without vectors",
       target.sve_bits);
 }
 
@@ -51,9 +49,17 @@ Result<CodeObject> emit_sve_nest(Assembler& a, const NestShape& shape, SvePath& 
   a.word(sve::rdvl(role::scratch, 1));
   a.cmp(role::scratch, shape.vector_bytes);
   a.b_eq(vectors);
-  emit_scalar_int8_mm(a, shape.layout, shape.k);
+  emit_scalar_int8_mm(a, shape.layout, shape.k, shape.epilogue, shape.plan().a_shift);
   a.bind(vectors);
-  return emit_nest(a, shape, path, features, target.sve_bits);
+  SveEpilogue epilogue =
+      path.epilogue(features.has(Feature::sve2) ? SveEpilogue::Level::sve2 : SveEpilogue::Level::sve);
+  return emit_nest(a, shape, path, epilogue, features, target.sve_bits);
+}
+
+Features sve_features(Features needs, const KernelDesc& desc, const Target& target) {
+  if (target.features.has(Feature::sve2) && SveEpilogue::uses_sve2(int8_mm::Epilogue::of(desc)))
+    needs.add(Feature::sve2);
+  return needs;
 }
 
 int8_mm::PackLayout sve_pack_layout(const Target& target, int k_block) {

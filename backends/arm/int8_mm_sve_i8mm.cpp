@@ -1,3 +1,5 @@
+#include <utility>
+
 #include "backends/arm/int8_mm_sve.h"
 #include "backends/arm/rows.h"
 
@@ -32,6 +34,21 @@ public:
       store(columns, vector / 2);
     }
   }
+
+  TileSums finished_sums() override {
+    TileSums sums = sums_of(shape_.vectors() / 2, [&](int row, int i) { return acc(row / 2, 2 * i + row % 2); });
+    // The pair's first row is made in a free register, and one of the blocks is free then.
+    std::uint32_t& free = sums.free[0];
+    for (int row = 0; row < sums.rows; row += 2)
+      for (int i = 0; i < sums.vectors; ++i) {
+        std::uint32_t& first = sums.sums[static_cast<std::size_t>(row * sums.vectors + i)];
+        const sve::Z left = acc(row / 2, 2 * i), right = acc(row / 2, 2 * i + 1);
+        a_.word(sve::uzp1(sve::Element::d, {free}, left, right));
+        a_.word(sve::uzp2(sve::Element::d, right, left, right));
+        std::swap(first, free);
+      }
+    return sums;
+  }
 };
 
 NestShape shape_for(std::int64_t m_class, std::int64_t k, PackLayout layout, const Target& target) {
@@ -64,11 +81,12 @@ std::string declines(const KernelDesc& desc, const Target&) {
 Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
   if (!reads_layout(pack_layout, desc, target))
     return unreadable(IsaPath::sve_i8mm, pack_layout, desc);
-  const NestShape shape =
+  NestShape shape =
       shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout), target);
+  shape.epilogue = int8_mm::Epilogue::of(desc);
   Assembler a;
   SveSmmlaPath path(a, shape);
-  return emit_sve_nest(a, shape, path, kFeatures, target);
+  return emit_sve_nest(a, shape, path, sve_features(kFeatures, desc, target), target);
 }
 
 } // namespace
@@ -77,6 +95,7 @@ Implementation int8_mm_sve_i8mm() {
   Implementation row = sve_row(
       IsaPath::sve_i8mm, kFeatures,
       [](const KernelDesc&, const Target& target) { return sve_pack_layout(target, 8).id(); }, reads_layout, compile);
+  row.uses = [](const KernelDesc& desc, const Target& target) { return sve_features(kFeatures, desc, target); };
   row.declines = declines;
   return row;
 }

@@ -42,6 +42,18 @@ public:
       store(even, vector / 2);
     }
   }
+
+  TileSums finished_sums() override {
+    if (shape_.layout.k_block == 4)
+      return sums_of(shape_.vectors(), [&](int unit, int vector) { return acc(unit, vector); });
+    return sums_of(shape_.vectors() / 2, [&](int unit, int i) {
+      const sve::Z sums = acc(unit, 2 * i), right = acc(unit, 2 * i + 1), even = z(i % 8);
+      a_.word(sve::uzp1(sve::Element::s, even, sums, right));
+      a_.word(sve::uzp2(sve::Element::s, sums, sums, right));
+      a_.word(sve::add(sve::Element::s, sums, sums, even));
+      return sums;
+    });
+  }
 };
 
 /// Rows of a tile and, with them, columns: 24 accumulators, 12 with one row.
@@ -75,19 +87,22 @@ bool reads_layout(std::string_view id, const KernelDesc& desc, const Target& tar
 Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
   if (!reads_layout(pack_layout, desc, target))
     return unreadable(IsaPath::sve_sdot, pack_layout, desc);
-  const NestShape shape =
+  NestShape shape =
       shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout), target);
+  shape.epilogue = int8_mm::Epilogue::of(desc);
   Assembler a;
   SveSdotPath path(a, shape);
-  return emit_sve_nest(a, shape, path, kFeatures, target);
+  return emit_sve_nest(a, shape, path, sve_features(kFeatures, desc, target), target);
 }
 
 } // namespace
 
 Implementation int8_mm_sve_sdot() {
-  return sve_row(
+  Implementation row = sve_row(
       IsaPath::sve_sdot, kFeatures,
       [](const KernelDesc&, const Target& target) { return sve_pack_layout(target, 4).id(); }, reads_layout, compile);
+  row.uses = [](const KernelDesc& desc, const Target& target) { return sve_features(kFeatures, desc, target); };
+  return row;
 }
 
 } // namespace kiln::arm

@@ -118,6 +118,39 @@ constexpr Word whilelt(Element size, P pd, const Gp& rn, const Gp& rm) {
   return detail::Builder(0x25201400).field(size, 22).x(rm, 16).x(rn, 5).p(pd, 0);
 }
 
+/// Elements of zn that compare with imm, signed, −16 … 15, as far as pg holds them.
+constexpr Word cmplt(Element size, P pd, P pg, Z zn, int imm) {
+  return detail::Builder(0x25002000)
+      .field(size, 22)
+      .field(detail::signed_immediate(imm, 5), 16)
+      .governing(pg, 10)
+      .z(zn, 5)
+      .p(pd, 0);
+}
+constexpr Word cmpgt(Element size, P pd, P pg, Z zn, int imm) {
+  return detail::Builder(0x25000010)
+      .field(size, 22)
+      .field(detail::signed_immediate(imm, 5), 16)
+      .governing(pg, 10)
+      .z(zn, 5)
+      .p(pd, 0);
+}
+constexpr Word cmpeq(Element size, P pd, P pg, Z zn, int imm) {
+  return detail::Builder(0x25008000)
+      .field(size, 22)
+      .field(detail::signed_immediate(imm, 5), 16)
+      .governing(pg, 10)
+      .z(zn, 5)
+      .p(pd, 0);
+}
+/// f32: zn < 0; zn > zm.
+constexpr Word fcmlt_zero(P pd, P pg, Z zn) {
+  return detail::Builder(0x65912000).governing(pg, 10).z(zn, 5).p(pd, 0);
+}
+constexpr Word fcmgt(P pd, P pg, Z zn, Z zm) {
+  return detail::Builder(0x65804010).z(zm, 16).governing(pg, 10).z(zn, 5).p(pd, 0);
+}
+
 // ---------------------------------------------------------------- memory: zeros where the predicate is false
 
 /// From base + imm · bytes of a vector.
@@ -155,6 +188,20 @@ constexpr Word str(Z zt, const Gp& base, int imm) {
   return detail::Builder(0xe5804000).far_vector(imm).x(base, 5).z(zt, 0);
 }
 
+/// 32-bit elements from base + imm · bytes of a vector.
+constexpr Word ld1w(Z zt, P pg, const Gp& base, int imm) {
+  return detail::Builder(0xa540a000).field(detail::signed_immediate(imm, 4), 16).governing(pg, 10).x(base, 5).z(zt, 0);
+}
+/// The low `bytes` (b, h, s) of 32-bit elements, one behind the other, to base + imm · as many as a vector gives.
+constexpr Word st1_of_s(Element bytes, Z zt, P pg, const Gp& base, int imm) {
+  return detail::Builder(0xe440e000)
+      .field(bytes == Element::d ? detail::kOutOfRange : static_cast<std::uint32_t>(bytes), 23)
+      .field(detail::signed_immediate(imm, 4), 16)
+      .governing(pg, 10)
+      .x(base, 5)
+      .z(zt, 0);
+}
+
 // ---------------------------------------------------------------- vectors
 
 /// Every element becomes imm.
@@ -177,6 +224,172 @@ constexpr Word uzp1(Element size, Z zd, Z zn, Z zm) {
 }
 constexpr Word uzp2(Element size, Z zd, Z zn, Z zm) {
   return detail::Builder(0x05206c00).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
+}
+
+constexpr Word sub(Element size, Z zd, Z zn, Z zm) {
+  return detail::Builder(0x04200400).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
+}
+constexpr Word trn1(Element size, Z zd, Z zn, Z zm) {
+  return detail::Builder(0x05207000).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
+}
+/// zda.s += products of four bytes of zn and zm each, unsigned.
+constexpr Word udot(Z zda, Z zn, Z zm) {
+  return detail::Builder(0x44800400).z(zm, 16).z(zn, 5).z(zda, 0);
+}
+/// zdn += imm, zdn −= imm, zdn = imm − zdn; imm 0 … 255.
+constexpr Word add(Element size, Z zdn, int imm) {
+  return detail::Builder(0x2520c000).field(size, 22).field(detail::unsigned_immediate(imm, 8), 5).z(zdn, 0);
+}
+constexpr Word sub(Element size, Z zdn, int imm) {
+  return detail::Builder(0x2521c000).field(size, 22).field(detail::unsigned_immediate(imm, 8), 5).z(zdn, 0);
+}
+constexpr Word subr(Element size, Z zdn, int imm) {
+  return detail::Builder(0x2523c000).field(size, 22).field(detail::unsigned_immediate(imm, 8), 5).z(zdn, 0);
+}
+/// The greater or lesser of zdn and imm: signed −128 … 127; umin unsigned 0 … 255.
+constexpr Word smax(Element size, Z zdn, int imm) {
+  return detail::Builder(0x2528c000).field(size, 22).field(detail::signed_immediate(imm, 8), 5).z(zdn, 0);
+}
+constexpr Word smin(Element size, Z zdn, int imm) {
+  return detail::Builder(0x252ac000).field(size, 22).field(detail::signed_immediate(imm, 8), 5).z(zdn, 0);
+}
+constexpr Word umin(Element size, Z zdn, int imm) {
+  return detail::Builder(0x252bc000).field(size, 22).field(detail::unsigned_immediate(imm, 8), 5).z(zdn, 0);
+}
+/// Every 64 bits of zdn: & 1, | ~1; every 32 bits: & 1.
+constexpr Word and_one(Element size, Z zdn) {
+  return detail::Builder(size == Element::d   ? 0x05820000
+                         : size == Element::s ? 0x05800000
+                                              : 0)
+      .field(size == Element::d || size == Element::s ? 0 : detail::kOutOfRange, 0)
+      .z(zdn, 0);
+}
+constexpr Word or_not_one(Z zdn) {
+  return detail::Builder(0x0503ffc0).z(zdn, 0);
+}
+/// To the right by 1 … bits of an element, with copies of the sign or zeros.
+constexpr Word shift_right_immediate(std::uint32_t opcode, Element size, Z zd, Z zn, int imm) {
+  const std::uint32_t bits = 8u << static_cast<std::uint32_t>(size);
+  const std::uint32_t code =
+      imm >= 1 && imm <= static_cast<int>(bits) ? 2 * bits - static_cast<std::uint32_t>(imm) : detail::kOutOfRange;
+  return detail::Builder(opcode)
+      .field(code == detail::kOutOfRange ? code : code >> 5, 22)
+      .field(code & 31, 16)
+      .z(zn, 5)
+      .z(zd, 0);
+}
+constexpr Word asr(Element size, Z zd, Z zn, int imm) {
+  return shift_right_immediate(0x04209000, size, zd, zn, imm);
+}
+constexpr Word lsr(Element size, Z zd, Z zn, int imm) {
+  return shift_right_immediate(0x04209400, size, zd, zn, imm);
+}
+/// Elements of zdn that pg holds become op(zdn, zm), or op(zm).
+constexpr Word predicated(std::uint32_t opcode, Element size, Z zdn, P pg, Z zm) {
+  return detail::Builder(opcode).field(size, 22).governing(pg, 10).z(zm, 5).z(zdn, 0);
+}
+constexpr Word add(Element size, Z zdn, P pg, Z zm) {
+  return predicated(0x04000000, size, zdn, pg, zm);
+}
+constexpr Word mul(Element size, Z zdn, P pg, Z zm) {
+  return predicated(0x04100000, size, zdn, pg, zm);
+}
+constexpr Word smax(Element size, Z zdn, P pg, Z zm) {
+  return predicated(0x04080000, size, zdn, pg, zm);
+}
+constexpr Word smin(Element size, Z zdn, P pg, Z zm) {
+  return predicated(0x040a0000, size, zdn, pg, zm);
+}
+/// Shifts by zm, unsigned: more than an element has bits leave its sign, or zeros.
+constexpr Word asr(Element size, Z zdn, P pg, Z zm) {
+  return predicated(0x04108000, size, zdn, pg, zm);
+}
+constexpr Word lsl(Element size, Z zdn, P pg, Z zm) {
+  return predicated(0x04138000, size, zdn, pg, zm);
+}
+constexpr Word neg(Element size, Z zd, P pg, Z zn) {
+  return predicated(0x0417a000, size, zd, pg, zn);
+}
+/// Of 64-bit elements: their low 32 bits with copies of the sign, or zeros.
+constexpr Word sxtw(Z zd, P pg, Z zn) {
+  return predicated(0x0414a000, Element::d, zd, pg, zn);
+}
+constexpr Word uxtw(Z zd, P pg, Z zn) {
+  return predicated(0x0415a000, Element::d, zd, pg, zn);
+}
+/// zda += zn · zm; zdn = za + zdn · zm.
+constexpr Word mla(Element size, Z zda, P pg, Z zn, Z zm) {
+  return detail::Builder(0x04004000).field(size, 22).z(zm, 16).governing(pg, 10).z(zn, 5).z(zda, 0);
+}
+constexpr Word mad(Element size, Z zdn, P pg, Z zm, Z za) {
+  return detail::Builder(0x0400c000).field(size, 22).z(zm, 16).governing(pg, 10).z(za, 5).z(zdn, 0);
+}
+/// zd = pg ? zn : zm.
+constexpr Word sel(Element size, Z zd, P pg, Z zn, Z zm) {
+  return detail::Builder(0x0520c000).field(size, 22).z(zm, 16).governing(pg, 10).z(zn, 5).z(zd, 0);
+}
+/// A copy in front of an instruction that overwrites its operand zd.
+constexpr Word movprfx(Z zd, Z zn) {
+  return detail::Builder(0x0420bc00).z(zn, 5).z(zd, 0);
+}
+
+/// zd at least zn, then at most zm, signed. SME has it, and SVE2.1.
+constexpr Word sclamp(Element size, Z zd, Z zn, Z zm) {
+  return detail::Builder(0x4400c000).field(size, 22).z(zm, 16).z(zn, 5).z(zd, 0);
+}
+
+// SVE2; s32 elements of even (b) or odd (t) numbers make 64-bit ones.
+constexpr Word long_product(std::uint32_t opcode, Z zd, Z zn, Z zm) {
+  return detail::Builder(opcode).z(zm, 16).z(zn, 5).z(zd, 0);
+}
+constexpr Word smullb(Z zd, Z zn, Z zm) {
+  return long_product(0x45c07000, zd, zn, zm);
+}
+constexpr Word smullt(Z zd, Z zn, Z zm) {
+  return long_product(0x45c07400, zd, zn, zm);
+}
+constexpr Word umullb(Z zd, Z zn, Z zm) {
+  return long_product(0x45c07800, zd, zn, zm);
+}
+constexpr Word umullt(Z zd, Z zn, Z zm) {
+  return long_product(0x45c07c00, zd, zn, zm);
+}
+/// zda += the product.
+constexpr Word smlalb(Z zda, Z zn, Z zm) {
+  return long_product(0x44c04000, zda, zn, zm);
+}
+constexpr Word smlalt(Z zda, Z zn, Z zm) {
+  return long_product(0x44c04400, zda, zn, zm);
+}
+/// To the left by zm, signed; to the right rounded, half up.
+constexpr Word srshl(Element size, Z zdn, P pg, Z zm) {
+  return predicated(0x44028000, size, zdn, pg, zm);
+}
+
+// f32.
+constexpr Word scvtf(Z zd, P pg, Z zn) {
+  return detail::Builder(0x6594a000).governing(pg, 10).z(zn, 5).z(zd, 0);
+}
+/// To integral values, half to even; to s32, towards 0, saturated.
+constexpr Word frintn(Z zd, P pg, Z zn) {
+  return detail::Builder(0x6580a000).governing(pg, 10).z(zn, 5).z(zd, 0);
+}
+constexpr Word fcvtzs(Z zd, P pg, Z zn) {
+  return detail::Builder(0x659ca000).governing(pg, 10).z(zn, 5).z(zd, 0);
+}
+/// To f16 in the low half of each element.
+constexpr Word fcvt_h(Z zd, P pg, Z zn) {
+  return detail::Builder(0x6588a000).governing(pg, 10).z(zn, 5).z(zd, 0);
+}
+constexpr Word fmul(Z zd, Z zn, Z zm) {
+  return detail::Builder(0x65800800).z(zm, 16).z(zn, 5).z(zd, 0);
+}
+constexpr Word fmul(Z zdn, P pg, Z zm) {
+  return detail::Builder(0x65828000).governing(pg, 10).z(zm, 5).z(zdn, 0);
+}
+/// The greater one; of a number and a quiet NaN the number.
+constexpr Word fmaxnm(Z zdn, P pg, Z zm) {
+  return detail::Builder(0x65848000).governing(pg, 10).z(zm, 5).z(zdn, 0);
 }
 
 // ---------------------------------------------------------------- SME
@@ -220,6 +433,31 @@ constexpr Word st1w(ZaTile tile, Slice slice, const Gp& ws, int offset, P pg, co
       .field(detail::in(tile.id, 0, 3), 2)
       .field(detail::in(offset, 0, 3), 0);
 }
+/// zd.s where pg holds it = slice ws + offset of tile.s, offset 0 … 3.
+constexpr Word mova(Z zd, P pg, ZaTile tile, Slice slice, const Gp& ws, int offset) {
+  return detail::Builder(0xc0820000)
+      .field(slice, 15)
+      .slice_register(ws, 13)
+      .governing(pg, 10)
+      .field(detail::in(tile.id, 0, 3), 7)
+      .field(detail::in(offset, 0, 3), 5)
+      .z(zd, 0);
+}
+/// zn.s is added to every row of tile.s; as a column to every column.
+constexpr Word addha(ZaTile tile, P rows, P columns, Z zn) {
+  return detail::Builder(0xc0900000)
+      .governing(columns, 13)
+      .governing(rows, 10)
+      .z(zn, 5)
+      .field(detail::in(tile.id, 0, 3), 0);
+}
+constexpr Word addva(ZaTile tile, P rows, P columns, Z zn) {
+  return detail::Builder(0xc0910000)
+      .governing(columns, 13)
+      .governing(rows, 10)
+      .z(zn, 5)
+      .field(detail::in(tile.id, 0, 3), 0);
+}
 /// Vector ws + offset of the ZA array, whole, to base + offset · bytes of a streaming vector, offset 0 … 15.
 constexpr Word str_za(const Gp& ws, int offset, const Gp& base) {
   return detail::Builder(0xe1200000).slice_register(ws, 13).x(base, 5).field(detail::in(offset, 0, 15), 0);
@@ -227,6 +465,15 @@ constexpr Word str_za(const Gp& ws, int offset, const Gp& base) {
 /// tile.s[i][j] += Σ of four products zn.b[4i + r] · zm.b[4j + r], signed, of elements that pn and pm hold.
 constexpr Word smopa(ZaTile tile, P pn, P pm, Z zn, Z zm) {
   return detail::Builder(0xa0800000)
+      .z(zm, 16)
+      .governing(pm, 13)
+      .governing(pn, 10)
+      .z(zn, 5)
+      .field(detail::in(tile.id, 0, 3), 0);
+}
+/// The same with zn unsigned.
+constexpr Word usmopa(ZaTile tile, P pn, P pm, Z zn, Z zm) {
+  return detail::Builder(0xa1800000)
       .z(zm, 16)
       .governing(pm, 13)
       .governing(pn, 10)

@@ -115,8 +115,9 @@ struct Wide {
   std::int32_t multiplier, shift;
 };
 /// acc · mult · 2^−s: what lies left of the point is taken into the multiplier, of whose product only 32 bits count.
+/// Without branches, so that a loop of it is one of vectors. s ≥ −31.
 Wide wide_of(std::int32_t mult, std::int32_t s) {
-  return s > 0 ? Wide{mult, s} : Wide{wrap(bits(mult) << -s), 0};
+  return {wrap(bits(mult) << std::max(-s, 0)), std::max(s, 0)};
 }
 
 // ---------------------------------------------------------------- the definition
@@ -365,10 +366,18 @@ void make_terms(const Epilogue& e, const EpilogueValues& v, const PackLayout& pa
         array(layout.multiplier)[j] = std::bit_cast<std::int32_t>(at(v.scale, each, n0 + j));
       break;
     case Rescale::q_scale:
-      for (std::int64_t j = 0; j < here; ++j) {
-        const Wide wide = wide_of(at(v.mult, each, n0 + j), 31 + at(v.shift, each, n0 + j));
-        array(layout.multiplier)[j] = wide.multiplier;
-        array(layout.shift)[j] = wide.shift;
+      if (each) {
+        std::int32_t* __restrict const multiplier = array(layout.multiplier);
+        std::int32_t* __restrict const shift = array(layout.shift);
+        for (std::int64_t j = 0; j < here; ++j) {
+          const Wide wide = wide_of(v.mult[n0 + j], 31 + v.shift[n0 + j]);
+          multiplier[j] = wide.multiplier;
+          shift[j] = wide.shift;
+        }
+      } else {
+        const Wide wide = wide_of(v.mult[0], 31 + v.shift[0]);
+        std::fill_n(array(layout.multiplier), here, wide.multiplier);
+        std::fill_n(array(layout.shift), here, wide.shift);
       }
       break;
     case Rescale::shift_right:
