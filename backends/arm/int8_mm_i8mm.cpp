@@ -1,5 +1,6 @@
 #include <utility>
 
+#include "backends/arm/int8_linear.h"
 #include "backends/arm/int8_mm_nest.h"
 #include "backends/arm/rows.h"
 
@@ -79,8 +80,11 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
   if (!reads_layout(pack_layout, desc, target))
     return unreadable(IsaPath::i8mm, pack_layout, desc);
   NestShape shape = shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout));
-  shape.epilogue = int8_mm::Epilogue::of(desc);
   Assembler a;
+  if (desc.op == OpId::int8_linear)
+    begin_linear(a, shape, desc);
+  else
+    shape.epilogue = int8_mm::Epilogue::of(desc);
   SmmlaPath path(a, shape);
   return emit_nest(a, shape, path, kFeatures, 0);
 }
@@ -92,6 +96,10 @@ Implementation int8_mm_i8mm() {
       IsaPath::i8mm, kFeatures, [](const KernelDesc&, const Target&) { return kLayout.id(); }, reads_layout, compile);
   row.declines = declines;
   return row;
+}
+
+Implementation int8_linear_i8mm() {
+  return linear_row(int8_mm_i8mm());
 }
 
 } // namespace kiln::arm

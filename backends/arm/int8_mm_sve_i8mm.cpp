@@ -1,5 +1,6 @@
 #include <utility>
 
+#include "backends/arm/int8_linear.h"
 #include "backends/arm/int8_mm_sve.h"
 #include "backends/arm/rows.h"
 
@@ -83,10 +84,14 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
     return unreadable(IsaPath::sve_i8mm, pack_layout, desc);
   NestShape shape =
       shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout), target);
-  shape.epilogue = int8_mm::Epilogue::of(desc);
   Assembler a;
+  if (desc.op == OpId::int8_linear)
+    begin_linear(a, shape, desc);
+  else
+    shape.epilogue = int8_mm::Epilogue::of(desc);
   SveSmmlaPath path(a, shape);
-  return emit_sve_nest(a, shape, path, sve_features(kFeatures, desc, target), target);
+  const Features features = shape.linear ? kFeatures : sve_features(kFeatures, desc, target);
+  return emit_sve_nest(a, shape, path, features, target);
 }
 
 } // namespace
@@ -98,6 +103,10 @@ Implementation int8_mm_sve_i8mm() {
   row.uses = [](const KernelDesc& desc, const Target& target) { return sve_features(kFeatures, desc, target); };
   row.declines = declines;
   return row;
+}
+
+Implementation int8_linear_sve_i8mm() {
+  return sve_linear_row(int8_mm_sve_i8mm());
 }
 
 } // namespace kiln::arm

@@ -1,3 +1,4 @@
+#include "backends/arm/int8_linear.h"
 #include "backends/arm/int8_mm_sve.h"
 #include "backends/arm/rows.h"
 
@@ -89,10 +90,14 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
     return unreadable(IsaPath::sve_sdot, pack_layout, desc);
   NestShape shape =
       shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout), target);
-  shape.epilogue = int8_mm::Epilogue::of(desc);
   Assembler a;
+  if (desc.op == OpId::int8_linear)
+    begin_linear(a, shape, desc);
+  else
+    shape.epilogue = int8_mm::Epilogue::of(desc);
   SveSdotPath path(a, shape);
-  return emit_sve_nest(a, shape, path, sve_features(kFeatures, desc, target), target);
+  const Features features = shape.linear ? kFeatures : sve_features(kFeatures, desc, target);
+  return emit_sve_nest(a, shape, path, features, target);
 }
 
 } // namespace
@@ -103,6 +108,10 @@ Implementation int8_mm_sve_sdot() {
       [](const KernelDesc&, const Target& target) { return sve_pack_layout(target, 4).id(); }, reads_layout, compile);
   row.uses = [](const KernelDesc& desc, const Target& target) { return sve_features(kFeatures, desc, target); };
   return row;
+}
+
+Implementation int8_linear_sve_sdot() {
+  return sve_linear_row(int8_mm_sve_sdot());
 }
 
 } // namespace kiln::arm
