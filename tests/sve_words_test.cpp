@@ -138,7 +138,7 @@ std::vector<Example> examples() {
         kElements, kVectors, std::vector<I>{-128, -127, -1, 0, 1, 127});
   sweep(
       [&](Element e, U z, Gp r) {
-        const std::string from = e == Element::d ? name(r) : "w" + std::to_string(r.id());
+        const std::string from = e == Element::d ? name(r) : fmt::format("w{}", r.id());
         add_example(fmt::format("mov z{}.{}, {}", z, name(e), from), dup(e, Z{z}, r));
       },
       kElements, kVectors, kRegisters);
