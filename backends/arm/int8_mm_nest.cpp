@@ -223,7 +223,7 @@ public:
   }
 
 private:
-  bool finishes() const { return !shape_.epilogue.is_absent(); }
+  bool finishes() const { return shape_.finishes(); }
   bool a_is_u8() const { return shape_.epilogue.a_dtype == int8_mm::ADtype::u8; }
   int c_shift() const { return std::countr_zero(static_cast<unsigned>(shape_.epilogue.c_bytes())); }
 
@@ -305,7 +305,7 @@ private:
     a_.add_constant(tile_out, workspace, shape_.a_offset(), next);
     if (rest > 0)
       a_.movi(zero().b16(), 0);
-    if (a_is_u8())
+    if (shape_.flips_a())
       a_.movi(sign_bits().b16(), 0x80);
     if (shape_.epilogue.a_zp == int8_mm::AZp::row)
       a_.ldr(row_zp, ptr(call, offsetof(Call, a_zp)));
@@ -403,7 +403,8 @@ private:
   static VecV sum_of(int i) { return VecV(16 + i); }
   static VecV sign_bits() { return VecV(30); }
 
-  /// Adds the bytes of the group's rows to their sums, where they take part, and makes u8 less 128 of u8.
+  /// Adds the bytes of the group's rows to their sums, where they take part, and takes 128 from u8 that cannot be
+  /// multiplied.
   void convert(int rows_of_group) {
     const VecV pairs = VecV(29);
     for (int i = 0; i < rows_of_group; ++i) {
@@ -416,7 +417,7 @@ private:
           a_.sadalp(sum_of(i).s4(), pairs.h8());
         }
       }
-      if (a_is_u8())
+      if (shape_.flips_a())
         a_.eor(bytes_of(i).b16(), bytes_of(i).b16(), sign_bits().b16());
     }
   }
@@ -744,13 +745,23 @@ void VectorPath::load_two(int to, int second, const Gp& base, int offset) {
 }
 
 int8_mm::Plan NestShape::plan() const {
-  const bool flips = epilogue.a_dtype == int8_mm::ADtype::u8;
   return {.layout = layout,
           .m_step = unit_rows, // heights adapt to any cut
           .n_step = columns.panels * layout.n_block,
           .workspace_fixed = a_offset() + a_tile_bytes(), // the last tile may lack rows
           .workspace_per_row = (a_tile_bytes() + tile_rows() - 1) / tile_rows(),
-          .a_shift = flips ? -128 : 0};
+          .a_shift = flips_a() ? -128 : 0};
+}
+
+bool NestShape::can_multiply_u8(const KernelDesc& desc, const Target& target) {
+  return desc.op == OpId::int8_mm && target.features.has(Feature::i8mm) &&
+         int8_mm::Epilogue::of(desc).a_dtype == int8_mm::ADtype::u8;
+}
+
+Features NestShape::features(Features needs, const KernelDesc& desc, const Target& target) {
+  if (can_multiply_u8(desc, target))
+    needs.add(Feature::i8mm);
+  return needs;
 }
 
 QuantisedRows NestShape::quantised_rows() const {

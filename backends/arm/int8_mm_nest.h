@@ -66,6 +66,7 @@ struct NestShape {
   int unroll = 4;        ///< steps of K in one turn of the loop
   /// A tile of A in the workspace ends with the sums of its rows and their a_zp, as far as its stages want them.
   int8_mm::Epilogue epilogue;
+  bool multiplies_u8 = false;        ///< the path's products take A's u8 as they are (FEAT_I8MM)
   std::optional<LinearShape> linear; ///< then of `epilogue` only y's type matters, and the values of rows are their s
 
   bool has_row_values() const { return epilogue.needs_row_sums() || epilogue.a_zp == int8_mm::AZp::row || linear; }
@@ -95,6 +96,19 @@ struct NestShape {
   /// Where A begins behind it, so that a turn's first load of A is aligned.
   std::int64_t a_offset() const { return c_scratch_bytes() + left_out() * a_step_bytes() % 16; }
   int8_mm::Plan plan() const;
+  /// Whether A's elements become s8 by 128 less, on their way to the workspace.
+  bool flips_a() const { return epilogue.a_dtype == int8_mm::ADtype::u8 && !multiplies_u8; }
+  /// Whether sums go through stages on their way to C.
+  bool finishes() const {
+    int8_mm::Epilogue stages = epilogue;
+    if (multiplies_u8)
+      stages.a_dtype = int8_mm::ADtype::s8; // which asks for none
+    return !stages.is_absent();
+  }
+  /// `target` has FEAT_I8MM and this int8_mm has u8 rows.
+  static bool can_multiply_u8(const KernelDesc& desc, const Target& target);
+  /// `needs`, with FEAT_I8MM where it is made use of so.
+  static Features features(Features needs, const KernelDesc& desc, const Target& target);
 
   /// With `linear`: one row is quantised as the loop along K reads it.
   bool takes_rows_as_they_are() const { return linear && a_rows == 1; }

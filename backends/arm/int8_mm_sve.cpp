@@ -81,7 +81,7 @@ Result<CodeObject> emit_sve_nest(Assembler& a, const NestShape& shape, SvePath& 
 Features sve_features(Features needs, const KernelDesc& desc, const Target& target) {
   if (target.features.has(Feature::sve2) && SveEpilogue::uses_sve2(int8_mm::Epilogue::of(desc)))
     needs.add(Feature::sve2);
-  return needs;
+  return NestShape::features(needs, desc, target);
 }
 
 int8_mm::PackLayout sve_pack_layout(const Target& target, int k_block) {

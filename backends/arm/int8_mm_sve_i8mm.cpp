@@ -4,10 +4,10 @@
 #include "backends/arm/int8_mm_sve.h"
 #include "backends/arm/rows.h"
 
-/// int8_mm with SMMLA on SVE vectors (FEAT_SVE with FEAT_I8MM): in each 128 bits eight k of two rows times eight k of
-/// two columns. A pair of rows is loaded into every 128 bits, so that a vector of B, VL / 64 columns, meets it whole. A
-/// tile of four pairs × six vectors has 24 accumulators and takes 34 instructions a step for 24 SMMLA. What bounds it:
-/// the pipes of SMMLA, two a cycle on Neoverse V1.
+/// int8_mm with SMMLA, and USMMLA for u8 rows, on SVE vectors (FEAT_SVE with FEAT_I8MM): in each 128 bits eight k of
+/// two rows times eight k of two columns. A pair of rows is loaded into every 128 bits, so that a vector of B, VL / 64
+/// columns, meets it whole. A tile of four pairs × six vectors has 24 accumulators and takes 34 instructions a step for
+/// 24 SMMLA. What bounds it: the pipes of SMMLA, two a cycle on Neoverse V1.
 namespace kiln::arm {
 namespace {
 
@@ -23,7 +23,7 @@ public:
   void load_a(int to, const Gp& base, int offset) override { a_.word(sve::ld1rqb(z(to), kAll, base, offset)); }
 
   void multiply(int unit, int vector, int a, int, int b) override {
-    a_.word(sve::smmla(acc(unit, vector), z(a), z(b)));
+    a_.word((shape_.multiplies_u8 ? sve::usmmla : sve::smmla)(acc(unit, vector), z(a), z(b)));
   }
 
   /// The even 64 bits of the blocks are columns of the pair's first row, the odd ones of its second.
@@ -84,6 +84,7 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
     return unreadable(IsaPath::sve_i8mm, pack_layout, desc);
   NestShape shape =
       shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout), target);
+  shape.multiplies_u8 = NestShape::can_multiply_u8(desc, target);
   Assembler a;
   if (desc.op == OpId::int8_linear)
     begin_linear(a, shape, desc);
