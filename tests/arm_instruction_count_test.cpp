@@ -13,6 +13,7 @@
 #include "backends/table.h"
 #include "bench/arm_loops.h"
 #include "jit/engine.h"
+#include "jit/ops/int8_linear_driver.h"
 #include "jit/ops/int8_mm_driver.h"
 #include "tests/guarded_buffer.h"
 
@@ -91,34 +92,14 @@ KernelDesc with_epilogue(std::int64_t m, std::int64_t n, std::int64_t k) {
   return desc;
 }
 
-Shares count(Engine& engine, const Implementation& row, const KernelDesc& desc) {
-  const std::int64_t m = desc.value[int8_mm::kM], n = desc.value[int8_mm::kN], k = desc.value[int8_mm::kK];
-  const bool finishes = desc.value[int8_mm::kRescale] != 0;
-  const Result<KernelRef> got = engine.get(desc);
-  REQUIRE_MESSAGE(got.is_ok(), (got ? "" : got.status().message()));
-  const Kernel& kernel = **got;
-  REQUIRE(kernel.implementation().isa == row.isa);
-  const auto& plan = *static_cast<const int8_mm::Plan*>(kernel.plan());
-  const std::vector<std::int8_t> a(static_cast<std::size_t>(m * k), 1), b(static_cast<std::size_t>(n * k), 1);
-  std::vector<std::int32_t> c(static_cast<std::size_t>(m * n));
-  const Result<int8_mm::Pack> pack =
-      int8_mm::Pack::make(plan.layout, b.data(), k, int8_mm::BLayout::nk, n, k, engine.runtime().parallel);
-  REQUIRE(pack.is_ok());
-  const std::vector<std::int32_t> bias(static_cast<std::size_t>(n), 100), mult(bias.size(), 1 << 30),
-      shift(bias.size(), -5);
-  int8_mm::Args args = {.m = m, .a = a.data(), .lda = k, .pack = &*pack, .c = c.data(), .ldc = n};
-  if (finishes)
-    args.values = {.bias = bias.data(), .mult = mult.data(), .shift = shift.data(), .c_zp = 3};
-  const Result<std::uint64_t> workspace_bytes = int8_mm::workspace_bytes(kernel, args);
-  REQUIRE(workspace_bytes.is_ok());
-  const test::GuardedBuffer workspace((*workspace_bytes + 63) / 64 * 64, test::Guard::after);
-  args.workspace = workspace.as<void>();
-  args.workspace_bytes = *workspace_bytes;
-
+/// What `call`, one call of the op by this kernel, executes. `name` and `layout` are for the reader.
+template <class Call>
+Shares count(const Kernel& kernel, std::string_view name, std::int64_t m, std::int64_t n, std::int64_t k,
+             const std::string& layout, Call call) {
   const char* path = std::getenv("KILN_COUNT_FILE");
   REQUIRE(path != nullptr);
   syscall(kCountSyscall, kBegin);
-  const Status status = int8_mm::run(kernel, args);
+  const Status status = call();
   syscall(kCountSyscall, kEnd);
   REQUIRE(status.is_ok());
   const Counts counts = read_counts(path, kernel.text().data(), kernel.text().size());
@@ -148,15 +129,67 @@ Shares count(Engine& engine, const Implementation& row, const KernelDesc& desc) 
     return static_cast<double>(part) / static_cast<double>(whole);
   };
   const Shares shares = {share(in_hottest, counts.all), 1 - share(in_hot, counts.all), counts.all};
-  fmt::print(
-      "{:<9} {}{:>4}×{}×{} {:<7} {:>11} instructions, {:>10} in the kernel, {:6.3f} per MAC instruction, {:7.3f} "
-      "per 1000 "
-      "products; hot loop {:#x}–{:#x} {:5.1f} %, outside hot loops {:5.2f} %\n",
-      name_of(row.isa), finishes ? "epilogue " : "", m, n, k, plan.layout.id(), counts.all, in_kernel,
-      share(counts.all, macs), 1000 * share(counts.all, static_cast<std::uint64_t>(m * n * k)), loops.front().begin(),
-      loops.front().end(), 100 * shares.hottest, 100 * shares.outside);
+  fmt::print("{:<9} {} {:>4}×{}×{} {:<7} {:>11} instructions, {:>10} in the kernel, {:6.3f} per MAC instruction, "
+             "{:7.3f} per 1000 products; hot loop {:#x}–{:#x} {:5.1f} %, outside hot loops {:5.2f} %\n",
+             name_of(kernel.implementation().isa), name, m, n, k, layout, counts.all, in_kernel,
+             share(counts.all, macs), 1000 * share(counts.all, static_cast<std::uint64_t>(m * n * k)),
+             loops.front().begin(), loops.front().end(), 100 * shares.hottest, 100 * shares.outside);
   std::fflush(stdout);
   return shares;
+}
+
+Shares count(Engine& engine, const Implementation& row, const KernelDesc& desc) {
+  const std::int64_t m = desc.value[int8_mm::kM], n = desc.value[int8_mm::kN], k = desc.value[int8_mm::kK];
+  const bool finishes = desc.value[int8_mm::kRescale] != 0;
+  const Result<KernelRef> got = engine.get(desc);
+  REQUIRE_MESSAGE(got.is_ok(), (got ? "" : got.status().message()));
+  const Kernel& kernel = **got;
+  REQUIRE(kernel.implementation().isa == row.isa);
+  const auto& plan = *static_cast<const int8_mm::Plan*>(kernel.plan());
+  const std::vector<std::int8_t> a(static_cast<std::size_t>(m * k), 1), b(static_cast<std::size_t>(n * k), 1);
+  std::vector<std::int32_t> c(static_cast<std::size_t>(m * n));
+  const Result<int8_mm::Pack> pack =
+      int8_mm::Pack::make(plan.layout, b.data(), k, int8_mm::BLayout::nk, n, k, engine.runtime().parallel);
+  REQUIRE(pack.is_ok());
+  const std::vector<std::int32_t> bias(static_cast<std::size_t>(n), 100), mult(bias.size(), 1 << 30),
+      shift(bias.size(), -5);
+  int8_mm::Args args = {.m = m, .a = a.data(), .lda = k, .pack = &*pack, .c = c.data(), .ldc = n};
+  if (finishes)
+    args.values = {.bias = bias.data(), .mult = mult.data(), .shift = shift.data(), .c_zp = 3};
+  const Result<std::uint64_t> workspace_bytes = int8_mm::workspace_bytes(kernel, args);
+  REQUIRE(workspace_bytes.is_ok());
+  const test::GuardedBuffer workspace((*workspace_bytes + 63) / 64 * 64, test::Guard::after);
+  args.workspace = workspace.as<void>();
+  args.workspace_bytes = *workspace_bytes;
+
+  return count(kernel, finishes ? "int8_mm with an epilogue" : "int8_mm", m, n, k, plan.layout.id(),
+               [&] { return int8_mm::run(kernel, args); });
+}
+
+/// int8_linear, bf16 in and out, with a bias.
+Shares count_linear(Engine& engine, const Implementation& row, std::int64_t m, std::int64_t n, std::int64_t k) {
+  using int8_linear::Float;
+  const Result<KernelRef> got = engine.get(int8_linear::make_desc(m, n, k, Float::bf16, Float::bf16, true));
+  REQUIRE_MESSAGE(got.is_ok(), (got ? "" : got.status().message()));
+  const Kernel& kernel = **got;
+  REQUIRE(kernel.implementation().isa == row.isa);
+  const auto& plan = *static_cast<const int8_linear::Plan*>(kernel.plan());
+  constexpr std::uint16_t kOne = 0x3F80;
+  const std::vector<std::uint16_t> x(static_cast<std::size_t>(m * k), kOne);
+  const std::vector<std::int8_t> w(static_cast<std::size_t>(n * k), 1);
+  const std::vector<float> ws(static_cast<std::size_t>(n), 1), bias(ws.size(), 1);
+  std::vector<std::uint16_t> y(static_cast<std::size_t>(m * n));
+  const Result<int8_mm::Pack> pack =
+      int8_mm::Pack::make(plan.layout, w.data(), k, int8_mm::BLayout::nk, n, k, engine.runtime().parallel);
+  REQUIRE(pack.is_ok());
+  int8_linear::Args args = {
+      .m = m, .x = x.data(), .ldx = k, .pack = &*pack, .ws = ws.data(), .bias = bias.data(), .y = y.data(), .ldy = n};
+  const Result<std::uint64_t> workspace_bytes = int8_linear::workspace_bytes(kernel, args);
+  REQUIRE(workspace_bytes.is_ok());
+  const test::GuardedBuffer workspace((*workspace_bytes + 63) / 64 * 64, test::Guard::after);
+  args.workspace = workspace.as<void>();
+  args.workspace_bytes = *workspace_bytes;
+  return count(kernel, "int8_linear", m, n, k, plan.layout.id(), [&] { return int8_linear::run(kernel, args); });
 }
 
 /// A little above what was counted: registers of four, eight (SVE of 256 bits) and sixteen sums (SME of 512); tiles of
@@ -204,4 +237,35 @@ TEST_CASE("the loop that is judged is the hot one, and little is executed outsid
     ++rows;
   }
   CHECK(rows >= 4); // neon, sdot, i8mm, sme at least
+}
+
+TEST_CASE("int8_linear: the loop along K is int8_mm's, and what it adds is small") {
+  int rows = 0;
+  for (const Implementation& row : implementation_table()) {
+    if (row.op != OpId::int8_linear || row.generator != GeneratorId::asmjit || row.arch != Arch::aarch64)
+      continue;
+    CAPTURE(std::string(name_of(row.isa)));
+    EngineOptions options;
+    options.config.cache = CacheMode::off;
+    options.config.threads = 1;
+    options.config.forced.push_back({OpId::int8_mm, row.isa});
+    options.config.forced.push_back({OpId::int8_linear, row.isa});
+    options.machine = machine_for(row);
+    options.implementations = implementation_table();
+    Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
+    REQUIRE_MESSAGE(engine.is_ok(), (engine ? "" : engine.status().message()));
+    for (const std::int64_t m : {1, 64}) {
+      const Shares plain = count(**engine, row, int8_mm::make_desc(m, 512, 512)),
+                   linear = count_linear(**engine, row, m, 512, 512);
+      const double added = static_cast<double>(linear.all) - static_cast<double>(plain.all);
+      fmt::print("{:<9} int8_linear adds {:.1f} % to {}×512×512\n", name_of(row.isa),
+                 100 * added / static_cast<double>(plain.all), m);
+      std::fflush(stdout);
+    }
+    const Shares large = count_linear(**engine, row, 64, 1024, 1024);
+    // The products of sme are few beside what NEON does with a row.
+    CHECK(large.hottest >= (row.isa == IsaPath::sme ? 0.4 : 0.8));
+    ++rows;
+  }
+  CHECK(rows >= 4);
 }

@@ -227,7 +227,8 @@ inline void check_epilogues(const std::vector<ArmPath>& paths) {
   constexpr unsigned kSeed = 36;
   INFO("seed ", kSeed);
   std::mt19937 random(kSeed);
-  for_each_runnable(paths, [&](const ArmPath& path) {
+  for_each_runnable(paths, [&](ArmPath path) {
+    path.target.features = detect_machine().target.features; // u8 rows by what it has for them
     const std::int64_t block = int8_mm::PackLayout::parse(path.layout)->n_block;
     const std::int64_t n = block > 24 ? std::min<std::int64_t>(block + 5, 197) : 2 * block - 3;
     int turn = 0;

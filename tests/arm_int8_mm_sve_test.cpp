@@ -167,8 +167,12 @@ namespace {
 
 std::vector<ArmPath> paths_here() {
   const int bits = detect_machine().target.sve_bits;
-  if (bits >= 256)
-    return paths_for(bits);
+  if (bits >= 256) {
+    std::vector<ArmPath> paths = paths_for(bits);
+    for (ArmPath& path : paths)
+      path.target.features = detect_machine().target.features;
+    return paths;
+  }
   MESSAGE("nothing is run here, the machine's SVE vectors have ", bits, " bits");
   return {};
 }

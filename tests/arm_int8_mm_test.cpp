@@ -99,6 +99,37 @@ TEST_CASE("every word is an instruction to llvm-mc, none names x18" * doctest::s
       }
 }
 
+TEST_CASE("u8 rows are multiplied as they are where the machine can, and cost what s8 rows do" *
+          doctest::skip(!has_llvm_mc())) {
+  const Target target{.arch = Arch::aarch64, .features = {Feature::neon, Feature::dotprod, Feature::i8mm}};
+  struct Expected {
+    ArmPath path;
+    const char* product;
+    std::int64_t m;
+  };
+  const Expected expected[] = {{{arm::int8_mm_sdot(), "n12k4"}, "sudot", 33},
+                               {{arm::int8_mm_sdot(), "n12k8", 2}, "usdot", 1},
+                               {{arm::int8_mm_i8mm(), "n12k8"}, "usmmla", 33}};
+  for (const Expected& e : expected)
+    for (const bool has_i8mm : {false, true}) {
+      INFO(name_of(e.path), " m ", e.m, has_i8mm ? " with" : " without", " FEAT_I8MM");
+      ArmPath path = e.path;
+      path.target.features = has_i8mm ? target.features : path.row.needs;
+      const bool mixed = has_i8mm || path.row.needs.has(Feature::i8mm);
+      KernelDesc desc = canonical(e.m, 100, 1000);
+      const CodeObject signed_rows = compile(path, desc);
+      desc.value[int8_mm::kADtype] = static_cast<std::int64_t>(int8_mm::ADtype::u8);
+      const CodeObject code = compile(path, desc);
+      CHECK(path.row.features_for(desc, path.target).text() == code.features.text());
+      CHECK(code.features.has(Feature::i8mm) == mixed);
+      CHECK(int8_mm::Plan::from(code.plan)->a_shift == (mixed ? 0 : -128));
+      CHECK((code.image.size() == signed_rows.image.size()) == mixed); // the stages that take 128 · Σ b out again
+      const std::vector<std::string> lines = listing(code);
+      CHECK(std::any_of(lines.begin(), lines.end(), [&](auto& line) { return begins_with(line, {e.product}); }) ==
+            mixed);
+    }
+}
+
 TEST_CASE("what the K loops consist of" * doctest::skip(!has_llvm_mc())) {
   const ArmPath sdot{arm::int8_mm_sdot(), "n12k4"}, sdot_k8{arm::int8_mm_sdot(), "n12k8"},
       i8mm{arm::int8_mm_i8mm(), "n12k8"}, neon{arm::int8_mm_neon(), "n12k8"};

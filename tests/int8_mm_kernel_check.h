@@ -103,6 +103,9 @@ inline std::vector<KernelDesc> finished_descs(std::int64_t m, std::int64_t n, st
       desc(ADtype::u8, BDtype::s8, CDtype::bf16, Rescale::scale, Rounding::zero, Act::leaky_relu),
       desc(ADtype::s8, BDtype::s8, CDtype::f32, Rescale::scale, Rounding::zero, Act::relu),
       desc(ADtype::s8, BDtype::s8, CDtype::f16, Rescale::scale, Rounding::zero, Act::none)};
+  KernelDesc plain_u8 = make_desc(m, n, k);
+  plain_u8.value[kADtype] = static_cast<std::int64_t>(ADtype::u8);
+  all.push_back(plain_u8);
   all[0].value[kCZp] = 1;
   all[1].value[kClamp] = 1;
   all[1].value[kBZp] = static_cast<std::int64_t>(BZp::none);

@@ -137,6 +137,12 @@ std::vector<Example> examples() {
   sweep([&](Element e, U z, I i) { add_example(fmt::format("mov z{}.{}, #{}", z, name(e), i), dup(e, Z{z}, i)); },
         kElements, kVectors, std::vector<I>{-128, -127, -1, 0, 1, 127});
   sweep(
+      [&](Element e, U z, Gp r) {
+        const std::string from = e == Element::d ? name(r) : fmt::format("w{}", r.id());
+        add_example(fmt::format("mov z{}.{}, {}", z, name(e), from), dup(e, Z{z}, r));
+      },
+      kElements, kVectors, kRegisters);
+  sweep(
       [&](U d, U n, U m) {
         add_example(fmt::format("sdot z{}.s, z{}.b, z{}.b", d, n, m), sdot(Z{d}, Z{n}, Z{m}));
         add_example(fmt::format("smmla z{}.s, z{}.b, z{}.b", d, n, m), smmla(Z{d}, Z{n}, Z{m}));
@@ -219,6 +225,17 @@ std::vector<Example> examples() {
         add_example(fmt::format("fmaxnm z{0}.s, p{1}/m, z{0}.s, z{2}.s", d, g, n), fmaxnm(Z{d}, P{g}, Z{n}));
       },
       kVectors, kGoverning, kVectors);
+  sweep(
+      [&](U d, U g, U n, U m) {
+        add_example(fmt::format("fmla z{}.s, p{}/m, z{}.s, z{}.s", d, g, n, m), fmla(Z{d}, P{g}, Z{n}, Z{m}));
+        add_example(fmt::format("fmad z{}.s, p{}/m, z{}.s, z{}.s", d, g, n, m), fmad(Z{d}, P{g}, Z{n}, Z{m}));
+      },
+      kVectors, kGoverning, kVectors, kVectors);
+  sweep(
+      [&](U d, U n, U m, I index) {
+        add_example(fmt::format("fmul z{}.s, z{}.s, z{}.s[{}]", d, n, m, index), fmul(Z{d}, Z{n}, Z{m}, index));
+      },
+      kVectors, kVectors, kGoverning, std::vector<I>{0, 1, 2, 3});
   using Long = Word (*)(Z, Z, Z);
   for (const auto& [operation, word] : std::map<std::string, Long>{{"smullb", smullb},
                                                                    {"smullt", smullt},
@@ -238,6 +255,8 @@ std::vector<Example> examples() {
           add_example(fmt::format("sclamp z{1}.{0}, z{2}.{0}, z{3}.{0}", name(e), d, n, m),
                       sclamp(e, Z{d}, Z{n}, Z{m}));
         add_example(fmt::format("udot z{}.s, z{}.b, z{}.b", d, n, m), udot(Z{d}, Z{n}, Z{m}));
+        add_example(fmt::format("usdot z{}.s, z{}.b, z{}.b", d, n, m), usdot(Z{d}, Z{n}, Z{m}));
+        add_example(fmt::format("usmmla z{}.s, z{}.b, z{}.b", d, n, m), usmmla(Z{d}, Z{n}, Z{m}));
       },
       kVectors, kVectors, kVectors);
 
@@ -373,6 +392,8 @@ TEST_CASE("an operand out of its range gives an empty word") {
                           mova(Z{0}, P{0}, ZaTile{0}, Slice::horizontal, w(12), 4),
                           addha(ZaTile{0}, P{8}, P{0}, Z{0}),
                           usmopa(ZaTile{0}, P{0}, P{8}, Z{0}, Z{0}),
+                          fmul(Z{0}, Z{0}, Z{8}, 0),
+                          fmul(Z{0}, Z{0}, Z{0}, 4),
                           zero(256),
                           str_za(w(11), 0, x(0)),
                           str_za(w(16), 0, x(0)),

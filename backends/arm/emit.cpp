@@ -79,6 +79,34 @@ void Assembler::add_constant(const Gp& to, const Gp& from, std::int64_t value, c
     value < 0 ? sub(to, high > 0 ? to : from, low) : add(to, high > 0 ? to : from, low);
 }
 
+void Assembler::load_first(const Vec& vector, const Gp& from, int bytes, const Gp& at) {
+  const VecV to(vector.id());
+  int done = 0;
+  for (const int size : {8, 4, 2, 1}) {
+    if ((bytes & size) == 0)
+      continue;
+    if (done == 0) { // the rest of the register becomes 0
+      if (size == 8)
+        ldr(to.d(), ptr(from));
+      else if (size == 4)
+        ldr(to.s(), ptr(from));
+      else if (size == 2)
+        ldr(to.h(), ptr(from));
+      else
+        ldr(to.b(), ptr(from));
+    } else {
+      add(at, from, done);
+      if (size == 4)
+        ld1(to.s(done / 4), ptr(at));
+      else if (size == 2)
+        ld1(to.h(done / 2), ptr(at));
+      else
+        ld1(to.b(done), ptr(at));
+    }
+    done += size;
+  }
+}
+
 asmjit::Error Assembler::_emit(asmjit::InstId id, const asmjit::Operand_& o0, const asmjit::Operand_& o1,
                                const asmjit::Operand_& o2, const asmjit::Operand_* more) {
   record(o0);

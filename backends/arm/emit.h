@@ -36,6 +36,9 @@ public:
   void add_constant(const asmjit::a64::Gp& to, const asmjit::a64::Gp& from, std::int64_t value,
                     const asmjit::a64::Gp& scratch);
 
+  /// `bytes` (1 … 15) from `from` on to the vector's first ones, the rest becomes 0. Clobbers `at`.
+  void load_first(const asmjit::a64::Vec& to, const asmjit::a64::Gp& from, int bytes, const asmjit::a64::Gp& at);
+
   /// The finished image with one entry, `main`, at its start. `vector_bits`: see CodeObject. Code::compile_failed when
   /// an instruction was refused, a label stayed unbound or the image would need relocation. The assembler is spent
   /// afterwards.

@@ -25,7 +25,7 @@ Rounding TileEpilogue::of_negative(Rounding rounding) {
   return rounding == Rounding::zero ? Rounding::plus_inf : rounding == Rounding::away ? Rounding::minus_inf : rounding;
 }
 
-void TileEpilogue::apply(const TileSums& sums, const TileTerms& at) {
+void TileEpilogue::apply(TileSums& sums, const TileTerms& at) {
   for (int vector = 0; vector < sums.vectors; ++vector) {
     load(sums.free[0], at.terms, term(at, vector, terms_.offset), at.scratch);
     for (const std::uint32_t sum : sums.column(vector))

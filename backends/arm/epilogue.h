@@ -42,11 +42,11 @@ public:
       : a_(assembler), epilogue_(epilogue), terms_(int8_mm::TermsLayout::of(epilogue)) {}
   virtual ~TileEpilogue() = default;
 
-  /// Sums that began at 0. Clobbers `free`, at.scratch.
-  void apply(const TileSums& sums, const TileTerms& at);
+  /// Sums that began at 0. Clobbers `free`, at.scratch. May leave them in other registers.
+  virtual void apply(TileSums& sums, const TileTerms& at);
   /// The same for sums to which offsets, and with `has_row_sums` the rows' sums times theirs, were added. Without
   /// `has_values` (K = 0) the products of at.values are 0.
-  void apply_rest(const TileSums& sums, const TileTerms& at, bool has_values, bool has_row_sums);
+  virtual void apply_rest(const TileSums& sums, const TileTerms& at, bool has_values, bool has_row_sums);
   /// Sets registers of sums.free, which stay with the tile until its last row is stored.
   virtual void prepare_stores(const TileSums& sums, const TileTerms& at) = 0;
   /// Row `row` of the tile to `to`, all its columns. Clobbers its sums, `scratch`.
@@ -84,14 +84,16 @@ protected:
 };
 
 /// In NEON registers, four columns in each.
-class NeonEpilogue final : public TileEpilogue {
+class NeonEpilogue : public TileEpilogue {
 public:
   using TileEpilogue::TileEpilogue;
   void prepare_stores(const TileSums& sums, const TileTerms& at) override;
   void store_row(const TileSums& sums, int row, const asmjit::a64::GpX& to, const asmjit::a64::GpX& scratch) override;
 
-private:
+protected:
   void load(std::uint32_t to, const GpX& base, std::int64_t offset, const GpX& scratch) override;
+
+private:
   void broadcast(std::uint32_t to, const GpX& base, std::int64_t offset) override;
   void add(std::uint32_t to, std::uint32_t by) override;
   void add_products(const TileSums& sums, const TileTerms& at, std::int64_t value_at, int array) override;

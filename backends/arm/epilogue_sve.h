@@ -5,7 +5,7 @@
 /// instructions that are legal there.
 namespace kiln::arm {
 
-class SveEpilogue final : public TileEpilogue {
+class SveEpilogue : public TileEpilogue {
 public:
   /// What may be used beside SVE: SVE2's instructions, and those that SME adds in streaming mode.
   enum class Level { sve, sve2, streaming };
@@ -24,8 +24,11 @@ public:
   void prepare_stores(const TileSums& sums, const TileTerms& at) override;
   void store_row(const TileSums& sums, int row, const asmjit::a64::GpX& to, const asmjit::a64::GpX& scratch) override;
 
-private:
+protected:
   void load(std::uint32_t to, const GpX& base, std::int64_t offset, const GpX& scratch) override;
+  sve::P all() const { return all_; }
+
+private:
   void broadcast(std::uint32_t to, const GpX& base, std::int64_t offset) override;
   void add(std::uint32_t to, std::uint32_t by) override;
   void add_products(const TileSums& sums, const TileTerms& at, std::int64_t value_at, int array) override;

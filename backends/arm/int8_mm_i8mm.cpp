@@ -1,11 +1,13 @@
 #include <utility>
 
+#include "backends/arm/int8_linear.h"
 #include "backends/arm/int8_mm_nest.h"
 #include "backends/arm/rows.h"
 
-/// int8_mm with SMMLA (FEAT_I8MM): eight k of two rows times eight k of two columns, a 2 × 2 block of s32 in one
-/// register. Packs of eight k a column give two columns a vector; A's rows go in pairs. A tile of 8 × 12 has 24
-/// accumulators and takes 29 instructions a step for 24 SMMLA. What bounds it: the pipes of SMMLA, two or four a cycle.
+/// int8_mm with SMMLA, and USMMLA for u8 rows (FEAT_I8MM): eight k of two rows times eight k of two columns, a 2 × 2
+/// block of s32 in one register. Packs of eight k a column give two columns a vector; A's rows go in pairs. A tile of 8
+/// × 12 has 24 accumulators and takes 29 instructions a step for 24 SMMLA. What bounds it: the pipes of SMMLA, two or
+/// four a cycle.
 namespace kiln::arm {
 namespace {
 
@@ -20,7 +22,10 @@ public:
   SmmlaPath(Assembler& a, const NestShape& shape) : VectorPath(a, shape, shape.loads, 1) {}
 
   void multiply(int unit, int vector, int a, int, int b) override {
-    a_.smmla(acc(unit, vector).s4(), VecV(a).b16(), VecV(b).b16());
+    if (shape_.multiplies_u8)
+      a_.usmmla(acc(unit, vector).s4(), VecV(a).b16(), VecV(b).b16());
+    else
+      a_.smmla(acc(unit, vector).s4(), VecV(a).b16(), VecV(b).b16());
   }
 
   /// The low halves of two blocks are four columns of the pair's first row, the high halves of its second.
@@ -79,8 +84,12 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
   if (!reads_layout(pack_layout, desc, target))
     return unreadable(IsaPath::i8mm, pack_layout, desc);
   NestShape shape = shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout));
-  shape.epilogue = int8_mm::Epilogue::of(desc);
+  shape.multiplies_u8 = NestShape::can_multiply_u8(desc, target);
   Assembler a;
+  if (desc.op == OpId::int8_linear)
+    begin_linear(a, shape, desc);
+  else
+    shape.epilogue = int8_mm::Epilogue::of(desc);
   SmmlaPath path(a, shape);
   return emit_nest(a, shape, path, kFeatures, 0);
 }
@@ -92,6 +101,10 @@ Implementation int8_mm_i8mm() {
       IsaPath::i8mm, kFeatures, [](const KernelDesc&, const Target&) { return kLayout.id(); }, reads_layout, compile);
   row.declines = declines;
   return row;
+}
+
+Implementation int8_linear_i8mm() {
+  return linear_row(int8_mm_i8mm());
 }
 
 } // namespace kiln::arm

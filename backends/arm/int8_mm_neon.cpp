@@ -1,3 +1,4 @@
+#include "backends/arm/int8_linear.h"
 #include "backends/arm/int8_mm_nest.h"
 #include "backends/arm/rows.h"
 
@@ -84,8 +85,11 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
   if (!reads_layout(pack_layout, desc, target))
     return unreadable(IsaPath::neon, pack_layout, desc);
   NestShape shape = shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout));
-  shape.epilogue = int8_mm::Epilogue::of(desc);
   Assembler a;
+  if (desc.op == OpId::int8_linear)
+    begin_linear(a, shape, desc);
+  else
+    shape.epilogue = int8_mm::Epilogue::of(desc);
   NeonPath path(a, shape);
   return emit_nest(a, shape, path, kFeatures, 0);
 }
@@ -95,6 +99,10 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
 Implementation int8_mm_neon() {
   return nest_row(
       IsaPath::neon, kFeatures, [](const KernelDesc&, const Target&) { return kLayout.id(); }, reads_layout, compile);
+}
+
+Implementation int8_linear_neon() {
+  return linear_row(int8_mm_neon());
 }
 
 } // namespace kiln::arm

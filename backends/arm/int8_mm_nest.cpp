@@ -1,5 +1,7 @@
 #include "backends/arm/int8_mm_nest.h"
 
+#include "backends/arm/int8_linear.h"
+
 #include <algorithm>
 #include <bit>
 #include <cstddef>
@@ -192,8 +194,12 @@ public:
   bool emit() {
     const Label column_tile = a_.newLabel(), row_tile = a_.newLabel();
     a_.enter(kSavedGeneral, kSavedVectors);
+    if (shape_.linear) {
+      a_.mov(role::scratch, kDefaultNan);
+      a_.msr(Predicate::SysReg::kFPCR, role::scratch);
+    }
     split_rows();
-    if (shape_.k > 0 || shape_.has_row_values())
+    if ((shape_.k > 0 || shape_.has_row_values()) && !shape_.takes_rows_as_they_are())
       copy_rows();
     load_arguments();
 
@@ -207,6 +213,8 @@ public:
     a_.bind(row_tile_done_);
     end_row_tile(row_tile);
     end_column_tile(column_tile);
+    if (shape_.linear)
+      a_.msr(Predicate::SysReg::kFPCR, xzr); // as calls of int8_linear find it
     a_.leave();
 
     a_.bind(tail_);
@@ -215,7 +223,7 @@ public:
   }
 
 private:
-  bool finishes() const { return !shape_.epilogue.is_absent(); }
+  bool finishes() const { return shape_.finishes(); }
   bool a_is_u8() const { return shape_.epilogue.a_dtype == int8_mm::ADtype::u8; }
   int c_shift() const { return std::countr_zero(static_cast<unsigned>(shape_.epilogue.c_bytes())); }
 
@@ -224,7 +232,7 @@ private:
   /// m rows into tiles of which heights.
   void split_rows() {
     a_.ldr(m, ptr(call, offsetof(Call, m)));
-    a_.ldr(workspace, ptr(call, offsetof(Call, workspace)));
+    a_.ldr(workspace, ptr(call, shape_.linear ? offsetof(int8_linear::Call, workspace) : offsetof(Call, workspace)));
     const GpX units = shape_.unit_rows == 1 ? m : x9;
     if (shape_.unit_rows == 2) {
       a_.add(units, m, 1);
@@ -286,13 +294,18 @@ private:
     const Label next_tile = a_.newLabel(), next_group = a_.newLabel(), next_chunk = a_.newLabel();
 
     // Rows are addressed from the end of their whole vectors: `k` runs from below to 0.
-    a_.ldr(row, ptr(call, offsetof(Call, a)));
-    a_.ldr(lda, ptr(call, offsetof(Call, lda)));
+    if (shape_.linear) {
+      a_.ldr(row, ptr(call, offsetof(int8_linear::Call, product.workspace)));
+      a_.mov(lda, shape_.quantised_rows().row_bytes);
+    } else {
+      a_.ldr(row, ptr(call, offsetof(Call, a)));
+      a_.ldr(lda, ptr(call, offsetof(Call, lda)));
+    }
     a_.add_constant(row, row, whole, next);
     a_.add_constant(tile_out, workspace, shape_.a_offset(), next);
     if (rest > 0)
       a_.movi(zero().b16(), 0);
-    if (a_is_u8())
+    if (shape_.flips_a())
       a_.movi(sign_bits().b16(), 0x80);
     if (shape_.epilogue.a_zp == int8_mm::AZp::row)
       a_.ldr(row_zp, ptr(call, offsetof(Call, a_zp)));
@@ -318,6 +331,20 @@ private:
     }
     if (shape_.epilogue.needs_row_sums())
       a_.add_constant(row_sum, tile_out, shape_.a_elements_bytes(), next);
+    if (shape_.linear) {
+      const GpX to = x10, scale = x11, left = x9;
+      const GpW value = w12;
+      const Label next_scale = a_.newLabel();
+      a_.add_constant(to, tile_out, shape_.a_elements_bytes(), next);
+      a_.add_constant(scale, row, shape_.quantised_rows().scale_at() - whole, next);
+      a_.mov(left, rows());
+      a_.bind(next_scale);
+      a_.ldr(value, ptr(scale));
+      a_.add(scale, scale, lda);
+      a_.str(value, ptr_post(to, 4));
+      a_.subs(left, left, 1);
+      a_.b_ne(next_scale);
+    }
     a_.mov(group[0], row);
     if (groups > 1)
       a_.mov(groups_left, groups);
@@ -376,7 +403,8 @@ private:
   static VecV sum_of(int i) { return VecV(16 + i); }
   static VecV sign_bits() { return VecV(30); }
 
-  /// Adds the bytes of the group's rows to their sums, where they take part, and makes u8 less 128 of u8.
+  /// Adds the bytes of the group's rows to their sums, where they take part, and takes 128 from u8 that cannot be
+  /// multiplied.
   void convert(int rows_of_group) {
     const VecV pairs = VecV(29);
     for (int i = 0; i < rows_of_group; ++i) {
@@ -389,7 +417,7 @@ private:
           a_.sadalp(sum_of(i).s4(), pairs.h8());
         }
       }
-      if (a_is_u8())
+      if (shape_.flips_a())
         a_.eor(bytes_of(i).b16(), bytes_of(i).b16(), sign_bits().b16());
     }
   }
@@ -405,30 +433,7 @@ private:
       a_.ext(to.b16(), to.b16(), zero().b16(), 16 - rest);
       return;
     }
-    int done = 0;
-    for (const int size : {8, 4, 2, 1}) {
-      if ((rest & size) == 0)
-        continue;
-      if (done == 0) { // the rest of the register becomes 0
-        if (size == 8)
-          a_.ldr(to.d(), ptr(from));
-        else if (size == 4)
-          a_.ldr(to.s(), ptr(from));
-        else if (size == 2)
-          a_.ldr(to.h(), ptr(from));
-        else
-          a_.ldr(to.b(), ptr(from));
-      } else {
-        a_.add(at, from, done);
-        if (size == 4)
-          a_.ld1(to.s(done / 4), ptr(at));
-        else if (size == 2)
-          a_.ld1(to.h(done / 2), ptr(at));
-        else
-          a_.ld1(to.b(done), ptr(at));
-      }
-      done += size;
-    }
+    a_.load_first(to, from, rest, at);
   }
 
   /// 16 bytes of each row of the group, in bytes_of, to the steps that they belong to, from `out` on.
@@ -493,7 +498,12 @@ private:
   }
 
   void begin_column_tile() {
-    a_.add_constant(a_tile, workspace, shape_.a_offset(), role::scratch);
+    if (shape_.takes_rows_as_they_are()) {
+      a_.ldr(a_tile, ptr(call, offsetof(int8_linear::Call, product.workspace)));
+      a_.add_constant(a_tile, a_tile, shape_.quantised_rows().offset, role::scratch);
+    } else {
+      a_.add_constant(a_tile, workspace, shape_.a_offset(), role::scratch);
+    }
     a_.mov(c_tile, c);
     if (!heights_.single_tile)
       a_.mov(tiles_left, tiles);
@@ -627,7 +637,7 @@ private:
   }
 
   /// The tile's sums through the stages.
-  void finish_sums(const TileSums& sums) {
+  void finish_sums(TileSums& sums) {
     TileTerms at{.terms = terms,
                  .vector_at = {},
                  .array_bytes = 4 * shape_.layout.n_block,
@@ -638,7 +648,10 @@ private:
     const int columns = shape_.tile_columns() / sums.vectors, per_panel = shape_.slice_columns() / columns;
     for (int vector = 0; vector < sums.vectors; ++vector)
       at.vector_at.push_back(vector / per_panel * shape_.terms_panel_bytes() + vector % per_panel * 4 * columns);
-    if (shape_.has_row_values()) { // of the highest tile's row 0, whether there is one or not
+    if (shape_.takes_rows_as_they_are()) {
+      const QuantisedRows row = shape_.quantised_rows();
+      a_.add_constant(at.values, a_tile, row.scale_at() - row.offset, at.scratch);
+    } else if (shape_.has_row_values()) { // of the highest tile's row 0, whether there is one or not
       const auto [min, max, single_tile] = heights_;
       const int log2_bytes = shape_.unit_rows == 1 ? 2 : 3;
       if (min == max) {
@@ -732,24 +745,55 @@ void VectorPath::load_two(int to, int second, const Gp& base, int offset) {
 }
 
 int8_mm::Plan NestShape::plan() const {
-  const bool flips = epilogue.a_dtype == int8_mm::ADtype::u8;
   return {.layout = layout,
           .m_step = unit_rows, // heights adapt to any cut
           .n_step = columns.panels * layout.n_block,
           .workspace_fixed = a_offset() + a_tile_bytes(), // the last tile may lack rows
           .workspace_per_row = (a_tile_bytes() + tile_rows() - 1) / tile_rows(),
-          .a_shift = flips ? -128 : 0};
+          .a_shift = flips_a() ? -128 : 0};
+}
+
+bool NestShape::can_multiply_u8(const KernelDesc& desc, const Target& target) {
+  return desc.op == OpId::int8_mm && target.features.has(Feature::i8mm) &&
+         int8_mm::Epilogue::of(desc).a_dtype == int8_mm::ADtype::u8;
+}
+
+Features NestShape::features(Features needs, const KernelDesc& desc, const Target& target) {
+  if (can_multiply_u8(desc, target))
+    needs.add(Feature::i8mm);
+  return needs;
+}
+
+QuantisedRows NestShape::quantised_rows() const {
+  if (takes_rows_as_they_are())
+    return QuantisedRows::make(linear->x, k, a_copies, left_out() * a_step_bytes() % 16); // aligned as by a_offset()
+  return QuantisedRows::make(linear->x, k);
+}
+
+int8_linear::Plan NestShape::linear_plan() const {
+  const bool copies = !takes_rows_as_they_are();
+  return {.layout = layout,
+          .m_step = unit_rows,
+          .n_step = columns.panels * layout.n_block,
+          .q_row_bytes = quantised_rows().row_bytes,
+          .workspace_bytes = copies ? a_offset() + a_tile_bytes() : c_scratch_bytes(),
+          .workspace_per_row = copies ? (a_tile_bytes() + tile_rows() - 1) / tile_rows() : 0,
+          .terms = true};
 }
 
 Result<CodeObject> emit_nest(Assembler& a, const NestShape& shape, Path& path, TileEpilogue& epilogue,
                              Features features, std::int32_t vector_bits) {
   if (!Nest(a, shape, path, epilogue).emit())
     return Status::error(Code::compile_failed, "int8_mm: a step of K needs more registers than its loads have");
-  return a.finish(features, vector_bits, shape.plan().values());
+  return a.finish(features, vector_bits, shape.linear ? shape.linear_plan().values() : shape.plan().values());
 }
 
 Result<CodeObject> emit_nest(Assembler& a, const NestShape& shape, VectorPath& path, Features features,
                              std::int32_t vector_bits) {
+  if (shape.linear) {
+    NeonLinearEpilogue epilogue(a, shape.epilogue, shape.linear->has_bias);
+    return emit_nest(a, shape, path, epilogue, features, vector_bits);
+  }
   NeonEpilogue epilogue(a, shape.epilogue);
   return emit_nest(a, shape, path, epilogue, features, vector_bits);
 }
@@ -777,7 +821,7 @@ Status unreadable(IsaPath isa, std::string_view pack_layout, const KernelDesc& d
 }
 
 Status supports_nest(const KernelDesc& desc, const Target&) {
-  return int8_mm::check_k(desc, std::int64_t{1} << 26);
+  return int8_mm::check_k(desc, kNestMaxK);
 }
 
 } // namespace kiln::arm

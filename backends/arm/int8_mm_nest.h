@@ -1,11 +1,13 @@
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "backends/arm/emit.h"
 #include "backends/arm/epilogue.h"
 #include "jit/implementation.h"
+#include "jit/ops/int8_linear.h"
 #include "jit/ops/int8_mm_tiles.h"
 
 /// The loops around a register tile, common to the vector paths of int8_mm on aarch64: A's rows are brought into the
@@ -35,6 +37,17 @@ inline constexpr GpX scratch = x14;      ///< free wherever a path emits
 inline constexpr int kPanels = 4;
 } // namespace role
 
+/// The largest K: its steps are counted in 32 bits.
+inline constexpr std::int64_t kNestMaxK = std::int64_t{1} << 26;
+
+struct QuantisedRows; // backends/arm/int8_linear.h
+
+/// What makes a kernel of int8_linear of the nest: A's rows are made of X before it, and its sums dequantised.
+struct LinearShape {
+  int8_linear::Float x; ///< what comes in
+  bool has_bias;
+};
+
 struct NestShape {
   int8_mm::PackLayout layout;
   std::int64_t k = 0;
@@ -53,10 +66,15 @@ struct NestShape {
   int unroll = 4;        ///< steps of K in one turn of the loop
   /// A tile of A in the workspace ends with the sums of its rows and their a_zp, as far as its stages want them.
   int8_mm::Epilogue epilogue;
+  bool multiplies_u8 = false;        ///< the path's products take A's u8 as they are (FEAT_I8MM)
+  std::optional<LinearShape> linear; ///< then of `epilogue` only y's type matters, and the values of rows are their s
 
-  bool has_row_values() const { return epilogue.needs_row_sums() || epilogue.a_zp == int8_mm::AZp::row; }
+  bool has_row_values() const { return epilogue.needs_row_sums() || epilogue.a_zp == int8_mm::AZp::row || linear; }
   static constexpr int kRowValues = 64; ///< bytes of each of the two
-  int terms_panel_bytes() const { return static_cast<int>(int8_mm::TermsLayout::of(epilogue).panel_bytes(layout)); }
+  int terms_panel_bytes() const {
+    return linear ? 4 * layout.n_block * (linear->has_bias ? 3 : 2)
+                  : static_cast<int>(int8_mm::TermsLayout::of(epilogue).panel_bytes(layout));
+  }
 
   std::int64_t steps() const { return (k + layout.k_block - 1) / layout.k_block; }
   int step_bytes() const { return layout.n_block * layout.k_block; }
@@ -78,6 +96,24 @@ struct NestShape {
   /// Where A begins behind it, so that a turn's first load of A is aligned.
   std::int64_t a_offset() const { return c_scratch_bytes() + left_out() * a_step_bytes() % 16; }
   int8_mm::Plan plan() const;
+  /// Whether A's elements become s8 by 128 less, on their way to the workspace.
+  bool flips_a() const { return epilogue.a_dtype == int8_mm::ADtype::u8 && !multiplies_u8; }
+  /// Whether sums go through stages on their way to C.
+  bool finishes() const {
+    int8_mm::Epilogue stages = epilogue;
+    if (multiplies_u8)
+      stages.a_dtype = int8_mm::ADtype::s8; // which asks for none
+    return !stages.is_absent();
+  }
+  /// `target` has FEAT_I8MM and this int8_mm has u8 rows.
+  static bool can_multiply_u8(const KernelDesc& desc, const Target& target);
+  /// `needs`, with FEAT_I8MM where it is made use of so.
+  static Features features(Features needs, const KernelDesc& desc, const Target& target);
+
+  /// With `linear`: one row is quantised as the loop along K reads it.
+  bool takes_rows_as_they_are() const { return linear && a_rows == 1; }
+  QuantisedRows quantised_rows() const;
+  int8_linear::Plan linear_plan() const;
 };
 
 /// What differs between the paths. Registers below `shape.loads` are free outside the K loop.

@@ -13,12 +13,14 @@ using namespace asmjit::a64;
 
 namespace {
 
-// On the stack: four sums, the row's sum of A (16 bytes are read) and its a_zp, four results.
+// On the stack: four sums, the row's sum of A or its s (16 bytes are read) and its a_zp, four results.
 constexpr int kSums = 0, kRowSum = 16, kRowZp = 32, kResults = 48, kStackBytes = 64;
 
-/// Rows of four sums at a time, which go through the stack and the stages to C.
+/// Rows of four sums at a time, which go through the stack and the stages to C. `linear`: of int8_linear, behind its
+/// head.
 void emit_finished(Assembler& a, int8_mm::PackLayout layout, std::int64_t k, const int8_mm::Epilogue& epilogue,
-                   int a_shift) {
+                   int a_shift, TileEpilogue& stages, std::int64_t terms_panel_bytes,
+                   const QuantisedRows* linear = nullptr) {
   const Gp call = x0, row_a = x1, lda = x2, rows = x5, n = x6, column = x7;
   const GpX row_c = x3, ldc = x4, b = x8, index = x9, at = x10, rest = x11, block = x16, limit = x17;
   const Gp a_value = w12, b_value = w13, sum = w14;
@@ -27,11 +29,18 @@ void emit_finished(Assembler& a, int8_mm::PackLayout layout, std::int64_t k, con
   const int log2_k_block = std::countr_zero(static_cast<unsigned>(layout.k_block)), c_bytes = epilogue.c_bytes();
   const auto field = [&](std::size_t offset) { return ptr(call, static_cast<std::int32_t>(offset)); };
   const auto load_a = [&] { is_u8 ? a.ldrb(a_value, ptr(row_a, index)) : a.ldrsb(a_value, ptr(row_a, index)); };
-  NeonEpilogue stages(a, epilogue);
 
   a.sub(sp, sp, kStackBytes);
-  a.ldr(row_a, field(offsetof(Call, a)));
-  a.ldr(lda, field(offsetof(Call, lda)));
+  if (linear != nullptr) {
+    a.mov(at, kDefaultNan);
+    a.msr(Predicate::SysReg::kFPCR, at);
+    a.ldr(row_a, field(offsetof(int8_linear::Call, product.workspace)));
+    a.add_constant(row_a, row_a, linear->offset, at);
+    a.mov(lda, linear->row_bytes);
+  } else {
+    a.ldr(row_a, field(offsetof(Call, a)));
+    a.ldr(lda, field(offsetof(Call, lda)));
+  }
   a.ldr(row_c, field(offsetof(Call, c)));
   a.ldr(ldc, field(offsetof(Call, ldc)));
   if (c_bytes > 1)
@@ -39,6 +48,11 @@ void emit_finished(Assembler& a, int8_mm::PackLayout layout, std::int64_t k, con
   a.ldr(rows, field(offsetof(Call, m)));
   a.ldr(n, field(offsetof(Call, n)));
   a.bind(row);
+  if (linear != nullptr) {
+    a.add_constant(at, row_a, linear->scale_at() - linear->offset, at);
+    a.ldr(sum, ptr(at));
+    a.str(sum, ptr(sp, kRowSum));
+  }
   if (epilogue.needs_row_sums()) {
     const Label next = a.newLabel();
     a.mov(sum, 0);
@@ -101,13 +115,13 @@ void emit_finished(Assembler& a, int8_mm::PackLayout layout, std::int64_t k, con
   a.mov(block, layout.n_block);
   a.udiv(at, first, block);
   a.msub(rest, at, block, first);
-  a.mov(block, int8_mm::TermsLayout::of(epilogue).panel_bytes(layout));
+  a.mov(block, terms_panel_bytes);
   a.ldr(terms, field(offsetof(Call, terms)));
   a.madd(terms, at, block, terms);
   a.add(terms, terms, rest, lsl(2));
   a.add(values, sp, kRowSum);
   a.ldr(scalars, field(offsetof(Call, scalars)));
-  const TileSums sums{.rows = 1, .vectors = 1, .sums = {16}, .free = {0, 1, 2, 3, 4, 5, 6, 7}};
+  TileSums sums{.rows = 1, .vectors = 1, .sums = {16}, .free = {0, 1, 2, 3, 4, 5, 6, 7}};
   const TileTerms places{.terms = terms,
                          .vector_at = {0},
                          .array_bytes = std::int64_t{4} * layout.n_block,
@@ -149,6 +163,8 @@ void emit_finished(Assembler& a, int8_mm::PackLayout layout, std::int64_t k, con
   a.add(row_c, row_c, ldc);
   a.subs(rows, rows, 1);
   a.b_ne(row);
+  if (linear != nullptr)
+    a.msr(Predicate::SysReg::kFPCR, xzr); // as calls of int8_linear find it
   a.add(sp, sp, kStackBytes);
   a.ret(x30);
 }
@@ -157,8 +173,11 @@ void emit_finished(Assembler& a, int8_mm::PackLayout layout, std::int64_t k, con
 
 void emit_scalar_int8_mm(Assembler& a, int8_mm::PackLayout layout, std::int64_t k, const int8_mm::Epilogue& epilogue,
                          int a_shift) {
-  if (!epilogue.is_absent())
-    return emit_finished(a, layout, k, epilogue, a_shift);
+  if (!epilogue.is_absent()) {
+    NeonEpilogue stages(a, epilogue);
+    emit_finished(a, layout, k, epilogue, a_shift, stages, int8_mm::TermsLayout::of(epilogue).panel_bytes(layout));
+    return;
+  }
   const Gp call = x0, row_a = x1, lda = x2, row_c = x3, ldc = x4, rows = x5, n = x6, column = x7, b = x8;
   const Gp index = x9, at = x10, rest = x11, a_value = w12, b_value = w13, sum = w14;
   const Gp panel_bytes = x15, block = x16, last = x17; // columns of a panel, then bytes of a step; K
@@ -207,6 +226,12 @@ void emit_scalar_int8_mm(Assembler& a, int8_mm::PackLayout layout, std::int64_t 
   a.subs(rows, rows, 1);
   a.b_ne(row);
   a.ret(x30);
+}
+
+void emit_scalar_int8_linear(Assembler& a, int8_mm::PackLayout layout, std::int64_t k, const QuantisedRows& rows,
+                             bool has_bias, const int8_mm::Epilogue& y) {
+  NeonLinearEpilogue stages(a, y, has_bias);
+  emit_finished(a, layout, k, y, 0, stages, std::int64_t{4} * layout.n_block * (has_bias ? 3 : 2), &rows);
 }
 
 } // namespace kiln::arm

@@ -1,9 +1,11 @@
 #include <utility>
 
+#include "backends/arm/int8_linear.h"
 #include "backends/arm/int8_mm_nest.h"
 #include "backends/arm/rows.h"
 
-/// int8_mm with SDOT (FEAT_DotProd): four products a lane, summed into s32.
+/// int8_mm with SDOT (FEAT_DotProd): four products a lane, summed into s32; u8 rows with SUDOT and USDOT where the
+/// machine has FEAT_I8MM.
 ///
 /// From packs of four k a column (n12k4, and those of SME machines) SDOT by element: a lane of A, four k of one row,
 /// meets four columns. A tile of 8 × 12 has 24 accumulators and takes 27 instructions a step for 24 SDOT. What bounds
@@ -27,7 +29,11 @@ public:
   ByElement(Assembler& a, const NestShape& shape) : VectorPath(a, shape, shape.loads, 1) {}
 
   void multiply(int unit, int vector, int a, int a_byte, int b) override {
-    a_.sdot(acc(unit, vector).s4(), VecV(b).b16(), VecV(a).b4(static_cast<std::uint32_t>(a_byte / 4)));
+    const VecV sums = acc(unit, vector), of_a = VecV(a).b4(static_cast<std::uint32_t>(a_byte / 4));
+    if (shape_.multiplies_u8)
+      a_.sudot(sums.s4(), VecV(b).b16(), of_a);
+    else
+      a_.sdot(sums.s4(), VecV(b).b16(), of_a);
   }
 
   void store_row(int unit, int) override {
@@ -45,7 +51,10 @@ public:
   ByPairs(Assembler& a, const NestShape& shape) : VectorPath(a, shape, shape.loads, 1) {}
 
   void multiply(int unit, int vector, int a, int, int b) override {
-    a_.sdot(acc(unit, vector).s4(), VecV(b).b16(), VecV(a).b16());
+    if (shape_.multiplies_u8)
+      a_.usdot(acc(unit, vector).s4(), VecV(a).b16(), VecV(b).b16());
+    else
+      a_.sdot(acc(unit, vector).s4(), VecV(b).b16(), VecV(a).b16());
   }
 
   void store_row(int unit, int) override {
@@ -106,21 +115,32 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
   if (!reads_layout(pack_layout, desc, target))
     return unreadable(IsaPath::sdot, pack_layout, desc);
   NestShape shape = shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout));
-  shape.epilogue = int8_mm::Epilogue::of(desc);
+  shape.multiplies_u8 = NestShape::can_multiply_u8(desc, target);
+  const Features features = NestShape::features(kFeatures, desc, target);
   Assembler a;
+  if (desc.op == OpId::int8_linear)
+    begin_linear(a, shape, desc);
+  else
+    shape.epilogue = int8_mm::Epilogue::of(desc);
   if (shape.layout.k_block == 8) {
     ByPairs path(a, shape);
-    return emit_nest(a, shape, path, kFeatures, 0);
+    return emit_nest(a, shape, path, features, 0);
   }
   ByElement path(a, shape);
-  return emit_nest(a, shape, path, kFeatures, 0);
+  return emit_nest(a, shape, path, features, 0);
 }
 
 } // namespace
 
 Implementation int8_mm_sdot() {
-  return nest_row(
+  Implementation row = nest_row(
       IsaPath::sdot, kFeatures, [](const KernelDesc&, const Target&) { return kLayout.id(); }, reads_layout, compile);
+  row.uses = [](const KernelDesc& desc, const Target& target) { return NestShape::features(kFeatures, desc, target); };
+  return row;
+}
+
+Implementation int8_linear_sdot() {
+  return linear_row(int8_mm_sdot());
 }
 
 } // namespace kiln::arm

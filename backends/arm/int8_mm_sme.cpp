@@ -2,6 +2,8 @@
 #include <array>
 #include <bit>
 #include <cstddef>
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include <arm_generator_id.h>
@@ -9,6 +11,7 @@
 
 #include "backends/arm/emit.h"
 #include "backends/arm/epilogue_sve.h"
+#include "backends/arm/int8_linear.h"
 #include "backends/arm/int8_mm_scalar.h"
 #include "backends/arm/rows.h"
 #include "backends/arm/sve_words.h"
@@ -31,6 +34,9 @@
 // Epilogue: a tile's sums begin at the columns' terms (ADDHA), rows of it come to vector registers, kFinishRows at a
 // time, and go through the stages to C. Sums of A's rows are made where A is copied, and lie with their a_zp behind
 // each block of rows in the workspace. Row values that are the same for all columns are added to the tile too (ADDVA).
+//
+// int8_linear: rows are quantised with NEON before streaming mode, and are then the rows of A; the values behind a
+// block are their s.
 //
 // The loops along K load vectors kAhead steps before their use, into registers of their own, from the last steps of one
 // turn on for the first of the next, so that neither an in-order unit nor one behind a queue waits. What the last turn
@@ -88,10 +94,19 @@ public:
   Emitter(const KernelDesc& desc, int sme_bits)
       : m_class_(desc.value[int8_mm::kM]), n_(desc.value[int8_mm::kN]), k_(desc.value[int8_mm::kK]),
         sme_bits_(sme_bits), t_(sme_bits / 32), layout_(layout(sme_bits)), panel_bytes_(layout_.panel_bytes(k_)),
-        epilogue_(int8_mm::Epilogue::of(desc)), terms_layout_(int8_mm::TermsLayout::of(epilogue_)),
-        stages_(a_, epilogue_, SveEpilogue::Level::streaming, vector_bytes(), kAll, kColumns[0],
-                {kTemps.begin(), kTemps.end()}),
         finish_(a_.newLabel()) {
+    const bool is_linear = desc.op == OpId::int8_linear;
+    epilogue_ = is_linear ? int8_linear::output_of(desc) : int8_mm::Epilogue::of(desc);
+    terms_layout_ = is_linear ? int8_linear::terms_of(desc) : int8_mm::TermsLayout::of(epilogue_);
+    const SveEpilogue stages(a_, epilogue_, SveEpilogue::Level::streaming, vector_bytes(), kAll, kColumns[0],
+                             {kTemps.begin(), kTemps.end()});
+    if (is_linear) {
+      linear_ = Linear{QuantisedRows::make(int8_linear::x_of(desc), k_), int8_linear::has_bias(desc)};
+      stages_ = std::make_unique<SveLinearEpilogue>(stages, linear_->has_bias);
+    } else {
+      stages_ = std::make_unique<SveEpilogue>(stages);
+    }
+    tile_columns_ = finishes() ? x(20) : x(14);
     has_wide_ = m_class_ == kAny || m_class_ > t_;
     has_narrow_ = !has_wide_ || m_class_ == kAny || m_class_ > 2 * t_;
   }
@@ -101,6 +116,8 @@ public:
 
   Result<CodeObject> emit() {
     const Label scalar = a_.newLabel();
+    if (linear_)
+      emit_quantiser(a_, linear_->rows);
     a_.word(sve::rdsvl(scratch_, 1));
     a_.cmp(scratch_, vector_bytes());
     a_.b_ne(scalar);
@@ -109,9 +126,13 @@ public:
       a_.str(x30, ptr_pre(sp, -16));
     commit_lazy_save();
     a_.mrs(fpsr_, Predicate::SysReg::kFPSR);
+    if (linear_) {
+      a_.mov(scratch_, kDefaultNan);
+      a_.msr(Predicate::SysReg::kFPCR, scratch_);
+    }
     a_.word(sve::smstart(sve::Mode::both));
     a_.word(sve::ptrue(Element::b, kAll));
-    if (k_ > 0)
+    if (k_ > 0 || linear_)
       copy_rows();
     multiply();
     if (finishes()) {
@@ -122,12 +143,17 @@ public:
     }
     a_.word(sve::smstop(sve::Mode::both));
     a_.msr(Predicate::SysReg::kFPSR, fpsr_);
+    if (linear_)
+      a_.msr(Predicate::SysReg::kFPCR, xzr); // as calls of int8_linear find it
     if (finishes())
       a_.ldr(x30, ptr_post(sp, 16));
     a_.leave();
     a_.bind(scalar);
-    emit_scalar_int8_mm(a_, layout_, k_, epilogue_, plan().a_shift);
-    return a_.finish(kNeeds, sme_bits_, plan().values());
+    if (linear_)
+      emit_scalar_int8_linear(a_, layout_, k_, linear_->rows, linear_->has_bias, epilogue_);
+    else
+      emit_scalar_int8_mm(a_, layout_, k_, epilogue_, plan().a_shift);
+    return a_.finish(kNeeds, sme_bits_, linear_ ? linear_plan().values() : plan().values());
   }
 
 private:
@@ -142,14 +168,28 @@ private:
     return plan;
   }
 
+  int8_linear::Plan linear_plan() const {
+    const int8_mm::Plan product = plan();
+    return {.layout = product.layout,
+            .m_step = product.m_step,
+            .n_step = product.n_step,
+            .q_row_bytes = linear_->rows.row_bytes,
+            .workspace_bytes = product.workspace_fixed,
+            .workspace_per_row = product.workspace_per_row,
+            .terms = true};
+  }
+
   int vector_bytes() const { return static_cast<int>(4 * t_); }
   std::int64_t steps() const { return (k_ + 3) / 4; }
   /// Of each tile of rows: copy_rows writes kSliceStep at a time, the loop along K reads kAhead steps beyond the end.
   std::int64_t steps_in_workspace() const { return k_ == 0 ? 0 : (steps() + 3) / 4 * 4 + kAhead; }
   std::int64_t wide_block_bytes() const { return (steps_in_workspace() + value_vectors()) * 2 * vector_bytes(); }
   bool finishes() const { return !epilogue_.is_absent(); }
-  /// Behind the steps: Σ_k A[m,k] of both tiles' rows, a_zp of both. With K = 0 their products are 0.
+  /// Behind the steps: Σ_k A[m,k] of both tiles' rows, a_zp of both. With K = 0 their products are 0. Of int8_linear:
+  /// the rows' s.
   int value_vectors() const {
+    if (linear_)
+      return 2;
     return k_ > 0 && (epilogue_.needs_row_sums() || epilogue_.a_zp == int8_mm::AZp::row) ? 2 : 0;
   }
   /// What Σ_k A[m,k] is multiplied with is the same for all columns.
@@ -166,6 +206,7 @@ private:
   /// From the begin of a stream to where its pointer stands.
   int bias(int vectors) const { return kUnroll / 2 * vectors * vector_bytes(); }
 
+  Mem workspace() const { return field(linear_ ? offsetof(int8_linear::Call, workspace) : offsetof(Call, workspace)); }
   Mem field(std::size_t offset) const { return ptr(call_, static_cast<std::int32_t>(offset)); }
 
   /// Of another function's ZA, as __arm_tpidr2_save does it. The block: za_save_buffer at byte 0, num_za_save_slices as
@@ -199,10 +240,15 @@ private:
     const Label block = a_.newLabel(), tile = a_.newLabel(), chunk = a_.newLabel(), done = a_.newLabel();
     const std::int64_t chunk_bytes = kTiles * vector_bytes(), chunks = k_ / chunk_bytes, rest = k_ % chunk_bytes;
     const Gp count = x(26), in_block = x(26), stride = x(24);
-    a_.ldr(copy_.row, field(offsetof(Call, a)));
-    a_.ldr(copy_.lda, field(offsetof(Call, lda)));
+    if (linear_) {
+      a_.ldr(copy_.row, field(offsetof(int8_linear::Call, product.workspace)));
+      a_.mov(copy_.lda, linear_->rows.row_bytes);
+    } else {
+      a_.ldr(copy_.row, field(offsetof(Call, a)));
+      a_.ldr(copy_.lda, field(offsetof(Call, lda)));
+    }
     a_.ldr(copy_.rows_left, field(offsetof(Call, m)));
-    a_.ldr(copy_.block, field(offsetof(Call, workspace)));
+    a_.ldr(copy_.block, workspace());
     for (int i = 1; i < kTiles; ++i)
       a_.mov(copy_.vector[i], i * vector_bytes());
     if (rest % vector_bytes() != 0) {
@@ -309,6 +355,23 @@ private:
   /// Of the tile that was copied; the loop along K reads the kAhead steps in front of them.
   void store_row_values() {
     static_assert(kAhead < kSliceStep);
+    if (linear_) {
+      const Gp from = x(27), left = x(13), value = w(12), to = scratch_;
+      const Label row = a_.newLabel();
+      if (k_ > 0)
+        a_.add(to, copy_.to, copy_.step[kAhead], lsl(2));
+      else
+        a_.mov(to, copy_.to);
+      a_.add_constant(from, copy_.row, linear_->rows.scale_at(), left);
+      a_.mov(left, copy_.rows);
+      a_.bind(row);
+      a_.ldr(value, ptr(from));
+      a_.add(from, from, copy_.lda);
+      a_.str(value, ptr_post(to, 4));
+      a_.subs(left, left, 1);
+      a_.b_ne(row);
+      return;
+    }
     a_.add(scratch_, copy_.to, copy_.step[kAhead], lsl(2));
     if (epilogue_.needs_row_sums()) {
       a_.word(sve::add(Element::s, row_sums(0), row_sums(0), row_sums(1)));
@@ -374,7 +437,7 @@ private:
       a_.word(sve::whilelt(Element::s, kColumns[1], tile_columns_, n_left));
     }
     a_.ldr(rows_left_, field(offsetof(Call, m)));
-    a_.ldr(a_block_, field(offsetof(Call, workspace)));
+    a_.ldr(a_block_, workspace());
     a_.mov(c_row_, c_panel);
     if (several) {
       a_.cmp(rows_left_, t_);
@@ -435,7 +498,7 @@ private:
       a_.add(c_row_, c_, c_row_, lsl(finishes() ? 0 : 2));
     } else {
       a_.ldr(rows_left_, field(offsetof(Call, m)));
-      a_.ldr(a_block_, field(offsetof(Call, workspace)));
+      a_.ldr(a_block_, workspace());
       a_.mov(c_row_, c_);
     }
     if (!finishes()) {
@@ -640,8 +703,10 @@ private:
     a_.add_constant(to_finish_.values, a_block_,
                     (steps_in_workspace() * tile.rows_of_tiles + tile.row) * std::int64_t{vector_bytes()}, scratch_);
     a_.mov(to_finish_.tile, tile.number);
-    a_.word(sve::ldr(Z{0}, to_finish_.terms, 0));
-    a_.word(sve::addha(sums, kAll, kAll, Z{0}));
+    if (!linear_) { // whose offsets are 0
+      a_.word(sve::ldr(Z{0}, to_finish_.terms, 0));
+      a_.word(sve::addha(sums, kAll, kAll, Z{0}));
+    }
     if (adds_row_sums_to_tiles() && k_ > 0) {
       a_.add_constant(scratch_, to_finish_.terms, terms_layout_.row_sum * array_bytes(), scratch_);
       a_.word(sve::ld1rw(Z{0}, kAll, scratch_, 0));
@@ -695,8 +760,8 @@ private:
                        .zp_at = 2 * vector_bytes(),
                        .scalars = to_finish_.scalars,
                        .scratch = scratch_};
-    stages_.apply_rest(sums, at, k_ > 0, adds_row_sums_to_tiles());
-    stages_.prepare_stores(sums, at);
+    stages_->apply_rest(sums, at, k_ > 0, adds_row_sums_to_tiles());
+    stages_->prepare_stores(sums, at);
     // From the last row that is C's to the first.
     std::vector<Label> from_row;
     a_.mov(scratch_, rows);
@@ -713,7 +778,7 @@ private:
     }
     for (int row = rows - 1; row >= 0; --row) {
       a_.bind(from_row[static_cast<std::size_t>(row)]);
-      stages_.store_row(sums, row, to_finish_.c_row, scratch_);
+      stages_->store_row(sums, row, to_finish_.c_row, scratch_);
       if (row > 0)
         a_.sub(to_finish_.c_row, to_finish_.c_row, ldc_);
     }
@@ -740,7 +805,12 @@ private:
   int8_mm::TermsLayout terms_layout_;
   bool has_wide_ = false, has_narrow_ = false;
   Assembler a_;
-  SveEpilogue stages_;
+  struct Linear {
+    QuantisedRows rows;
+    bool has_bias;
+  };
+  std::optional<Linear> linear_; ///< of int8_linear
+  std::unique_ptr<SveEpilogue> stages_;
   Label finish_; ///< the function
 
   static constexpr std::uint32_t kAllOfZa = 255;
@@ -761,7 +831,7 @@ private:
   } copy_;
   const Gp b_ = x(3), c_ = x(2), n_left_ = x(4); ///< of the group: its first panel; its first column, row 0
   const Gp ldc_ = x(1);                          ///< elements; with an epilogue bytes
-  const Gp tile_columns_ = finishes() ? x(20) : x(14);
+  Gp tile_columns_ = x(14);
   /// Words from a row of C to each of the first tiles of the next ones.
   const Gp row_offset_[kSliceStep][2] = {{xzr, x(14)}, {x(1), x(15)}, {x(16), x(17)}, {x(19), x(20)}};
   const Gp a_block_ = x(23), c_row_ = x(22), rows_left_ = x(21), rows_ = x(26);
@@ -773,6 +843,14 @@ private:
   } to_finish_;
   const Gp a_k_ = x(6), b_k_[2] = {x(7), x(8)}, turns_ = x(5), b_restart_ = x(10), b_second_restart_ = x(11);
 };
+
+Status check_vectors(const Target& target) {
+  if (target.sme_bits < 128 || target.sme_bits > 2048 || !std::has_single_bit(static_cast<unsigned>(target.sme_bits)))
+    return Status::error(Code::unsupported, fmt::format("streaming vectors of {} bits: allowed is 128, 256, "
+                                                        "512, 1024 or 2048",
+                                                        target.sme_bits));
+  return {};
+}
 
 } // namespace
 
@@ -789,11 +867,7 @@ Implementation int8_mm_sme() {
   row.supports = [](const KernelDesc& desc, const Target& target) -> Status {
     if (Status status = int8_mm::check_k(desc, kMaxK); !status)
       return status;
-    if (target.sme_bits < 128 || target.sme_bits > 2048 || !std::has_single_bit(static_cast<unsigned>(target.sme_bits)))
-      return Status::error(Code::unsupported, fmt::format("streaming vectors of {} bits: allowed is 128, 256, "
-                                                          "512, 1024 or 2048",
-                                                          target.sme_bits));
-    return {};
+    return check_vectors(target);
   };
   row.declines = [](const KernelDesc& desc, const Target&) -> std::string {
     const auto& value = desc.value;
@@ -813,6 +887,16 @@ Implementation int8_mm_sme() {
   };
   row.compile = [](const KernelDesc& desc, const Target& target, std::string_view) {
     return Emitter(desc, target.sme_bits).emit();
+  };
+  return row;
+}
+
+Implementation int8_linear_sme() {
+  Implementation row = linear_row(int8_mm_sme());
+  row.supports = [](const KernelDesc& desc, const Target& target) -> Status {
+    if (Status status = int8_linear::check_k(desc, kMaxK); !status)
+      return status;
+    return check_vectors(target);
   };
   return row;
 }

@@ -1,7 +1,10 @@
 #include "backends/arm/int8_mm_sve.h"
 
+#include <utility>
+
 #include <fmt/format.h>
 
+#include "backends/arm/int8_linear.h"
 #include "backends/arm/int8_mm_scalar.h"
 
 namespace kiln::arm {
@@ -10,10 +13,22 @@ using asmjit::a64::Gp;
 
 namespace {
 
-Status supports(const KernelDesc& desc, const Target& target) {
+Status check_vectors(const Target& target) {
   if (target.sve_bits < 256)
     return Status::error(Code::unsupported, "made for vectors of 256 bits or more: NEON's do as well at 128");
+  return {};
+}
+
+Status supports(const KernelDesc& desc, const Target& target) {
+  if (Status s = check_vectors(target); !s)
+    return s;
   return supports_nest(desc, target);
+}
+
+Status supports_linear(const KernelDesc& desc, const Target& target) {
+  if (Status s = check_vectors(target); !s)
+    return s;
+  return int8_linear::check_k(desc, kNestMaxK);
 }
 
 std::int32_t vector_bits(const Target& target) {
@@ -49,8 +64,15 @@ Result<CodeObject> emit_sve_nest(Assembler& a, const NestShape& shape, SvePath& 
   a.word(sve::rdvl(role::scratch, 1));
   a.cmp(role::scratch, shape.vector_bytes);
   a.b_eq(vectors);
-  emit_scalar_int8_mm(a, shape.layout, shape.k, shape.epilogue, shape.plan().a_shift);
+  if (shape.linear)
+    emit_scalar_int8_linear(a, shape.layout, shape.k, shape.quantised_rows(), shape.linear->has_bias, shape.epilogue);
+  else
+    emit_scalar_int8_mm(a, shape.layout, shape.k, shape.epilogue, shape.plan().a_shift);
   a.bind(vectors);
+  if (shape.linear) {
+    SveLinearEpilogue epilogue(path.epilogue(SveEpilogue::Level::sve), shape.linear->has_bias);
+    return emit_nest(a, shape, path, epilogue, features, target.sve_bits);
+  }
   SveEpilogue epilogue =
       path.epilogue(features.has(Feature::sve2) ? SveEpilogue::Level::sve2 : SveEpilogue::Level::sve);
   return emit_nest(a, shape, path, epilogue, features, target.sve_bits);
@@ -59,7 +81,7 @@ Result<CodeObject> emit_sve_nest(Assembler& a, const NestShape& shape, SvePath& 
 Features sve_features(Features needs, const KernelDesc& desc, const Target& target) {
   if (target.features.has(Feature::sve2) && SveEpilogue::uses_sve2(int8_mm::Epilogue::of(desc)))
     needs.add(Feature::sve2);
-  return needs;
+  return NestShape::features(needs, desc, target);
 }
 
 int8_mm::PackLayout sve_pack_layout(const Target& target, int k_block) {
@@ -78,6 +100,12 @@ Implementation sve_row(IsaPath isa, Features needs, std::string (*pack_layout)(c
   row.vector_bits = vector_bits;
   row.supports = supports;
   row.assumes = assumes;
+  return row;
+}
+
+Implementation sve_linear_row(Implementation product) {
+  Implementation row = linear_row(std::move(product));
+  row.supports = supports_linear;
   return row;
 }
 

@@ -45,6 +45,7 @@ protected:
 };
 
 /// The kernel: emit_nest with `path`, a SvePath over `a` and `shape`; without SVE on a thread of another vector length.
+/// For int8_linear behind begin_linear.
 Result<CodeObject> emit_sve_nest(Assembler& a, const NestShape& shape, SvePath& path, Features features,
                                  const Target& target);
 
@@ -60,5 +61,8 @@ int panel_vectors(int8_mm::PackLayout layout, const Target& target);
 Implementation sve_row(IsaPath isa, Features needs, std::string (*pack_layout)(const KernelDesc&, const Target&),
                        bool (*reads_layout)(std::string_view, const KernelDesc&, const Target&),
                        Result<CodeObject> (*compile)(const KernelDesc&, const Target&, std::string_view));
+
+/// And the row of int8_linear beside it.
+Implementation sve_linear_row(Implementation product);
 
 } // namespace kiln::arm

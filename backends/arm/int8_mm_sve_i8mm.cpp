@@ -1,12 +1,13 @@
 #include <utility>
 
+#include "backends/arm/int8_linear.h"
 #include "backends/arm/int8_mm_sve.h"
 #include "backends/arm/rows.h"
 
-/// int8_mm with SMMLA on SVE vectors (FEAT_SVE with FEAT_I8MM): in each 128 bits eight k of two rows times eight k of
-/// two columns. A pair of rows is loaded into every 128 bits, so that a vector of B, VL / 64 columns, meets it whole. A
-/// tile of four pairs × six vectors has 24 accumulators and takes 34 instructions a step for 24 SMMLA. What bounds it:
-/// the pipes of SMMLA, two a cycle on Neoverse V1.
+/// int8_mm with SMMLA, and USMMLA for u8 rows, on SVE vectors (FEAT_SVE with FEAT_I8MM): in each 128 bits eight k of
+/// two rows times eight k of two columns. A pair of rows is loaded into every 128 bits, so that a vector of B, VL / 64
+/// columns, meets it whole. A tile of four pairs × six vectors has 24 accumulators and takes 34 instructions a step for
+/// 24 SMMLA. What bounds it: the pipes of SMMLA, two a cycle on Neoverse V1.
 namespace kiln::arm {
 namespace {
 
@@ -22,7 +23,7 @@ public:
   void load_a(int to, const Gp& base, int offset) override { a_.word(sve::ld1rqb(z(to), kAll, base, offset)); }
 
   void multiply(int unit, int vector, int a, int, int b) override {
-    a_.word(sve::smmla(acc(unit, vector), z(a), z(b)));
+    a_.word((shape_.multiplies_u8 ? sve::usmmla : sve::smmla)(acc(unit, vector), z(a), z(b)));
   }
 
   /// The even 64 bits of the blocks are columns of the pair's first row, the odd ones of its second.
@@ -83,10 +84,15 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
     return unreadable(IsaPath::sve_i8mm, pack_layout, desc);
   NestShape shape =
       shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout), target);
-  shape.epilogue = int8_mm::Epilogue::of(desc);
+  shape.multiplies_u8 = NestShape::can_multiply_u8(desc, target);
   Assembler a;
+  if (desc.op == OpId::int8_linear)
+    begin_linear(a, shape, desc);
+  else
+    shape.epilogue = int8_mm::Epilogue::of(desc);
   SveSmmlaPath path(a, shape);
-  return emit_sve_nest(a, shape, path, sve_features(kFeatures, desc, target), target);
+  const Features features = shape.linear ? kFeatures : sve_features(kFeatures, desc, target);
+  return emit_sve_nest(a, shape, path, features, target);
 }
 
 } // namespace
@@ -98,6 +104,10 @@ Implementation int8_mm_sve_i8mm() {
   row.uses = [](const KernelDesc& desc, const Target& target) { return sve_features(kFeatures, desc, target); };
   row.declines = declines;
   return row;
+}
+
+Implementation int8_linear_sve_i8mm() {
+  return sve_linear_row(int8_mm_sve_i8mm());
 }
 
 } // namespace kiln::arm

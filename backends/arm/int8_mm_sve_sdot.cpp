@@ -1,9 +1,10 @@
+#include "backends/arm/int8_linear.h"
 #include "backends/arm/int8_mm_sve.h"
 #include "backends/arm/rows.h"
 
-/// int8_mm with SDOT on SVE vectors: four products a lane, summed into s32. The k of one row are loaded into every
-/// column's place: A64FX does one SDOT by element a cycle, and two of these (LLVM 19's model of it); the loads find
-/// room beside the products.
+/// int8_mm with SDOT on SVE vectors, and USDOT for u8 rows (FEAT_I8MM): four products a lane, summed into s32. The k of
+/// one row are loaded into every column's place: A64FX does one SDOT by element a cycle, and two of these (LLVM 19's
+/// model of it); the loads find room beside the products.
 ///
 /// From packs of four k a column a tile of 8 × 3 vectors has 24 accumulators and takes 35 instructions a step for 24
 /// SDOT. What bounds it: the pipes of SDOT, two a cycle on Neoverse V1 and A64FX.
@@ -26,7 +27,10 @@ public:
     a_.word(shape_.layout.k_block == 4 ? sve::ld1rw(z(to), kAll, base, offset) : sve::ld1rd(z(to), kAll, base, offset));
   }
 
-  void multiply(int unit, int vector, int a, int, int b) override { a_.word(sve::sdot(acc(unit, vector), z(b), z(a))); }
+  void multiply(int unit, int vector, int a, int, int b) override {
+    a_.word(shape_.multiplies_u8 ? sve::usdot(acc(unit, vector), z(a), z(b))
+                                 : sve::sdot(acc(unit, vector), z(b), z(a)));
+  }
 
   void store_row(int unit, int) override {
     if (shape_.layout.k_block == 4) {
@@ -89,10 +93,15 @@ Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::st
     return unreadable(IsaPath::sve_sdot, pack_layout, desc);
   NestShape shape =
       shape_for(desc.value[int8_mm::kM], desc.value[int8_mm::kK], *PackLayout::parse(pack_layout), target);
-  shape.epilogue = int8_mm::Epilogue::of(desc);
+  shape.multiplies_u8 = NestShape::can_multiply_u8(desc, target);
   Assembler a;
+  if (desc.op == OpId::int8_linear)
+    begin_linear(a, shape, desc);
+  else
+    shape.epilogue = int8_mm::Epilogue::of(desc);
   SveSdotPath path(a, shape);
-  return emit_sve_nest(a, shape, path, sve_features(kFeatures, desc, target), target);
+  const Features features = shape.linear ? kFeatures : sve_features(kFeatures, desc, target);
+  return emit_sve_nest(a, shape, path, features, target);
 }
 
 } // namespace
@@ -103,6 +112,10 @@ Implementation int8_mm_sve_sdot() {
       [](const KernelDesc&, const Target& target) { return sve_pack_layout(target, 4).id(); }, reads_layout, compile);
   row.uses = [](const KernelDesc& desc, const Target& target) { return sve_features(kFeatures, desc, target); };
   return row;
+}
+
+Implementation int8_linear_sve_sdot() {
+  return sve_linear_row(int8_mm_sve_sdot());
 }
 
 } // namespace kiln::arm

@@ -70,6 +70,7 @@ public:
     const std::uint32_t value = signed_immediate(imm, 9);
     return with(value == kOutOfRange ? value : value >> 3, 16).with(value & 7, 10);
   }
+  constexpr Builder naming_vector(Z reg) const { return naming(0, 1u << (reg.id & 31)); }
   constexpr Builder field(std::uint32_t value, int at) const { return with(value, at); }
   template <class Enum>
   requires std::is_enum_v<Enum>
@@ -208,6 +209,10 @@ constexpr Word st1_of_s(Element bytes, Z zt, P pg, const Gp& base, int imm) {
 constexpr Word dup(Element size, Z zd, int imm) {
   return detail::Builder(0x2538c000).field(size, 22).field(detail::signed_immediate(imm, 8), 5).z(zd, 0);
 }
+/// Every element becomes wn, or xn of .d.
+constexpr Word dup(Element size, Z zd, const Gp& rn) {
+  return detail::Builder(0x05203800).field(size, 22).x(rn, 5).z(zd, 0);
+}
 /// zda.s += products of four bytes of zn and zm each, signed.
 constexpr Word sdot(Z zda, Z zn, Z zm) {
   return detail::Builder(0x44800000).z(zm, 16).z(zn, 5).z(zda, 0);
@@ -235,6 +240,13 @@ constexpr Word trn1(Element size, Z zd, Z zn, Z zm) {
 /// zda.s += products of four bytes of zn and zm each, unsigned.
 constexpr Word udot(Z zda, Z zn, Z zm) {
   return detail::Builder(0x44800400).z(zm, 16).z(zn, 5).z(zda, 0);
+}
+/// sdot and smmla with zn unsigned and zm signed (FEAT_I8MM).
+constexpr Word usdot(Z zda, Z zn, Z zm) {
+  return detail::Builder(0x44807800).z(zm, 16).z(zn, 5).z(zda, 0);
+}
+constexpr Word usmmla(Z zda, Z zn, Z zm) {
+  return detail::Builder(0x45809800).z(zm, 16).z(zn, 5).z(zda, 0);
 }
 /// zdn += imm, zdn −= imm, zdn = imm − zdn; imm 0 … 255.
 constexpr Word add(Element size, Z zdn, int imm) {
@@ -384,8 +396,24 @@ constexpr Word fcvt_h(Z zd, P pg, Z zn) {
 constexpr Word fmul(Z zd, Z zn, Z zm) {
   return detail::Builder(0x65800800).z(zm, 16).z(zn, 5).z(zd, 0);
 }
+/// zn times element `index` (0 … 3) of zm (z0 … z7) in the same 128 bits.
+constexpr Word fmul(Z zd, Z zn, Z zm, int index) {
+  return detail::Builder(0x64a02000)
+      .field(detail::in(index, 0, 3), 19)
+      .field(detail::in(zm.id, 0, 7), 16)
+      .naming_vector(zm)
+      .z(zn, 5)
+      .z(zd, 0);
+}
 constexpr Word fmul(Z zdn, P pg, Z zm) {
   return detail::Builder(0x65828000).governing(pg, 10).z(zm, 5).z(zdn, 0);
+}
+/// zda = zda + zn · zm, zdn = za + zdn · zm, rounded once.
+constexpr Word fmla(Z zda, P pg, Z zn, Z zm) {
+  return detail::Builder(0x65a00000).z(zm, 16).governing(pg, 10).z(zn, 5).z(zda, 0);
+}
+constexpr Word fmad(Z zdn, P pg, Z zm, Z za) {
+  return detail::Builder(0x65a08000).z(za, 16).governing(pg, 10).z(zm, 5).z(zdn, 0);
 }
 /// The greater one; of a number and a quiet NaN the number.
 constexpr Word fmaxnm(Z zdn, P pg, Z zm) {

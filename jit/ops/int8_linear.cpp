@@ -180,6 +180,7 @@ std::vector<std::pair<std::string, std::int64_t>> Plan::values() const {
           {"q_row_bytes", q_row_bytes},
           {"q_end_bytes", q_end_bytes},
           {"workspace", workspace_bytes},
+          {"workspace_per_row", workspace_per_row},
           {"q_shift", q_shift},
           {"terms", terms}};
 }
@@ -206,6 +207,7 @@ Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> va
   take("q_row_bytes", plan.q_row_bytes, kMaxRowBytes);
   take("q_end_bytes", plan.q_end_bytes, kMaxBytes);
   take("workspace", plan.workspace_bytes, kMaxBytes);
+  take("workspace_per_row", plan.workspace_per_row, kMaxRowBytes);
   take("q_shift", plan.q_shift, 128);
   take("terms", plan.terms, 1);
   if (!fine || plan.layout.n_block < 1 || plan.layout.k_block < 1 || plan.m_step < 1 || plan.n_step < 1 ||

@@ -49,7 +49,8 @@ KernelDesc product_desc(const KernelDesc& desc);
 Status check_k(const KernelDesc& desc, std::int64_t max_k);
 
 /// What kernels that ask for it (Plan::terms) read for each column: `count` arrays of 32 bits [n_block] for each panel
-/// of the pack, panel after panel. Zero beyond N.
+/// of the pack, panel after panel. Zero beyond N in N's panel, anything in those behind it up to a multiple of
+/// plan.n_step.
 struct TermsLayout {
   static constexpr int kOffset = 0;        ///< s32: the sums begin at it
   static constexpr int kWs = 1, kBias = 2; ///< f32
@@ -66,13 +67,14 @@ void make_terms(const KernelDesc& desc, const int8_mm::PackLayout& pack, int q_s
 /// Launch plan, version 1: what the driver must know about a kernel.
 struct Plan {
   int8_mm::PackLayout layout;
-  std::int32_t m_step = 1;          ///< as of int8_mm::Plan
-  std::int32_t n_step = 16;         ///< likewise
-  std::int64_t q_row_bytes = 0;     ///< from one quantised row to the next
-  std::int64_t q_end_bytes = 0;     ///< that the kernel may touch behind the last
-  std::int64_t workspace_bytes = 0; ///< private to a call that multiplies
-  std::int32_t q_shift = 0;         ///< what the kernel adds to q: 128 where it multiplies u8 by s8
-  bool terms = false;               ///< whether the kernel reads them (Call::product.terms)
+  std::int32_t m_step = 1;            ///< as of int8_mm::Plan
+  std::int32_t n_step = 16;           ///< likewise
+  std::int64_t q_row_bytes = 0;       ///< from one quantised row to the next
+  std::int64_t q_end_bytes = 0;       ///< that the kernel may touch behind the last
+  std::int64_t workspace_bytes = 0;   ///< private to a call that multiplies: this,
+  std::int64_t workspace_per_row = 0; ///< and this for each of its rows
+  std::int32_t q_shift = 0;           ///< what the kernel adds to q: 128 where it multiplies u8 by s8
+  bool terms = false;                 ///< whether the kernel reads them (Call::product.terms)
 
   std::vector<std::pair<std::string, std::int64_t>> values() const;
   static Result<Plan> from(std::span<const std::pair<std::string, std::int64_t>> values);
@@ -95,7 +97,7 @@ struct Call {
   const float* ws;     ///< of the first column
   const float* bias;   ///< likewise; null without one
   std::uint64_t steps; ///< of Step
-  void* workspace;     ///< 64-byte aligned, plan.workspace_bytes, private to the call
+  void* workspace;     ///< 64-byte aligned, plan.workspace_bytes and per row, private to the call
   // What generated code has as constants, for `reference`:
   const KernelDesc* desc;
   const Plan* plan;

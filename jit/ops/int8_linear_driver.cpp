@@ -114,7 +114,7 @@ std::int64_t row_blocks(const Kernel& kernel, const Plan& plan, std::int64_t lea
 Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, bool may_share = true) {
   const Runtime& runtime = kernel.runtime();
   const std::int64_t n = kernel.desc().value[kN], k = kernel.desc().value[kK];
-  const std::int64_t row_bytes = std::max<std::int64_t>(plan.q_row_bytes, 1);
+  const std::int64_t row_bytes = std::max<std::int64_t>(plan.q_row_bytes + plan.workspace_per_row, 1);
   Cut cut;
   const int threads =
       args.threads > 0 ? std::min(args.threads, runtime.parallel.threads()) : runtime.parallel.threads();
@@ -143,9 +143,10 @@ Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, bool may_
                             std::max<std::int64_t>(plan.m_step, runtime.machine.l2_bytes / 2 / row_bytes));
   cut.rows = cut.shared ? m : rows;
   cut.rows_bytes = round_up(cut.rows * plan.q_row_bytes + plan.q_end_bytes, 64);
-  cut.call_bytes = round_up(plan.workspace_bytes, 64);
+  cut.call_bytes = round_up(plan.workspace_bytes + rows * plan.workspace_per_row, 64);
   if (plan.terms) {
-    const std::int64_t columns = cut.parts.n == 1 ? n : round_up(n, plan.n_step) / cut.parts.n + plan.n_step;
+    // A kernel may read those of a whole step at N.
+    const std::int64_t columns = round_up(n, plan.n_step) / cut.parts.n + (cut.parts.n == 1 ? 0 : plan.n_step);
     cut.terms_bytes =
         round_up(plan.layout.panels(columns) * plan.layout.n_block * TermsLayout::count(kernel.desc()) * 4, 64);
   }
