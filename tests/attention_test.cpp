@@ -396,7 +396,7 @@ TEST_CASE("a bad argument is named, and nothing is written") {
   refused(
       kernel, [](Args& a) { a.b = -1; }, "b is -1");
   refused(
-      kernel, [](Args& a) { a.m = 30; }, "m is 30: allowed is 3 to 4");
+      kernel, [](Args& a) { a.m = 30; }, "m is 30: allowed is 2 to 6");
   refused(
       kernel, [](Args& a) { a.q = nullptr; }, "q is null: allowed is a 2 x 4 x 3 x 16 tensor");
   refused(
