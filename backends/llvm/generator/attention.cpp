@@ -463,6 +463,12 @@ private:
     return ir_.CreateShuffleVector(bits, llvm::Constant::getNullValue(bits->getType()), filled);
   }
 
+  /// Which value of two registers' worth is in lane `lane` of their first or second register, where pairs of keys are
+  /// interleaved: x86 does that within 128 bits at no other cost.
+  static int in_pair(int half, int lane) { return lane / 4 * 8 + half * 4 + lane % 4; }
+  /// Values that come two registers at a time, in the order of in_pair().
+  std::int64_t paired_values() const { return unit_.width == 2 ? b_.dv / (2 * unit_.lanes) * (2 * unit_.lanes) : 0; }
+
   /// Registers [first, first + count) of the values of one or, as pairs, two keys. `last`: the row ends in the last
   /// one, and lanes beyond dv are 0.
   Values load_values(const Values& rows, Value* first, int count, bool last) {
@@ -480,7 +486,7 @@ private:
         for (int half = 0; half < 2; ++half) { // registers i and i + 1
           llvm::SmallVector<int, 32> interleaved;
           for (int j = 0; j < lanes; ++j)
-            interleaved.append({half * lanes + j, 2 * lanes + half * lanes + j});
+            interleaved.append({in_pair(half, j), 2 * lanes + in_pair(half, j)});
           out.push_back(ir_.CreateBitCast(ir_.CreateShuffleVector(a, b, interleaved), unit_.dwords(ir_)));
         }
         ++i;
@@ -647,11 +653,11 @@ private:
     });
   }
 
-  /// All registers of `rows` rows of Q, [chunk][row], if half of the machine's can hold them.
+  /// All registers of `rows` rows of Q, [chunk][row], where they leave most of the machine's free.
   Values load_q(Value* q, int rows) {
     const std::int64_t chunks = b_.q_dwords / unit_.lanes;
     Values registers;
-    if (b_.adds_lanes() && rows * chunks <= unit_.registers / 2)
+    if (b_.adds_lanes() && rows * chunks <= unit_.registers / 4)
       for (std::int64_t chunk = 0; chunk < chunks; ++chunk)
         for (int row = 0; row < rows; ++row)
           registers.push_back(load_q(q, ir_.getInt64(chunk), row));
@@ -665,7 +671,8 @@ private:
   /// The scores of lanes_per_row keys: key j of row r in lane r · lanes_per_row + j.
   Value* score_rows(llvm::ArrayRef<Value*> keys, Value* q, const Values& q_registers, int rows) {
     const int per_row = b_.lanes_per_row;
-    const int at_once = q_registers.empty() ? std::clamp(unit_.registers / 2 / rows, 1, per_row) : 1;
+    constexpr int kSums = 8; // with Q read from memory, enough for each load of it
+    const int at_once = q_registers.empty() ? std::clamp(kSums / rows, 1, per_row) : 1;
     LaneSums lane_sums(ir_, unit_);
     for (int first = 0; first < per_row; first += at_once) {
       Values sums(static_cast<std::size_t>(at_once * rows), float_constant(0));
@@ -708,7 +715,7 @@ private:
       }
       return;
     }
-    const int unroll = whole % 2 == 0 ? 2 : 1;
+    const int unroll = whole % 4 == 0 ? 4 : whole % 2 == 0 ? 2 : 1;
     loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), unroll, sums, [&](Value* first, Values& at_sums) {
       for (int i = 0; i < unroll; ++i) {
         Value* chunk = ir_.CreateAdd(first, ir_.getInt64(i));
@@ -1072,17 +1079,31 @@ private:
   /// A row of O: bf16 of its product with `factor`, or as it is when that is null.
   void store_row(Value* from, Value* to, Value* factor) {
     const std::int64_t lanes = unit_.lanes, size = factor != nullptr ? 2 : 4;
-    const auto store = [&](Value* first, std::int64_t count) {
-      Value* sums = load(vector_of(ir_.getFloatTy(), count), advance(ir_, from, times(first, 4)), 4);
+    const auto store = [&](Value* first, Value* sums) {
+      const unsigned count = llvm::cast<llvm::FixedVectorType>(sums->getType())->getNumElements();
       if (factor != nullptr)
-        sums = unit_.narrow(ir_, ir_.CreateFMul(sums, ir_.CreateVectorSplat(static_cast<unsigned>(count), factor)));
+        sums = unit_.narrow(ir_, ir_.CreateFMul(sums, ir_.CreateVectorSplat(count, factor)));
       ir_.CreateAlignedStore(sums, advance(ir_, to, times(first, size)), llvm::Align(static_cast<unsigned>(size)));
     };
-    const std::int64_t whole = b_.dv / lanes * lanes;
+    const auto sums_of = [&](Value* first, std::int64_t count) {
+      return load(vector_of(ir_.getFloatTy(), count), advance(ir_, from, times(first, 4)), 4);
+    };
     Values none;
-    loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), lanes, none, [&](Value* i, Values&) { store(i, lanes); });
+    loop(ir_, ir_.getInt64(0), ir_.getInt64(paired_values()), 2 * lanes, none, [&](Value* first, Values&) {
+      Value* second = ir_.CreateAdd(first, ir_.getInt64(lanes));
+      Value *a = sums_of(first, lanes), *b = sums_of(second, lanes);
+      llvm::SmallVector<int, 32> order(static_cast<std::size_t>(2 * lanes));
+      for (int half = 0; half < 2; ++half)
+        for (int lane = 0; lane < lanes; ++lane)
+          order[static_cast<std::size_t>(in_pair(half, lane))] = static_cast<int>(half * lanes + lane);
+      store(first, ir_.CreateShuffleVector(a, b, llvm::ArrayRef(order).take_front(static_cast<std::size_t>(lanes))));
+      store(second, ir_.CreateShuffleVector(a, b, llvm::ArrayRef(order).take_back(static_cast<std::size_t>(lanes))));
+    });
+    const std::int64_t whole = b_.dv / lanes * lanes;
+    loop(ir_, ir_.getInt64(paired_values()), ir_.getInt64(whole), lanes, none,
+         [&](Value* i, Values&) { store(i, sums_of(i, lanes)); });
     if (whole < b_.dv)
-      store(ir_.getInt64(whole), b_.dv - whole);
+      store(ir_.getInt64(whole), sums_of(ir_.getInt64(whole), b_.dv - whole));
   }
 
   llvm::IRBuilder<> ir_;
