@@ -460,8 +460,8 @@ TEST_CASE("a bad argument is named, and nothing is written") {
       {[](Args& a) { a.hkv = 3; }, "hq is 4: allowed is 6"},
       {[](Args& a) { a.n = -1; }, "n is -1"},
       {[](Args& a) { a.b = -1; }, "b is -1"},
-      {[](Args& a) { a.m = 30; }, "m is 30: allowed is 3 to 4"},
-      {[](Args& a) { a.m = -3; }, "m is -3: allowed is 3 to 4"},
+      {[](Args& a) { a.m = 30; }, "m is 30: allowed is 2 to 6"},
+      {[](Args& a) { a.m = -3; }, "m is -3: allowed is 2 to 6"},
       {[](Args& a) { a.b = a.n = (std::int64_t{1} << 31) - 1; }, "b·hq·max(m, n) is 2147483647 * 4 * 2147483647"},
       {[](Args& a) { a.q = nullptr; }, "q is null: allowed is a 2 x 4 x 3 x 16 tensor"},
       {[](Args& a) { a.k = nullptr; }, "k is null: allowed is a 2 x 2 x 5 x 16 tensor"},
@@ -646,6 +646,59 @@ TEST_CASE("a NaN of a visible key is a NaN of the rows that see it, of no other 
         }
       CHECK(wrong == 0);
     }
+  }
+}
+
+TEST_CASE("what K and V hold at hidden keys changes no bit, be it infinite or NaN") {
+  constexpr std::uint16_t kValues[] = {0x7F80, 0xFF80, 0x7FC0, 0xFFA5};
+  struct Size {
+    std::int64_t hq, hkv, m, n, d, dv;
+  };
+  // One query, few and many; blocks of rows that end anywhere; a last tile that N does not fill.
+  constexpr Size kSizes[] = {{1, 1, 1, 9, 64, 64},    {4, 1, 1, 70, 128, 128}, {1, 1, 7, 40, 64, 72},
+                             {3, 1, 5, 21, 72, 40},   {4, 2, 9, 33, 96, 128},  {1, 1, 41, 41, 64, 24},
+                             {2, 2, 150, 150, 32, 64}};
+  for (const IsaPath isa : paths_here()) {
+    INFO("path ", std::string(kiln::name_of(isa)));
+    const std::unique_ptr<Engine> engine = engine_for(isa, 1);
+    for (const Size& size : kSizes)
+      for (const Causal causal : {Causal::none, Causal::top_left, Causal::bottom_right}) {
+        Problem p(1, size.hq, size.hkv, size.m, size.n, size.d, size.dv);
+        INFO("hq ", size.hq, " m ", size.m, " n ", size.n, " d ", size.d, " dv ", size.dv, " causal ",
+             static_cast<int>(causal));
+        const std::int32_t kv_len = static_cast<std::int32_t>(size.n - 2);
+        const KernelRef kernel = kernel_of(*engine, p.desc(causal));
+        Args args = p.args();
+        args.kv_len = &kv_len;
+        REQUIRE(attention::run(*kernel, args).is_ok());
+        const std::vector<std::uint16_t> clean = p.o, k = p.k, v = p.v;
+        // Query m sees the keys below first + m.
+        const std::int64_t first = causal == Causal::none       ? kv_len
+                                   : causal == Causal::top_left ? 1
+                                                                : kv_len - size.m + 1;
+        std::int64_t wrong = 0;
+        for (const std::int64_t bad : {first, first + 1, first + 2, first + 5, first + size.m / 2, size.n - 1})
+          for (const bool in_v : {true, false}) {
+            if (bad < 0 || bad >= size.n)
+              continue;
+            p.k = k;
+            p.v = v;
+            for (std::int64_t head = 0; head < size.hkv; ++head) {
+              std::uint16_t* row =
+                  in_v ? p.v.data() + (head * size.n + bad) * size.dv : p.k.data() + (head * size.n + bad) * size.d;
+              for (std::int64_t i = 0; i < (in_v ? size.dv : size.d); ++i)
+                row[i] = kValues[(i + bad) % 4];
+            }
+            std::fill(p.o.begin(), p.o.end(), Tensor::kFiller);
+            REQUIRE(attention::run(*kernel, args).is_ok());
+            for (std::int64_t i = 0; i < size.hq * size.m * size.dv; ++i) {
+              const std::int64_t m = i / size.dv % size.m;
+              const bool sees = bad < kv_len && (causal == Causal::none || bad < first + m);
+              wrong += !sees && p.o[static_cast<std::size_t>(i)] != clean[static_cast<std::size_t>(i)];
+            }
+          }
+        CHECK(wrong == 0);
+      }
   }
 }
 

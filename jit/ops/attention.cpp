@@ -98,11 +98,11 @@ Class class_of(const KernelDesc& d) {
   Class found;
   if (d.value[kBatchInvariant] != 0)
     return found;
-  const std::int64_t most = kMaxFewRows / group_of(d);
-  for (const std::int64_t step : kMClasses) {
-    const std::int64_t bound = step == kAny ? most : std::min(step, most);
+  const std::int64_t group = group_of(d);
+  for (const std::int64_t rows : {group, kFewRows, kMostFewRows}) {
+    const std::int64_t bound = std::min(rows, kMostFewRows) / group;
     if (bound <= found.previous)
-      break;
+      continue;
     if (d.value[kM] != kAny && d.value[kM] <= bound) {
       found.bound = bound;
       break;

@@ -28,12 +28,12 @@ KernelDesc make_desc(std::int64_t b, std::int64_t hq, std::int64_t hkv, std::int
 /// Query heads that share a head of K and V. Hkv = 0 counts as a group of one.
 std::int64_t group_of(const KernelDesc& desc);
 
-/// Rows, M · group, up to which a kernel made for few rows is the better one: it reads K and V as they lie.
-inline constexpr std::int64_t kMaxFewRows = 12;
-/// The classes of m, by their upper bounds: these as far as kMaxFewRows allows, the most that it allows, and kAny,
-/// which is the only one with batch_invariant=1. b, hkv, m and n are run-time values of every kernel: a model has one
-/// kernel for each class and (group, D, Dv, causal, lse).
-inline constexpr std::int64_t kMClasses[] = {1, 2, 4, 8, kAny};
+/// A kernel made for few rows, M · group, reads K and V as they lie. Every instruction set gains by that up to the
+/// first number, and some up to the second.
+inline constexpr std::int64_t kFewRows = 12, kMostFewRows = 128;
+/// The classes of m, by their upper bounds, are 1, the most whose rows are within kFewRows, the same with kMostFewRows,
+/// and kAny, which is the only one with batch_invariant=1. b, hkv, m and n are run-time values of every kernel: a model
+/// has at most four kernels for a (group, D, Dv, causal, lse).
 
 // ---------------------------------------------------------------- kernels
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cstddef>
+#include <numeric>
 
 #include <llvm/IR/Module.h>
 
@@ -16,8 +17,6 @@ using attention::Call;
 using llvm::Value;
 
 constexpr std::int64_t kCacheLine = 64;
-/// How far before their use few rows have K fetched; V is fetched when the same keys are multiplied with Q.
-constexpr std::int64_t kKeysAhead = 32;
 
 constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) {
   return (v + step - 1) / step * step;
@@ -27,13 +26,14 @@ constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) {
 ///
 /// Scores lie with rows along the lanes of a register. A kernel for many rows gives each row one lane, so that a dword
 /// of a key, broadcast, multiplies `lanes` rows of Q: K is read as it lies, and maxima and sums need nothing across
-/// lanes. With few rows, `lanes_per_row` lanes hold that many pieces of one row's sum, and as many of a key are
-/// broadcast.
+/// lanes. With few rows, every load of a key is multiplied with each of row_lanes rows, and the products' lanes are
+/// added so that a register holds the scores of lanes_per_row keys for each of them.
 struct Blocking {
   DotUnit unit;
   std::int64_t group, d, dv;
   bool few;                ///< rows: K and V are read once, as they lie
-  bool fetches_ahead;      ///< few rows, yet so many that memory's own prefetching falls behind (measured on Zen 4)
+  bool one_query;          ///< the kernel's rows are one query's: `group` of them
+  bool overlaps_tiles;     ///< the next tile's scores are made before this one's P · V
   int lanes_per_row;       ///< 1 for many rows
   int row_lanes;           ///< rows in a register
   int vectors;             ///< registers of rows in a block
@@ -42,24 +42,48 @@ struct Blocking {
   int value_rows;          ///< rows in one step of P·V
   int value_vectors;       ///< registers of values in a chunk of P·V
   std::int64_t tile;       ///< keys between two updates of the state, a multiple of `keys`
-  std::int64_t q_dwords;   ///< of a row of Q, padded to lanes_per_row
+  std::int64_t q_dwords;   ///< of a row of Q, padded to whole registers where its rows are not along lanes
   std::int64_t dv_vectors; ///< registers of a row of V, the last one padded
   // Workspace: byte offsets.
   std::int64_t q_rows, o_rows;        ///< s64 [rows]: byte offset of each row of Q and O
   std::int64_t limits;                ///< s32 [vectors][lanes]: keys below it are visible to the lane's row
   std::int64_t maxima, sums, factors; ///< f32 [vectors][lanes]: the softmax's state, and what O is multiplied by
-  std::int64_t squares;               ///< many rows: two of [lanes][lanes], for transposing
-  std::int64_t q;                     ///< [q_dwords / lanes_per_row][vectors][lanes]
+  std::int64_t squares;               ///< two of [lanes][lanes], for transposing Q
+  std::int64_t q;                     ///< [q_dwords][vectors][lanes]; few rows [q_dwords / lanes][rows][lanes]
   std::int64_t scores, scores_vector; ///< f32 [vectors][tile / lanes_per_row][lanes], then P in its place
+  std::int64_t scores_bytes;          ///< of one tile; tiles that overlap have two
   std::int64_t o;                     ///< f32 [rows][dv_vectors][lanes]
+  std::int64_t k_rest;                ///< few rows: bf16 [keys][d], the last keys where they are fewer
   std::int64_t k_tile;                ///< many rows without bf16 instructions: f32 [tile][d]
   std::int64_t v_tile;                ///< many rows: chunks of value_vectors, each [tile / width][value_vectors][lanes]
   std::int64_t bytes;
 
   bool widens_k() const { return !few && unit.width == 1; }
+  bool adds_lanes() const { return few && lanes_per_row > 1; } ///< of products, to make scores
   std::int64_t o_row_bytes() const { return dv_vectors * unit.lanes * 4; }
   std::int64_t p_step() const { return std::max(lanes_per_row / unit.width, 1); } ///< dwords of P in one register's row
+  /// Whether a call may leave `rest` rows over when it takes `step`, a power of two, at a time.
+  bool may_leave(std::int64_t rest, std::int64_t step) const {
+    return one_query ? group % step == rest : rest % std::gcd(group, step) == 0;
+  }
+  /// Whether this power of two may be in the sum of those that make the number of rows.
+  bool may_add(std::int64_t power) const { return one_query ? (group & power) != 0 : group % (2 * power) != 0; }
 };
+
+int power_of_two_below(std::int64_t v) {
+  int power = 1;
+  while (power * 2 <= v)
+    power *= 2;
+  return power;
+}
+
+/// With few rows, of which all operations on a key are soon done, only a tile that is short beside what the processor
+/// holds in flight keeps memory busy during each of its phases: on Zen 4, tiles of 16, 32 and 64 keys of 256 bytes read
+/// memory at 0.97, 0.82 and 0.68 of its speed with 4 rows. Vectors shorter than that machine's make each key longer.
+std::int64_t tile_of_few(std::int64_t d, int lanes) {
+  constexpr std::int64_t kBytes = 4096, kLeast = 16, kMost = 64;
+  return lanes < 16 ? kMost : std::clamp<std::int64_t>(power_of_two_below(kBytes / (2 * d)), kLeast, kMost);
+}
 
 Blocking blocking_of(const KernelDesc& desc, const Target& target) {
   Blocking b{};
@@ -69,30 +93,41 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
   b.dv = desc.value[attention::kDv];
   const std::int64_t m = desc.value[attention::kM];
   const int lanes = b.unit.lanes;
-  b.few = m != kAny;
-  const int few_rows = b.few ? static_cast<int>(m * b.group) : 0;
-  b.fetches_ahead = few_rows > 2;
-  b.row_lanes = b.few ? std::min(few_rows <= 2 ? few_rows : 4, lanes) : lanes;
-  b.lanes_per_row = lanes / b.row_lanes;
-  b.vectors = b.few ? (few_rows + b.row_lanes - 1) / b.row_lanes : b.unit.row_vectors;
-  b.rows = b.vectors * b.row_lanes;
+  const std::int64_t most_rows = m == kAny ? kAny : m * b.group;
+  // Many rows make up for V's rearrangement, but come in whole registers. Pairs of V are interleaved at little cost
+  // where shuffles and products have ports of their own.
+  b.few =
+      most_rows != kAny && (most_rows <= attention::kFewRows || b.unit.instruction == DotUnit::Instruction::vdpbf16ps);
+  b.one_query = m == 1;
   b.dv_vectors = (b.dv + lanes - 1) / lanes;
   if (b.few) {
-    // Sums enough to hide the latency of the instruction, in the registers that there are.
-    const int most_sums = b.unit.row_vectors * b.unit.keys;
-    const int steps = std::max(most_sums / (b.vectors * b.lanes_per_row * 2), 1);
-    b.keys = static_cast<int>(round_up(b.lanes_per_row * steps, b.unit.width));
-    b.value_rows = few_rows;
-    b.value_vectors = std::clamp(b.unit.rows * b.unit.value_vectors / few_rows, 1, 8);
+    constexpr std::int64_t kMostRows = 32; // whose O stays in L1 with a tile
+    b.row_lanes = static_cast<int>(std::min<std::int64_t>(most_rows <= 2 ? most_rows : 4, lanes));
+    b.lanes_per_row = lanes / b.row_lanes;
+    b.vectors = static_cast<int>((std::min(most_rows, kMostRows) + b.row_lanes - 1) / b.row_lanes);
+    b.overlaps_tiles = most_rows > 2;
+    b.keys = b.lanes_per_row > 1 ? b.lanes_per_row : 8;
+    // Whole rows of V, if possible, so that memory is read in its order.
+    const int sums = b.unit.rows * b.unit.value_vectors,
+              rows = power_of_two_below(std::min<std::int64_t>(most_rows, b.row_lanes));
+    b.value_rows = std::min(rows, b.unit.instruction == DotUnit::Instruction::vdpbf16ps
+                                      ? power_of_two_below(sums / std::min<std::int64_t>(b.dv_vectors, 8))
+                                      : b.unit.rows);
+    b.value_vectors = std::min(sums / b.value_rows, 8);
+    b.tile = round_up(tile_of_few(b.d, lanes), b.keys);
   } else {
+    b.row_lanes = lanes;
+    b.lanes_per_row = 1;
+    b.vectors = b.unit.row_vectors;
     b.keys = b.unit.keys;
     b.value_rows = b.unit.rows;
     b.value_vectors = b.unit.value_vectors;
+    // What a tile needs (scores, and of K and V what is rearranged) stays in the smallest L2 in use, 512 KiB.
+    b.tile = round_up(b.widens_k() ? 64 : 128, b.keys);
   }
+  b.rows = b.vectors * b.row_lanes;
   b.value_vectors = static_cast<int>(std::min<std::int64_t>(b.value_vectors, b.dv_vectors));
-  // What a tile needs (scores, and of K and V what is rearranged) stays in the smallest L2 in use, 512 KiB.
-  b.tile = round_up(b.few || b.widens_k() ? 64 : 128, b.keys);
-  b.q_dwords = round_up(b.d / b.unit.width, b.lanes_per_row);
+  b.q_dwords = round_up(b.d / b.unit.width, b.adds_lanes() ? lanes : 1);
 
   std::int64_t end = 0;
   const auto take = [&](std::int64_t bytes) {
@@ -110,8 +145,10 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
   b.squares = take(2 * lanes * lanes * 4);
   b.q = take(b.q_dwords * b.rows * 4);
   b.scores_vector = b.tile * b.row_lanes * 4;
-  b.scores = take(b.vectors * b.scores_vector);
+  b.scores_bytes = b.vectors * b.scores_vector;
+  b.scores = take(b.scores_bytes * (b.overlaps_tiles ? 2 : 1));
   b.o = take(round_up(b.rows, b.value_rows) * b.o_row_bytes());
+  b.k_rest = take(b.few ? b.keys * b.d * 2 : 0);
   b.k_tile = take(b.widens_k() ? b.tile * b.d * 4 : 0);
   b.v_tile = take(b.few ? 0 : b.tile / b.unit.width * b.dv_vectors * lanes * 4);
   b.bytes = end;
@@ -127,6 +164,8 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
 ///       masks where some row does not see all; maxima; P = exp2(scale · S − max), in place of S; sums
 ///       O = O · factor + P · V
 ///     O / sum
+///
+/// Where tiles overlap, S of the next one is made before O, so that the chain of softmax has company.
 class Attention {
 public:
   Attention(llvm::Function* function, const KernelDesc& desc, const Target& target)
@@ -147,8 +186,8 @@ public:
     Value* scale =
         ir_.CreateAlignedLoad(ir_.getFloatTy(), advance(ir_, call_, offsetof(Call, scale_log2e)), llvm::Align(4));
     scale_ = ir_.CreateVectorSplat(static_cast<unsigned>(unit_.lanes), scale);
-    Value* k = pointer(offsetof(Call, k));
-    Value* v = pointer(offsetof(Call, v));
+    k_ = pointer(offsetof(Call, k));
+    v_ = pointer(offsetof(Call, v));
 
     Values none;
     loop(ir_, row_begin_, row_end_, b_.rows, none, [&](Value* row, Values&) {
@@ -160,27 +199,61 @@ public:
       // Later queries see no less than earlier ones.
       Value* seen_by_all = limit_of(row);
       Value* seen_by_any = limit_of(last);
-      Value* row_vectors =
-          ir_.CreateUDiv(ir_.CreateAdd(rows, ir_.getInt64(b_.row_lanes - 1)), ir_.getInt64(b_.row_lanes));
-      loop(ir_, key_begin_, seen_by_any, b_.tile, none, [&](Value* key, Values&) {
-        Value* keys = smaller(ir_.CreateSub(seen_by_any, key), ir_.getInt64(b_.tile));
-        Value* padded = round_up_to(keys, b_.keys);
-        Value* k_of_tile = advance(ir_, k, ir_.CreateMul(key, k_stride_));
-        Value* v_of_tile = advance(ir_, v, ir_.CreateMul(key, v_stride_));
-        if (b_.widens_k())
-          widen_k(k_of_tile, keys);
-        if (!b_.few)
-          rearrange_v(v_of_tile, keys, padded);
-        score(k_of_tile, v_of_tile, keys, row_vectors);
-        soften(key, padded, row_vectors, ir_.CreateICmpSGT(ir_.CreateAdd(key, padded), seen_by_all));
-        accumulate(v_of_tile, keys, padded, rows);
-      });
-      finish(row, rows, row_vectors);
+      const Block block{rows,
+                        ir_.CreateUDiv(ir_.CreateAdd(rows, ir_.getInt64(b_.row_lanes - 1)), ir_.getInt64(b_.row_lanes)),
+                        seen_by_all, seen_by_any};
+      if (b_.overlaps_tiles) {
+        Values scores{at(b_.scores), at(b_.scores + b_.scores_bytes)}; // of this tile and of the next
+        loop(ir_, ir_.CreateSub(key_begin_, ir_.getInt64(b_.tile)), seen_by_any, b_.tile, scores,
+             [&](Value* key, Values& now) {
+               const Tile tile = tile_at(key, block, now[0]);
+               Value* next = ir_.CreateAdd(key, ir_.getInt64(b_.tile));
+               Value* has_begun = ir_.CreateICmpSGE(key, key_begin_);
+               when(ir_, has_begun, [&] { soften(tile, block); });
+               when(ir_, ir_.CreateICmpSLT(next, seen_by_any), [&] { score(tile_at(next, block, now[1]), block); });
+               when(ir_, has_begun, [&] { accumulate(tile, block); });
+               std::swap(now[0], now[1]);
+             });
+      } else {
+        loop(ir_, key_begin_, seen_by_any, b_.tile, none, [&](Value* key, Values&) {
+          const Tile tile = tile_at(key, block, at(b_.scores));
+          if (b_.widens_k())
+            widen_k(tile);
+          if (!b_.few)
+            rearrange_v(tile);
+          score(tile, block);
+          soften(tile, block);
+          accumulate(tile, block);
+        });
+      }
+      finish(row, block);
     });
     ir_.CreateRetVoid();
   }
 
 private:
+  /// Rows that are taken through the keys together.
+  struct Block {
+    Value *rows, *row_vectors;        ///< registers of them in use
+    Value *seen_by_all, *seen_by_any; ///< keys below
+  };
+  /// Keys that are taken together.
+  struct Tile {
+    Value *key, *keys; ///< the first, and how many
+    Value* padded;     ///< keys whose scores are looked at
+    Value *k, *v;      ///< the first key's rows
+    Value* scores;
+  };
+  Tile tile_at(Value* key, const Block& block, Value* scores) {
+    Value* keys = smaller(ir_.CreateSub(block.seen_by_any, key), ir_.getInt64(b_.tile));
+    return {key,
+            keys,
+            b_.few ? ir_.getInt64(b_.tile) : round_up_to(keys, b_.keys),
+            advance(ir_, k_, ir_.CreateMul(key, k_stride_)),
+            advance(ir_, v_, ir_.CreateMul(key, v_stride_)),
+            scores};
+  }
+
   Value* pointer(std::size_t offset) {
     return ir_.CreateLoad(ir_.getPtrTy(), advance(ir_, call_, static_cast<std::int64_t>(offset)));
   }
@@ -283,20 +356,20 @@ private:
 
   /// Q as the workspace has it.
   void transpose_q() {
-    const std::int64_t lanes = unit_.lanes, per_row = b_.lanes_per_row, dwords = b_.d / unit_.width;
+    const std::int64_t lanes = unit_.lanes, dwords = b_.d / unit_.width;
     Values none;
-    if (per_row > 1) { // a register's worth of each row stays together
+    if (b_.adds_lanes()) { // a register's worth of each row stays together
       loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.rows), 1, none, [&](Value* row, Values&) {
         Value* from = q_row(row);
-        Value* to = advance(ir_, at(b_.q), times(row, per_row * 4)); // rows of all registers follow one another
-        const std::int64_t whole = dwords / per_row;
+        Value* to = advance(ir_, at(b_.q), times(row, register_bytes()));
+        const std::int64_t whole = dwords / lanes;
         loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), 1, none, [&](Value* chunk, Values&) {
-          ir_.CreateAlignedStore(load_dwords(from, times(chunk, per_row), per_row),
-                                 advance(ir_, to, times(chunk, b_.rows * per_row * 4)), llvm::Align(4));
+          store_vector(load_dwords(from, times(chunk, lanes), lanes),
+                       advance(ir_, to, times(chunk, b_.rows * register_bytes())));
         });
-        if (const std::int64_t rest = dwords % per_row)
-          ir_.CreateAlignedStore(load_last_dwords(from, whole * per_row, rest, per_row),
-                                 advance(ir_, to, whole * b_.rows * per_row * 4), llvm::Align(4));
+        if (const std::int64_t rest = dwords % lanes)
+          store_vector(load_last_dwords(from, whole * lanes, rest, lanes),
+                       advance(ir_, to, whole * b_.rows * register_bytes()));
       });
       return;
     }
@@ -367,10 +440,10 @@ private:
     return advance(ir_, tile, ir_.CreateMul(smaller(key, ir_.CreateSub(keys, ir_.getInt64(1))), stride));
   }
 
-  void widen_k(Value* k, Value* keys) {
+  void widen_k(const Tile& tile) {
     Values none;
-    loop(ir_, ir_.getInt64(0), keys, 1, none, [&](Value* key, Values&) {
-      Value* from = advance(ir_, k, ir_.CreateMul(key, k_stride_));
+    loop(ir_, ir_.getInt64(0), tile.keys, 1, none, [&](Value* key, Values&) {
+      Value* from = advance(ir_, tile.k, ir_.CreateMul(key, k_stride_));
       Value* to = advance(ir_, at(b_.k_tile), times(key, b_.d * 4));
       loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.d), 8, none, [&](Value* i, Values&) {
         Value* eight = load(vector_of(ir_.getInt16Ty(), 8), advance(ir_, from, times(i, 2)), 2);
@@ -390,6 +463,12 @@ private:
     return ir_.CreateShuffleVector(bits, llvm::Constant::getNullValue(bits->getType()), filled);
   }
 
+  /// Which value of two registers' worth is in lane `lane` of their first or second register, where pairs of keys are
+  /// interleaved: x86 does that within 128 bits at no other cost.
+  static int in_pair(int half, int lane) { return lane / 4 * 8 + half * 4 + lane % 4; }
+  /// Values that come two registers at a time, in the order of in_pair().
+  std::int64_t paired_values() const { return unit_.width == 2 ? b_.dv / (2 * unit_.lanes) * (2 * unit_.lanes) : 0; }
+
   /// Registers [first, first + count) of the values of one or, as pairs, two keys. `last`: the row ends in the last
   /// one, and lanes beyond dv are 0.
   Values load_values(const Values& rows, Value* first, int count, bool last) {
@@ -407,7 +486,7 @@ private:
         for (int half = 0; half < 2; ++half) { // registers i and i + 1
           llvm::SmallVector<int, 32> interleaved;
           for (int j = 0; j < lanes; ++j)
-            interleaved.append({half * lanes + j, 2 * lanes + half * lanes + j});
+            interleaved.append({in_pair(half, j), 2 * lanes + in_pair(half, j)});
           out.push_back(ir_.CreateBitCast(ir_.CreateShuffleVector(a, b, interleaved), unit_.dwords(ir_)));
         }
         ++i;
@@ -432,22 +511,22 @@ private:
     if (whole < b_.dv_vectors)
       body(ir_.getInt64(whole), static_cast<int>(b_.dv_vectors - whole), true);
   }
-  Values key_rows(Value* tile, Value* key, Value* keys) {
+  /// V of the keys of one dword of P.
+  Values value_rows(const Tile& tile, Value* key) {
     Values rows;
     for (int i = 0; i < unit_.width; ++i)
-      rows.push_back(row_of(tile, v_stride_, ir_.CreateAdd(key, ir_.getInt64(i)), keys));
+      rows.push_back(row_of(tile.v, v_stride_, ir_.CreateAdd(key, ir_.getInt64(i)), tile.keys));
     return rows;
   }
   Value* v_chunk(Value* first) {
     return advance(ir_, at(b_.v_tile), times(first, b_.tile / unit_.width * register_bytes()));
   }
 
-  void rearrange_v(Value* v, Value* keys, Value* padded) {
-    Values none;
+  void rearrange_v(const Tile& tile) {
     for_chunks([&](Value* first, int count, bool last) {
       Values to{v_chunk(first)};
-      loop(ir_, ir_.getInt64(0), padded, unit_.width, to, [&](Value* key, Values& at) {
-        const Values vectors = load_values(key_rows(v, key, keys), first, count, last);
+      loop(ir_, ir_.getInt64(0), tile.padded, unit_.width, to, [&](Value* key, Values& at) {
+        const Values vectors = load_values(value_rows(tile, key), first, count, last);
         for (int i = 0; i < count; ++i)
           store_vector(vectors[static_cast<std::size_t>(i)], advance(ir_, at[0], i * register_bytes()));
         at[0] = advance(ir_, at[0], count * register_bytes());
@@ -457,74 +536,47 @@ private:
 
   // ---------------------------------------------------------------- S = K · Qᵀ
 
-  void score(Value* k, Value* v, Value* keys, Value* row_vectors) {
+  void score(const Tile& tile, const Block& block) {
+    if (b_.few)
+      return score_few(tile, block);
     // A block that ends the rows has fewer registers of them.
-    for (int vectors = 1; vectors <= b_.vectors; ++vectors) {
-      if (b_.few) {
-        if (vectors == b_.vectors)
-          score_vectors(k, v, keys, vectors);
-        continue;
-      }
-      when(ir_, ir_.CreateICmpEQ(row_vectors, ir_.getInt64(vectors)), [&] { score_vectors(k, v, keys, vectors); });
-    }
+    for (int vectors = 1; vectors <= b_.vectors; ++vectors)
+      when(ir_, ir_.CreateICmpEQ(block.row_vectors, ir_.getInt64(vectors)), [&] { score_vectors(tile, vectors); });
   }
 
-  void score_vectors(Value* k, Value* v, Value* keys, int vectors) {
+  void score_vectors(const Tile& tile, int vectors) {
     Values none;
-    loop(ir_, ir_.getInt64(0), keys, b_.keys, none, [&](Value* key, Values&) {
+    loop(ir_, ir_.getInt64(0), tile.keys, b_.keys, none, [&](Value* key, Values&) {
       Values rows;
       for (int i = 0; i < b_.keys; ++i) {
         Value* index = ir_.CreateAdd(key, ir_.getInt64(i));
         rows.push_back(b_.widens_k() ? advance(ir_, at(b_.k_tile), times(index, b_.d * 4))
-                                     : row_of(k, k_stride_, index, keys));
-      }
-      if (b_.fetches_ahead) {
-        prefetch_rows(k, k_stride_, ir_.CreateAdd(key, ir_.getInt64(kKeysAhead)), b_.d);
-        prefetch_rows(v, v_stride_, key, b_.dv);
+                                     : row_of(tile.k, k_stride_, index, tile.keys));
       }
       Values sums(static_cast<std::size_t>(b_.keys * vectors), float_constant(0));
-      if (b_.few)
-        multiply_few(rows, sums);
-      else
-        multiply_many(rows, vectors, sums);
-      Value* to = advance(ir_, at(b_.scores), times(key, b_.row_lanes * 4));
-      const std::size_t per_row = static_cast<std::size_t>(b_.lanes_per_row);
-      for (int vector = 0; vector < vectors; ++vector)
-        for (std::size_t first = 0; first < rows.size(); first += per_row) {
-          Values group;
-          for (std::size_t i = 0; i < per_row; ++i)
-            group.push_back(sums[(first + i) * static_cast<std::size_t>(vectors) + static_cast<std::size_t>(vector)]);
-          store_vector(
-              sum_of_lanes(group),
-              advance(ir_, to, vector * b_.scores_vector + static_cast<std::int64_t>(first) * b_.row_lanes * 4));
-        }
+      multiply_lanes(rows, at(b_.q), vectors, sums);
+      Value* to = advance(ir_, tile.scores, times(key, register_bytes()));
+      for (int i = 0; i < b_.keys; ++i)
+        for (int vector = 0; vector < vectors; ++vector)
+          store_vector(sums[static_cast<std::size_t>(i * vectors + vector)],
+                       advance(ir_, to, vector * b_.scores_vector + i * register_bytes()));
     });
   }
 
-  /// Fetches one step's rows from `key` on into the cache, in the order of memory.
-  void prefetch_rows(Value* tile, Value* stride, Value* key, std::int64_t elements) {
-    Values row{advance(ir_, tile, ir_.CreateMul(key, stride))};
-    loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.keys), 1, row, [&](Value*, Values& now) {
-      for (std::int64_t byte = 0; byte < elements * 2; byte += kCacheLine)
-        ir_.CreateIntrinsic(llvm::Intrinsic::prefetch, {ir_.getPtrTy()},
-                            {advance(ir_, now[0], byte), ir_.getInt32(0), ir_.getInt32(3), ir_.getInt32(1)});
-      now[0] = advance(ir_, now[0], stride);
-    });
-  }
-
-  /// sums[key · vectors + vector], one lane a row.
-  void multiply_many(const Values& rows, int vectors, Values& sums) {
+  /// Rows of Q, of which each has a lane of `vectors` registers, with dwords of keys: sums[key · vectors + vector].
+  void multiply_lanes(const Values& rows, Value* q, int vectors, Values& sums) {
     constexpr int kUnroll = 4;
     const std::int64_t dwords = b_.d / unit_.width;
     loop(ir_, ir_.getInt64(0), ir_.getInt64(dwords), kUnroll, sums, [&](Value* dword, Values& at_sums) {
-      Value* q = advance(ir_, at(b_.q), times(dword, b_.rows * 4));
+      Value* q_dword = advance(ir_, q, times(dword, b_.rows * 4));
       llvm::SmallVector<Values, 4> keys;
       for (Value* row : rows)
-        keys.push_back(unit_.splats(ir_, advance(ir_, row, times(dword, 4)), kUnroll));
+        keys.push_back(b_.few && unit_.width == 1 ? widened_splats(row, dword, kUnroll)
+                                                  : unit_.splats(ir_, advance(ir_, row, times(dword, 4)), kUnroll));
       for (int i = 0; i < kUnroll; ++i) {
         Values queries;
         for (int vector = 0; vector < vectors; ++vector)
-          queries.push_back(load(unit_.dwords(ir_), advance(ir_, q, i * b_.rows * 4 + vector * register_bytes()),
+          queries.push_back(load(unit_.dwords(ir_), advance(ir_, q_dword, i * b_.rows * 4 + vector * register_bytes()),
                                  static_cast<int>(register_bytes())));
         for (std::size_t key = 0; key < rows.size(); ++key)
           for (int vector = 0; vector < vectors; ++vector) {
@@ -536,59 +588,144 @@ private:
     });
   }
 
-  /// Likewise, lanes_per_row lanes a row.
-  void multiply_few(const Values& rows, Values& sums) {
-    const std::int64_t per_row = b_.lanes_per_row, dwords = b_.d / unit_.width;
-    const auto step = [&](Value* chunk, Values& at_sums, llvm::function_ref<Value*(Value * row)> load_key) {
-      Value* q = advance(ir_, at(b_.q), times(chunk, b_.rows * per_row * 4));
+  /// As splats(), of a row of bf16.
+  Values widened_splats(Value* row, Value* first, int count) {
+    Value* dwords = ir_.CreateBitCast(load_dwords(row, first, count), vector_of(ir_.getFloatTy(), count));
+    Values splats;
+    for (int i = 0; i < count; ++i)
+      splats.push_back(
+          ir_.CreateShuffleVector(dwords, llvm::SmallVector<int, 16>(static_cast<std::size_t>(unit_.lanes), i)));
+    return splats;
+  }
+
+  // ---------------------------------------------------------------- the same with few rows
+
+  void score_few(const Tile& tile, const Block& block) {
+    // The last keys, where they are fewer than a step: followed by copies of the last one, whose scores are masked.
+    Value* whole = ir_.CreateMul(ir_.CreateUDiv(tile.keys, ir_.getInt64(b_.keys)), ir_.getInt64(b_.keys));
+    Values none;
+    when(ir_, ir_.CreateICmpNE(tile.keys, whole), [&] {
+      loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.keys), 1, none, [&](Value* key, Values&) {
+        Value* from = row_of(tile.k, k_stride_, ir_.CreateAdd(whole, key), tile.keys);
+        Value* to = advance(ir_, at(b_.k_rest), times(key, b_.d * 2));
+        loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.d * 2), 16, none, [&](Value* byte, Values&) {
+          llvm::Type* eight = vector_of(ir_.getInt16Ty(), 8);
+          ir_.CreateAlignedStore(load(eight, advance(ir_, from, byte), 2), advance(ir_, to, byte), llvm::Align(16));
+        });
+      });
+    });
+    if (!b_.adds_lanes()) // a register costs the same however many rows it has
+      return for_row_vectors(block.row_vectors, [&](Value* vector) { score_register(tile, vector, b_.row_lanes); });
+    Value* vectors = ir_.CreateUDiv(block.rows, ir_.getInt64(b_.row_lanes));
+    if (!b_.one_query || b_.group >= b_.row_lanes)
+      for_row_vectors(vectors, [&](Value* vector) { score_register(tile, vector, b_.row_lanes); });
+    Value* rest = ir_.CreateSub(block.rows, times(vectors, b_.row_lanes));
+    for (int rows = 1; rows < b_.row_lanes; ++rows)
+      if (b_.may_leave(rows, b_.row_lanes))
+        when(ir_, ir_.CreateICmpEQ(rest, ir_.getInt64(rows)), [&] { score_register(tile, vectors, rows); });
+  }
+
+  /// Scores of a register's rows, of which the first `rows` are in use.
+  void score_register(const Tile& tile, Value* vector, int rows) {
+    Value* q = advance(ir_, at(b_.q), times(vector, (b_.adds_lanes() ? b_.row_lanes : 1) * register_bytes()));
+    Value* scores = advance(ir_, tile.scores, times(vector, b_.scores_vector));
+    const Values q_registers = load_q(q, rows);
+    Values none;
+    loop(ir_, ir_.getInt64(0), tile.keys, b_.keys, none, [&](Value* key, Values&) {
+      Value* is_rest = ir_.CreateICmpSLT(ir_.CreateSub(tile.keys, key), ir_.getInt64(b_.keys));
+      Value* stride = ir_.CreateSelect(is_rest, ir_.getInt64(b_.d * 2), k_stride_);
+      Values keys{ir_.CreateSelect(is_rest, at(b_.k_rest), advance(ir_, tile.k, ir_.CreateMul(key, k_stride_)))};
+      while (static_cast<int>(keys.size()) < b_.keys)
+        keys.push_back(advance(ir_, keys.back(), stride));
+      Value* to = advance(ir_, scores, times(key, b_.row_lanes * 4));
+      if (b_.adds_lanes()) {
+        for (int i = 0; i < b_.keys; i += b_.lanes_per_row)
+          store_vector(score_rows(llvm::ArrayRef(keys).slice(static_cast<std::size_t>(i),
+                                                             static_cast<std::size_t>(b_.lanes_per_row)),
+                                  q, q_registers, rows),
+                       advance(ir_, to, i * b_.row_lanes * 4));
+      } else {
+        Values sums(keys.size(), float_constant(0));
+        multiply_lanes(keys, q, 1, sums);
+        for (int i = 0; i < b_.keys; ++i)
+          store_vector(sums[static_cast<std::size_t>(i)], advance(ir_, to, i * register_bytes()));
+      }
+    });
+  }
+
+  /// All registers of `rows` rows of Q, [chunk][row], where they leave most of the machine's free.
+  Values load_q(Value* q, int rows) {
+    const std::int64_t chunks = b_.q_dwords / unit_.lanes;
+    Values registers;
+    if (b_.adds_lanes() && rows * chunks <= unit_.registers / 4)
+      for (std::int64_t chunk = 0; chunk < chunks; ++chunk)
+        for (int row = 0; row < rows; ++row)
+          registers.push_back(load_q(q, ir_.getInt64(chunk), row));
+    return registers;
+  }
+  Value* load_q(Value* q, Value* chunk, int row) {
+    Value* of_chunk = advance(ir_, q, times(chunk, b_.rows * register_bytes()));
+    return load(unit_.dwords(ir_), advance(ir_, of_chunk, row * register_bytes()), static_cast<int>(register_bytes()));
+  }
+
+  /// The scores of lanes_per_row keys: key j of row r in lane r · lanes_per_row + j.
+  Value* score_rows(llvm::ArrayRef<Value*> keys, Value* q, const Values& q_registers, int rows) {
+    const int per_row = b_.lanes_per_row;
+    constexpr int kSums = 8; // with Q read from memory, enough for each load of it
+    const int at_once = q_registers.empty() ? std::clamp(kSums / rows, 1, per_row) : 1;
+    LaneSums lane_sums(ir_, unit_);
+    for (int first = 0; first < per_row; first += at_once) {
+      Values sums(static_cast<std::size_t>(at_once * rows), float_constant(0));
+      multiply_registers(keys.slice(static_cast<std::size_t>(first), static_cast<std::size_t>(at_once)), q, q_registers,
+                         rows, sums);
+      for (int i = 0; i < at_once; ++i)
+        for (int row = 0; row < b_.row_lanes; ++row) // the rows that are not in use repeat the first
+          lane_sums.set(row * per_row + first + i, sums[static_cast<std::size_t>(i * rows + (row < rows ? row : 0))]);
+    }
+    return lane_sums.all();
+  }
+
+  /// Registers along rows of Q and of keys: sums[key · rows + row], yet to be added over its lanes.
+  void multiply_registers(llvm::ArrayRef<Value*> keys, Value* q, const Values& q_registers, int rows, Values& sums) {
+    const std::int64_t lanes = unit_.lanes, dwords = b_.d / unit_.width, whole = dwords / lanes;
+    const auto step = [&](Values& at_sums, llvm::function_ref<Value*(int row)> query,
+                          llvm::function_ref<Value*(Value*)> load_key) {
       Values queries;
-      for (int vector = 0; vector < b_.vectors; ++vector)
-        queries.push_back(
-            load(unit_.dwords(ir_), advance(ir_, q, vector * register_bytes()), static_cast<int>(register_bytes())));
-      llvm::SmallVector<int, 16> repeated;
-      for (int i = 0; i < unit_.lanes; ++i)
-        repeated.push_back(i % static_cast<int>(per_row));
-      for (std::size_t key = 0; key < rows.size(); ++key) {
-        Value* piece = ir_.CreateShuffleVector(load_key(rows[key]), repeated);
-        for (std::size_t vector = 0; vector < queries.size(); ++vector) {
-          Value*& sum = at_sums[key * queries.size() + vector];
-          sum = unit_.dot(ir_, sum, queries[vector], piece);
+      for (int row = 0; row < rows; ++row)
+        queries.push_back(query(row));
+      for (std::size_t key = 0; key < keys.size(); ++key) {
+        Value* register_of_key = load_key(keys[key]);
+        for (std::size_t row = 0; row < queries.size(); ++row) {
+          Value*& sum = at_sums[key * queries.size() + row];
+          sum = unit_.dot(ir_, sum, queries[row], register_of_key);
         }
       }
     };
-    const std::int64_t whole = dwords / per_row;
+    const auto load_whole = [&](Value* chunk) {
+      return [this, chunk, lanes](Value* row) { return load_dwords(row, times(chunk, lanes), lanes); };
+    };
+    const auto load_rest = [&](Value* row) { return load_last_dwords(row, whole * lanes, dwords % lanes, lanes); };
+    if (!q_registers.empty()) {
+      for (std::int64_t chunk = 0; chunk < b_.q_dwords / lanes; ++chunk) {
+        const auto query = [&](int row) { return q_registers[static_cast<std::size_t>(chunk * rows + row)]; };
+        if (chunk < whole)
+          step(sums, query, load_whole(ir_.getInt64(chunk)));
+        else
+          step(sums, query, load_rest);
+      }
+      return;
+    }
     const int unroll = whole % 4 == 0 ? 4 : whole % 2 == 0 ? 2 : 1;
-    loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), unroll, sums, [&](Value* chunk, Values& at_sums) {
+    loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), unroll, sums, [&](Value* first, Values& at_sums) {
       for (int i = 0; i < unroll; ++i) {
-        Value* index = ir_.CreateAdd(chunk, ir_.getInt64(i));
-        step(index, at_sums, [&](Value* row) { return load_dwords(row, times(index, per_row), per_row); });
+        Value* chunk = ir_.CreateAdd(first, ir_.getInt64(i));
+        step(
+            at_sums, [&](int row) { return load_q(q, chunk, row); }, load_whole(chunk));
       }
     });
-    if (const std::int64_t rest = dwords % per_row)
-      step(ir_.getInt64(whole), sums,
-           [&](Value* row) { return load_last_dwords(row, whole * per_row, rest, per_row); });
-  }
-
-  /// Of lanes_per_row keys' sums in lanes_per_row pieces each, one vector with the whole sums: key j in lane j of each
-  /// row's lanes.
-  Value* sum_of_lanes(Values group) {
-    const int per_row = b_.lanes_per_row;
-    for (int pieces = per_row; pieces > 1; pieces /= 2) { // lanes of a key
-      llvm::SmallVector<int, 16> first, second;
-      for (int i = 0; i < unit_.lanes; ++i) {
-        const int row = i / per_row * per_row, lane = i % per_row, half = pieces / 2;
-        const int key = lane / half, keys = per_row / pieces; // of each operand
-        const int from = (key < keys ? 0 : unit_.lanes) + row + key % keys * pieces + lane % half;
-        first.push_back(from);
-        second.push_back(from + half);
-      }
-      Values next;
-      for (std::size_t i = 0; i < group.size(); i += 2)
-        next.push_back(ir_.CreateFAdd(ir_.CreateShuffleVector(group[i], group[i + 1], first),
-                                      ir_.CreateShuffleVector(group[i], group[i + 1], second)));
-      group = next;
-    }
-    return group[0];
+    if (dwords % lanes != 0)
+      step(
+          sums, [&](int row) { return load_q(q, ir_.getInt64(whole), row); }, load_rest);
   }
 
   // ---------------------------------------------------------------- softmax
@@ -605,39 +742,69 @@ private:
   }
 
   /// Scores to P, in place; maxima, sums, and the factors for O.
-  void soften(Value* key, Value* padded, Value* row_vectors, Value* masked) {
-    for_row_vectors(row_vectors, [&](Value* vector) {
-      Value* scores = advance(ir_, at(b_.scores), times(vector, b_.scores_vector));
+  void soften(const Tile& tile, const Block& block) {
+    Value* masked = ir_.CreateICmpSGT(ir_.CreateAdd(tile.key, tile.padded), block.seen_by_all);
+    for_row_vectors(block.row_vectors, [&](Value* vector) {
+      Value* scores = advance(ir_, tile.scores, times(vector, b_.scores_vector));
       Value* state = times(vector, register_bytes());
-      when(ir_, masked, [&] { mask(scores, advance(ir_, at(b_.limits), state), key, padded); });
+      when(ir_, masked, [&] { mask(scores, advance(ir_, at(b_.limits), state), tile); });
 
       Value* maxima = advance(ir_, at(b_.maxima), state);
+      Value* sums = advance(ir_, at(b_.sums), state);
       Value* old_max = load_floats(maxima);
       Value* tile_max =
-          over_lanes_of_row(greatest(scores, padded), [&](Value* a, Value* b) { return greater(ir_, a, b); });
-      Value* max = greater(ir_, ir_.CreateFMul(tile_max, scale_), old_max);
-      store_vector(max, maxima);
-      Value* factor = exp2_of_negative(ir_, ir_.CreateFSub(old_max, max));
-      store_vector(factor, advance(ir_, at(b_.factors), state));
-      Value* sums = advance(ir_, at(b_.sums), state);
-      store_vector(ir_.CreateFAdd(ir_.CreateFMul(load_floats(sums), factor), exponentiate(scores, padded, max)), sums);
+          over_lanes_of_row(greatest(scores, tile.padded), [&](Value* a, Value* b) { return greater(ir_, a, b); });
+      tile_max = ir_.CreateFMul(tile_max, scale_);
+      Value* max = greater(ir_, tile_max, old_max);
+      const auto update = [&] {
+        store_vector(max, maxima);
+        Value* factor = exp2_of_negative(ir_, ir_.CreateFSub(old_max, max));
+        store_vector(factor, advance(ir_, at(b_.factors), state));
+        store_vector(ir_.CreateFMul(load_floats(sums), factor), sums);
+      };
+      if (b_.few) { // O is multiplied here, and hardly ever: a tile's work is short beside it
+        when(ir_, ir_.CreateOrReduce(ir_.CreateFCmpOGT(tile_max, old_max)), [&] {
+          update();
+          multiply_o(vector);
+        });
+      } else {
+        update();
+      }
+      store_vector(ir_.CreateFAdd(load_floats(sums), exponentiate(scores, tile.padded, max)), sums);
+    });
+  }
+
+  /// A register's rows of O by their factors.
+  void multiply_o(Value* vector) {
+    Values none;
+    loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.row_lanes), 1, none, [&](Value* lane, Values&) {
+      Value* row = ir_.CreateAdd(times(vector, b_.row_lanes), lane);
+      Value* factor = splat_float(advance(ir_, at(b_.factors), times(row, b_.lanes_per_row * 4)));
+      Value* o = advance(ir_, at(b_.o), times(row, b_.o_row_bytes()));
+      loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.o_row_bytes()), register_bytes(), none, [&](Value* byte, Values&) {
+        store_vector(ir_.CreateFMul(load_floats(advance(ir_, o, byte)), factor), advance(ir_, o, byte));
+      });
     });
   }
 
   /// Registers of scores in one step of a loop: even, and a divisor of a tile's.
-  int scores_unroll() const { return b_.lanes_per_row == 1 ? b_.keys : 1; }
+  int scores_unroll() const {
+    if (b_.lanes_per_row == 1)
+      return b_.keys;
+    return static_cast<int>(std::min<std::int64_t>(b_.tile / b_.lanes_per_row, 8));
+  }
 
   /// -infinity for the keys that a row does not see.
-  void mask(Value* scores, Value* limits, Value* key, Value* padded) {
+  void mask(Value* scores, Value* limits, const Tile& tile) {
     llvm::SmallVector<llvm::Constant*, 16> lanes;
     for (int i = 0; i < unit_.lanes; ++i)
       lanes.push_back(ir_.getInt32(static_cast<std::uint32_t>(i % b_.lanes_per_row)));
-    Value* first =
-        ir_.CreateAdd(ir_.CreateVectorSplat(static_cast<unsigned>(unit_.lanes), ir_.CreateTrunc(key, ir_.getInt32Ty())),
-                      llvm::ConstantVector::get(lanes));
+    Value* first = ir_.CreateAdd(
+        ir_.CreateVectorSplat(static_cast<unsigned>(unit_.lanes), ir_.CreateTrunc(tile.key, ir_.getInt32Ty())),
+        llvm::ConstantVector::get(lanes));
     Value* limit = load(unit_.dwords(ir_), limits, static_cast<int>(register_bytes()));
     Values carried{first, scores};
-    loop(ir_, ir_.getInt64(0), padded, b_.lanes_per_row, carried, [&](Value*, Values& now) {
+    loop(ir_, ir_.getInt64(0), tile.padded, b_.lanes_per_row, carried, [&](Value*, Values& now) {
       Value* visible = ir_.CreateICmpSLT(now[0], limit);
       store_vector(
           ir_.CreateSelect(visible, load_floats(now[1]), llvm::ConstantFP::getInfinity(unit_.floats(ir_), true)),
@@ -699,83 +866,184 @@ private:
 
   // ---------------------------------------------------------------- O = O · factor + P · V
 
-  void accumulate(Value* v, Value* keys, Value* padded, Value* rows) {
+  void accumulate(const Tile& tile, const Block& block) {
+    Values none;
     for_chunks([&](Value* first, int count, bool last) {
-      Values none;
-      if (b_.few)
-        return accumulate_rows(v, keys, padded, first, count, last, ir_.getInt64(0));
-      loop(ir_, ir_.getInt64(0), rows, b_.value_rows, none,
-           [&](Value* row, Values&) { accumulate_rows(v, keys, padded, first, count, last, row); });
+      const Chunk chunk{first, count, last};
+      if (!b_.few) {
+        loop(ir_, ir_.getInt64(0), block.rows, b_.value_rows, none,
+             [&](Value* row, Values&) { accumulate_rows(tile, chunk, row, b_.value_rows); });
+        return;
+      }
+      Value* row = ir_.CreateAnd(block.rows, ir_.getInt64(-b_.value_rows));
+      loop(ir_, ir_.getInt64(0), row, b_.value_rows, none,
+           [&](Value* row, Values&) { accumulate_rows(tile, chunk, row, b_.value_rows); });
+      for (int rows = b_.value_rows / 2; rows > 0; rows /= 2) {
+        if (!b_.may_add(rows))
+          continue;
+        Value* begin = row;
+        when(ir_, ir_.CreateICmpNE(ir_.CreateAnd(block.rows, ir_.getInt64(rows)), ir_.getInt64(0)),
+             [&] { accumulate_rows(tile, chunk, begin, rows); });
+        row = ir_.CreateAdd(row, ir_.CreateAnd(block.rows, ir_.getInt64(rows)));
+      }
     });
   }
 
-  /// Byte offset of row `row + i`'s dword in the first register of P, and of its factor.
+  /// Registers of the values of a row.
+  struct Chunk {
+    Value* first;
+    int count;
+    bool last; ///< the row's last register is among them
+  };
+
+  /// Byte offset of row `row + i`'s dword in the first register of P, and of its factor. A step of rows stays within a
+  /// register.
   Value* lane_offset(Value* row, std::int64_t i, std::int64_t vector_bytes, std::int64_t row_bytes) {
-    if (b_.few) // the first row is 0
-      return ir_.getInt64(i / b_.row_lanes * vector_bytes + i % b_.row_lanes * row_bytes);
-    // A step of rows stays within a register.
     Value* vector = ir_.CreateUDiv(row, ir_.getInt64(b_.row_lanes));
     Value* lane = ir_.CreateURem(row, ir_.getInt64(b_.row_lanes));
     return ir_.CreateAdd(ir_.CreateAdd(times(vector, vector_bytes), times(lane, row_bytes)),
                          ir_.getInt64(i * row_bytes));
   }
+  /// The lane of row `row + i` in a piece of state.
+  Value* state_of(std::int64_t state, Value* row, std::int64_t i) {
+    return advance(ir_, at(state), lane_offset(row, i, register_bytes(), b_.lanes_per_row * 4));
+  }
+  Value* splat_float(Value* from) {
+    return ir_.CreateVectorSplat(static_cast<unsigned>(unit_.lanes), load(ir_.getFloatTy(), from, 4));
+  }
 
-  void accumulate_rows(Value* v, Value* keys, Value* padded, Value* first, int count, bool last, Value* row) {
-    const int rows = b_.value_rows;
-    Value* o = advance(ir_, at(b_.o), ir_.CreateAdd(times(row, b_.o_row_bytes()), times(first, register_bytes())));
+  void accumulate_rows(const Tile& tile, const Chunk& chunk, Value* row, int rows) {
+    Value* o =
+        advance(ir_, at(b_.o), ir_.CreateAdd(times(row, b_.o_row_bytes()), times(chunk.first, register_bytes())));
     Values sums;
     for (int i = 0; i < rows; ++i) {
-      Value* factor = advance(ir_, at(b_.factors), lane_offset(row, i, register_bytes(), b_.lanes_per_row * 4));
-      Value* splat = ir_.CreateVectorSplat(static_cast<unsigned>(unit_.lanes), load(ir_.getFloatTy(), factor, 4));
-      for (int j = 0; j < count; ++j)
-        sums.push_back(
-            ir_.CreateFMul(load_floats(advance(ir_, o, i * b_.o_row_bytes() + j * register_bytes())), splat));
+      Value* factor = b_.few ? nullptr : splat_float(state_of(b_.factors, row, i));
+      for (int j = 0; j < chunk.count; ++j) {
+        Value* sum = load_floats(advance(ir_, o, i * b_.o_row_bytes() + j * register_bytes()));
+        sums.push_back(factor == nullptr ? sum : ir_.CreateFMul(sum, factor));
+      }
     }
-    // P of a row: dwords of `p_step` after one another in each register's worth of keys.
-    const std::int64_t p_row_bytes = b_.p_step() * 4, p_keys = b_.p_step() * unit_.width;
-    const std::int64_t p_register = b_.row_lanes * p_row_bytes;
+    // The first row of them sees the fewest keys, and the last one the most.
+    const std::int64_t p_keys = b_.p_step() * unit_.width; // a power of two
+    const auto visible_to = [&](int i) {
+      Value* limit = ir_.CreateSExt(load(ir_.getInt32Ty(), state_of(b_.limits, row, i), 4), ir_.getInt64Ty());
+      return larger(smaller(ir_.CreateSub(limit, tile.key), ir_.getInt64(b_.tile)), ir_.getInt64(0));
+    };
+    Value* seen_by_all = ir_.CreateAnd(visible_to(0), ir_.getInt64(-p_keys));
+    Value* seen_by_any = visible_to(rows - 1);
+    if (b_.few)
+      accumulate_few(tile, chunk, row, rows, seen_by_all, sums);
+    else
+      accumulate_many(tile, chunk, row, rows, seen_by_all, sums);
+    accumulate_masked(tile, chunk, row, rows, seen_by_all, seen_by_any, sums);
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < chunk.count; ++j)
+        store_vector(sums[static_cast<std::size_t>(i * chunk.count + j)],
+                     advance(ir_, o, i * b_.o_row_bytes() + j * register_bytes()));
+  }
+
+  // P of a row: dwords of `p_step` after one another in each register's worth of keys.
+  std::int64_t p_row_bytes() const { return b_.p_step() * 4; }
+  std::int64_t p_register_bytes() const { return b_.row_lanes * p_row_bytes(); }
+  Value* p_of(const Tile& tile, Value* row, int i) {
+    return advance(ir_, tile.scores, lane_offset(row, i, b_.scores_vector, p_row_bytes()));
+  }
+
+  void multiply_values(const Values& vectors, const Values& weights, Values& sums) {
+    for (std::size_t i = 0; i < weights.size(); ++i)
+      for (std::size_t j = 0; j < vectors.size(); ++j) {
+        Value*& sum = sums[i * vectors.size() + j];
+        sum = unit_.dot(ir_, sum, vectors[j], weights[i]);
+      }
+  }
+
+  /// The keys [0, keys), which every row sees.
+  void accumulate_few(const Tile& tile, const Chunk& chunk, Value* row, int rows, Value* keys, Values& sums) {
     Values p_rows;
     for (int i = 0; i < rows; ++i)
-      p_rows.push_back(advance(ir_, at(b_.scores), lane_offset(row, i, b_.scores_vector, p_row_bytes)));
-    Value* values = b_.few ? nullptr : v_chunk(first);
-    loop(ir_, ir_.getInt64(0), padded, p_keys, sums, [&](Value* key, Values& at_sums) {
-      Value* p_offset = times(ir_.CreateUDiv(key, ir_.getInt64(p_keys)), p_register);
+      p_rows.push_back(p_of(tile, row, i));
+    Values carried = sums;
+    carried.push_back(tile.v);
+    const std::int64_t p_keys = b_.p_step() * unit_.width;
+    loop(ir_, ir_.getInt64(0), keys, p_keys, carried, [&](Value* key, Values& now) {
+      Value* p_offset = times(ir_.CreateUDiv(key, ir_.getInt64(p_keys)), p_register_bytes());
+      Value* v = now.pop_back_val();
       for (std::int64_t step = 0; step < b_.p_step(); ++step) {
-        Values vectors;
-        if (b_.few) {
-          vectors =
-              load_values(key_rows(v, ir_.CreateAdd(key, ir_.getInt64(step * unit_.width)), keys), first, count, last);
-        } else {
-          Value* from =
-              advance(ir_, values, times(ir_.CreateUDiv(key, ir_.getInt64(unit_.width)), count * register_bytes()));
-          for (int j = 0; j < count; ++j)
-            vectors.push_back(
-                load(unit_.dwords(ir_), advance(ir_, from, j * register_bytes()), static_cast<int>(register_bytes())));
+        Values v_rows;
+        for (int i = 0; i < unit_.width; ++i) {
+          v_rows.push_back(v);
+          v = advance(ir_, v, v_stride_);
         }
+        const Values vectors = load_values(v_rows, chunk.first, chunk.count, chunk.last);
         Values weights;
-        if (!b_.few)
-          weights = unit_.splats(ir_, advance(ir_, p_rows[0], p_offset), rows);
-        else
-          for (int i = 0; i < rows; ++i)
-            weights.push_back(unit_.splats(
-                ir_, advance(ir_, advance(ir_, p_rows[static_cast<std::size_t>(i)], p_offset), step * 4), 1)[0]);
-        for (int i = 0; i < rows; ++i)
-          for (int j = 0; j < count; ++j) {
-            Value*& sum = at_sums[static_cast<std::size_t>(i * count + j)];
-            sum = unit_.dot(ir_, sum, vectors[static_cast<std::size_t>(j)], weights[static_cast<std::size_t>(i)]);
-          }
+        for (Value* p : p_rows)
+          weights.push_back(unit_.splats(ir_, advance(ir_, advance(ir_, p, p_offset), step * 4), 1)[0]);
+        multiply_values(vectors, weights, now);
+      }
+      now.push_back(v);
+    });
+    carried.pop_back();
+    sums = carried;
+  }
+
+  /// The same of V as it was rearranged.
+  void accumulate_many(const Tile& tile, const Chunk& chunk, Value* row, int rows, Value* keys, Values& sums) {
+    Value* p = p_of(tile, row, 0);
+    Value* values = v_chunk(chunk.first);
+    loop(ir_, ir_.getInt64(0), keys, unit_.width, sums, [&](Value* key, Values& now) {
+      Value* index = ir_.CreateUDiv(key, ir_.getInt64(unit_.width));
+      const Values vectors = load_rearranged(values, index, chunk.count);
+      multiply_values(vectors, unit_.splats(ir_, advance(ir_, p, times(index, p_register_bytes())), rows), now);
+    });
+  }
+  Values load_rearranged(Value* values, Value* index, int count) {
+    Value* from = advance(ir_, values, times(index, count * register_bytes()));
+    Values vectors;
+    for (int j = 0; j < count; ++j)
+      vectors.push_back(
+          load(unit_.dwords(ir_), advance(ir_, from, j * register_bytes()), static_cast<int>(register_bytes())));
+    return vectors;
+  }
+
+  /// The keys [begin, end), of which each row sees its own number. P is 0 at those that it does not see, but what V
+  /// holds there may be infinite or no number at all: it counts as 0.
+  void accumulate_masked(const Tile& tile, const Chunk& chunk, Value* row, int rows, Value* begin, Value* end,
+                         Values& sums) {
+    const std::int64_t p_keys = b_.p_step() * unit_.width;
+    loop(ir_, begin, end, unit_.width, sums, [&](Value* key, Values& now) {
+      const Values vectors =
+          b_.few ? load_values(value_rows(tile, key), chunk.first, chunk.count, chunk.last)
+                 : load_rearranged(v_chunk(chunk.first), ir_.CreateUDiv(key, ir_.getInt64(unit_.width)), chunk.count);
+      Value* p_offset =
+          ir_.CreateAdd(times(ir_.CreateUDiv(key, ir_.getInt64(p_keys)), p_register_bytes()),
+                        times(ir_.CreateUDiv(ir_.CreateURem(key, ir_.getInt64(p_keys)), ir_.getInt64(unit_.width)), 4));
+      Value* absolute = ir_.CreateTrunc(ir_.CreateAdd(tile.key, key), ir_.getInt32Ty());
+      for (int i = 0; i < rows; ++i) {
+        Value* limit = load(ir_.getInt32Ty(), state_of(b_.limits, row, i), 4);
+        Value* visible = nullptr; // the bits of a dword that belong to visible keys
+        for (int element = 0; element < unit_.width; ++element) {
+          const int bits = 32 / unit_.width;
+          Value* sees =
+              ir_.CreateICmpSLT(ir_.CreateAdd(absolute, ir_.getInt32(static_cast<std::uint32_t>(element))), limit);
+          Value* of_element = ir_.CreateSelect(
+              sees, ir_.getInt32(static_cast<std::uint32_t>(((std::uint64_t{1} << bits) - 1) << (element * bits))),
+              ir_.getInt32(0));
+          visible = visible == nullptr ? of_element : ir_.CreateOr(visible, of_element);
+        }
+        Value* mask = ir_.CreateVectorSplat(static_cast<unsigned>(unit_.lanes), visible);
+        Value* weight = unit_.splats(ir_, advance(ir_, p_of(tile, row, i), p_offset), 1)[0];
+        for (int j = 0; j < chunk.count; ++j) {
+          Value*& sum = now[static_cast<std::size_t>(i * chunk.count + j)];
+          sum = unit_.dot(ir_, sum, ir_.CreateAnd(vectors[static_cast<std::size_t>(j)], mask), weight);
+        }
       }
     });
-    for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < count; ++j)
-        store_vector(sums[static_cast<std::size_t>(i * count + j)],
-                     advance(ir_, o, i * b_.o_row_bytes() + j * register_bytes()));
   }
 
   // ---------------------------------------------------------------- the end of a block of rows
 
-  void finish(Value* first_row, Value* rows, Value* row_vectors) {
-    for_row_vectors(row_vectors, [&](Value* vector) {
+  void finish(Value* first_row, const Block& block) {
+    for_row_vectors(block.row_vectors, [&](Value* vector) {
       Value* state = times(vector, register_bytes());
       Value* sums = advance(ir_, at(b_.sums), state);
       Value* sum = over_lanes_of_row(load_floats(sums), [&](Value* a, Value* b) { return ir_.CreateFAdd(a, b); });
@@ -790,7 +1058,7 @@ private:
     Value* is_partial = ir_.CreateIsNotNull(partial);
     Value* first = ir_.CreateSub(first_row, row_begin_);
     Values none;
-    loop(ir_, ir_.getInt64(0), rows, 1, none, [&](Value* row, Values&) {
+    loop(ir_, ir_.getInt64(0), block.rows, 1, none, [&](Value* row, Values&) {
       Value* from = advance(ir_, at(b_.o), times(row, b_.o_row_bytes()));
       Value* index = ir_.CreateAdd(first, row);
       Value* state = times(row, b_.lanes_per_row * 4);
@@ -811,17 +1079,31 @@ private:
   /// A row of O: bf16 of its product with `factor`, or as it is when that is null.
   void store_row(Value* from, Value* to, Value* factor) {
     const std::int64_t lanes = unit_.lanes, size = factor != nullptr ? 2 : 4;
-    const auto store = [&](Value* first, std::int64_t count) {
-      Value* sums = load(vector_of(ir_.getFloatTy(), count), advance(ir_, from, times(first, 4)), 4);
+    const auto store = [&](Value* first, Value* sums) {
+      const unsigned count = llvm::cast<llvm::FixedVectorType>(sums->getType())->getNumElements();
       if (factor != nullptr)
-        sums = unit_.narrow(ir_, ir_.CreateFMul(sums, ir_.CreateVectorSplat(static_cast<unsigned>(count), factor)));
+        sums = unit_.narrow(ir_, ir_.CreateFMul(sums, ir_.CreateVectorSplat(count, factor)));
       ir_.CreateAlignedStore(sums, advance(ir_, to, times(first, size)), llvm::Align(static_cast<unsigned>(size)));
     };
-    const std::int64_t whole = b_.dv / lanes * lanes;
+    const auto sums_of = [&](Value* first, std::int64_t count) {
+      return load(vector_of(ir_.getFloatTy(), count), advance(ir_, from, times(first, 4)), 4);
+    };
     Values none;
-    loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), lanes, none, [&](Value* i, Values&) { store(i, lanes); });
+    loop(ir_, ir_.getInt64(0), ir_.getInt64(paired_values()), 2 * lanes, none, [&](Value* first, Values&) {
+      Value* second = ir_.CreateAdd(first, ir_.getInt64(lanes));
+      Value *a = sums_of(first, lanes), *b = sums_of(second, lanes);
+      llvm::SmallVector<int, 32> order(static_cast<std::size_t>(2 * lanes));
+      for (int half = 0; half < 2; ++half)
+        for (int lane = 0; lane < lanes; ++lane)
+          order[static_cast<std::size_t>(in_pair(half, lane))] = static_cast<int>(half * lanes + lane);
+      store(first, ir_.CreateShuffleVector(a, b, llvm::ArrayRef(order).take_front(static_cast<std::size_t>(lanes))));
+      store(second, ir_.CreateShuffleVector(a, b, llvm::ArrayRef(order).take_back(static_cast<std::size_t>(lanes))));
+    });
+    const std::int64_t whole = b_.dv / lanes * lanes;
+    loop(ir_, ir_.getInt64(paired_values()), ir_.getInt64(whole), lanes, none,
+         [&](Value* i, Values&) { store(i, sums_of(i, lanes)); });
     if (whole < b_.dv)
-      store(ir_.getInt64(whole), b_.dv - whole);
+      store(ir_.getInt64(whole), sums_of(ir_.getInt64(whole), b_.dv - whole));
   }
 
   llvm::IRBuilder<> ir_;
@@ -830,7 +1112,7 @@ private:
   const DotUnit& unit_;
   Value *workspace_ = nullptr, *key_begin_ = nullptr, *key_end_ = nullptr, *row_begin_ = nullptr, *row_end_ = nullptr;
   Value *visible_ = nullptr, *visible_step_ = nullptr, *scale_ = nullptr;
-  Value *k_stride_ = nullptr, *v_stride_ = nullptr; ///< bytes
+  Value *k_ = nullptr, *v_ = nullptr, *k_stride_ = nullptr, *v_stride_ = nullptr; ///< bytes
 };
 
 } // namespace

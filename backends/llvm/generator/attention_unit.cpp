@@ -21,7 +21,12 @@ DotUnit DotUnit::of(const Target& target) {
     return {.instruction = Instruction::fma, .lanes = 16, .width = 1};
   // 16 registers: 12 sums, 3 of rows and 1 of a key; 8 sums, 2 of values and 4 of P.
   const int lanes = target.features.has(Feature::avx2) ? 8 : 4;
-  return {.instruction = Instruction::fma, .lanes = lanes, .width = 1, .row_vectors = 3, .value_vectors = 2};
+  return {.instruction = Instruction::fma,
+          .lanes = lanes,
+          .width = 1,
+          .registers = 16,
+          .row_vectors = 3,
+          .value_vectors = 2};
 }
 
 llvm::FixedVectorType* DotUnit::floats(llvm::IRBuilder<>& ir) const {
@@ -96,6 +101,52 @@ Value* DotUnit::narrow_pairs(llvm::IRBuilder<>& ir, Value* first, Value* second)
   return ir.CreateBitCast(
       ir.CreateShuffleVector(ir.CreateFPTrunc(first, narrow_type), ir.CreateFPTrunc(second, narrow_type), interleaved),
       dwords(ir));
+}
+
+Value* LaneSums::add_shuffled(Value* a, Value* b, llvm::ArrayRef<int> first, llvm::ArrayRef<int> second) {
+  return ir_.CreateFAdd(ir_.CreateShuffleVector(a, b, first), ir_.CreateShuffleVector(a, b, second));
+}
+
+void LaneSums::set(int lane, Value* vector) {
+  // Vectors 4 apart are added first, by whole 128-bit groups of lanes: x86's shuffles across these are of four lanes.
+  const int groups = lanes_ / 4;
+  vectors_[static_cast<std::size_t>(lane)] = vector;
+  Values parts;
+  for (int group = 0; group < groups; ++group) {
+    parts.push_back(vectors_[static_cast<std::size_t>(lane % 4 + group * 4)]);
+    if (parts.back() == nullptr)
+      return;
+  }
+  while (parts.size() > 1) {
+    // A vector has `pieces` groups of each of its parts.
+    const int pieces = static_cast<int>(parts.size()), half = pieces / 2;
+    llvm::SmallVector<int, 16> first, second;
+    for (int group = 0; group < groups; ++group) {
+      const int of = group * 2 / groups, index = group % (groups / 2); // which operand, and of its half of the result
+      const int from = of * groups + index / half * pieces + index % half;
+      for (int i = 0; i < 4; ++i) {
+        first.push_back(from * 4 + i);
+        second.push_back((from + half) * 4 + i);
+      }
+    }
+    Values next;
+    for (std::size_t i = 0; i < parts.size(); i += 2)
+      next.push_back(add_shuffled(parts[i], parts[i + 1], first, second));
+    parts = next;
+  }
+  vectors_[static_cast<std::size_t>(lane % 4)] = parts[0];
+}
+
+Value* LaneSums::all() {
+  llvm::SmallVector<int, 16> low, high, even, odd;
+  for (int group = 0; group < lanes_; group += 4) {
+    low.append({group, group + 1, lanes_ + group, lanes_ + group + 1});
+    high.append({group + 2, group + 3, lanes_ + group + 2, lanes_ + group + 3});
+    even.append({group, group + 2, lanes_ + group, lanes_ + group + 2});
+    odd.append({group + 1, group + 3, lanes_ + group + 1, lanes_ + group + 3});
+  }
+  return add_shuffled(add_shuffled(vectors_[0], vectors_[1], low, high),
+                      add_shuffled(vectors_[2], vectors_[3], low, high), even, odd);
 }
 
 Value* widen(llvm::IRBuilder<>& ir, Value* bits) {

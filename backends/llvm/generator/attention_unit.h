@@ -11,8 +11,9 @@ namespace kiln::generator {
 /// (vdpbf16ps, bfdot), or one f32 (fma; bf16 inputs are widened first).
 struct DotUnit {
   enum class Instruction { fma, vdpbf16ps, bfdot } instruction = Instruction::fma;
-  int lanes = 4; ///< of a register
-  int width = 1; ///< elements of a lane
+  int lanes = 4;      ///< of a register
+  int width = 1;      ///< elements of a lane
+  int registers = 32; ///< that the machine has
   /// The register tile of a product: `row_vectors` registers of rows by `keys` keys, for Q·K; `rows` by `value_vectors`
   /// registers of values, for P·V.
   int row_vectors = 4, keys = 4, rows = 4, value_vectors = 4;
@@ -31,6 +32,23 @@ struct DotUnit {
   llvm::Value* narrow_pairs(llvm::IRBuilder<>& ir, llvm::Value* first, llvm::Value* second) const;
   llvm::FixedVectorType* floats(llvm::IRBuilder<>& ir) const;
   llvm::FixedVectorType* dwords(llvm::IRBuilder<>& ir) const;
+};
+
+/// Adds the lanes of as many vectors as a vector has lanes: the sum of vector i is lane i of the result. A tree, whose
+/// branches are added as soon as their vectors are there.
+class LaneSums {
+public:
+  LaneSums(llvm::IRBuilder<>& ir, const DotUnit& unit)
+      : ir_(ir), lanes_(unit.lanes), vectors_(static_cast<std::size_t>(unit.lanes)) {}
+  void set(int lane, llvm::Value* vector);
+  llvm::Value* all();
+
+private:
+  llvm::Value* add_shuffled(llvm::Value* a, llvm::Value* b, llvm::ArrayRef<int> first, llvm::ArrayRef<int> second);
+
+  llvm::IRBuilder<>& ir_;
+  int lanes_;
+  Values vectors_; ///< the first four, at last, of sums over groups of four lanes
 };
 
 /// bf16 bits <n x i16> as the f32 <n x float> that they are the high halves of.
