@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -16,6 +17,9 @@
 #include "jit/ops/attention_driver.h"
 #include "tests/emulator.h"
 #include "tests/guarded_buffer.h"
+#if defined(__x86_64__)
+#include "tests/amx_emulator.h"
+#endif
 
 /// Every attention row of the implementation table that this machine can run, through engine and driver, against the
 /// float64 reference: sampled shapes × values × strides × causal modes × kv_len, in buffers that touch inaccessible
@@ -35,12 +39,44 @@ int samples() {
   return text != nullptr ? std::atoi(text) : is_emulated() ? 3 : 30;
 }
 
+/// What this machine can run once `amx` is emulated, one thread at a time.
+Target target_here() {
+  Target target = detect_machine().target;
+#if defined(__x86_64__)
+  if (target.features.has(Feature::avx512bf16)) {
+    target.features.add(Feature::amx_tile);
+    target.features.add(Feature::amx_bf16);
+  }
+#endif
+  return target;
+}
+bool needs_emulator(IsaPath isa) {
+  return isa == IsaPath::amx && !detect_machine().target.features.has(Feature::amx_bf16);
+}
+
+/// While it lives, tile instructions work.
+class Emulation {
+public:
+#if defined(__x86_64__)
+  explicit Emulation(IsaPath isa) {
+    if (needs_emulator(isa))
+      amx_.emplace();
+  }
+
+private:
+  std::optional<AmxEmulator> amx_;
+#else
+  explicit Emulation(IsaPath) {}
+#endif
+};
+
 std::unique_ptr<Engine> engine_for(IsaPath isa, int threads) {
   EngineOptions options;
   options.config.cache = CacheMode::off;
-  options.config.threads = threads;
+  options.config.threads = needs_emulator(isa) ? 1 : threads;
   options.config.forced.push_back({OpId::attention, isa});
   options.machine = detect_machine();
+  options.machine.target = target_here();
   options.implementations = implementation_table();
   Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
   REQUIRE_MESSAGE(engine.is_ok(), (engine ? "" : engine.status().message()));
@@ -48,7 +84,7 @@ std::unique_ptr<Engine> engine_for(IsaPath isa, int threads) {
 }
 
 std::vector<IsaPath> paths_here() {
-  const Target host = detect_machine().target;
+  const Target host = target_here();
   std::vector<IsaPath> paths;
   for (const Implementation& row : implementation_table()) {
     if (row.op != OpId::attention || row.device != DeviceKind::cpu)
@@ -445,6 +481,7 @@ TEST_CASE("a bad argument is named, and nothing is written") {
 TEST_CASE("the bits depend neither on threads nor on where the workspace is; with batch_invariant=1 not on M") {
   for (const IsaPath isa : paths_here()) {
     INFO("path ", std::string(kiln::name_of(isa)));
+    const Emulation emulation(isa);
     const std::unique_ptr<Engine> alone = engine_for(isa, 1), three = engine_for(isa, 3);
     for (const std::int64_t m : is_emulated() ? std::vector<std::int64_t>{3} : std::vector<std::int64_t>{1, 3, 40}) {
       Problem p(1, 6, 2, m, isa == IsaPath::reference ? 70 : 1100, 72, 40);
@@ -492,6 +529,7 @@ TEST_CASE("the bits depend neither on threads nor on where the workspace is; wit
 TEST_CASE("a NaN of a visible key is a NaN of the rows that see it, of no other and of one kind") {
   for (const IsaPath isa : paths_here()) {
     INFO("path ", std::string(kiln::name_of(isa)));
+    const Emulation emulation(isa);
     const std::unique_ptr<Engine> engine = engine_for(isa, 1);
     for (const std::int64_t m : {8, 80}) {
       Problem p(1, 1, 1, m, m, 32, 32);
@@ -510,11 +548,42 @@ TEST_CASE("a NaN of a visible key is a NaN of the rows that see it, of no other 
   }
 }
 
+TEST_CASE("infinities and NaNs of V at keys that a row does not see change nothing, at others they do") {
+  const float kInfinity = std::numeric_limits<float>::infinity();
+  for (const IsaPath isa : paths_here()) {
+    INFO("path ", std::string(kiln::name_of(isa)));
+    const Emulation emulation(isa);
+    const std::unique_ptr<Engine> engine = engine_for(isa, 1);
+    for (const std::int64_t m : {7, 40, 150}) {
+      Problem p(1, 1, 1, m, m + 3, 40, 24), finite = p;
+      const std::pair<std::int64_t, float> bad[] = {
+          {4, kInfinity}, {5, -kInfinity}, {m - 2, std::numeric_limits<float>::quiet_NaN()}, {m + 2, kInfinity}};
+      for (std::size_t i = 0; i < std::size(bad); ++i)
+        p.v[static_cast<std::size_t>(bad[i].first * p.dv) + 5 * i] = bf16_of_float(bad[i].second);
+      const KernelRef kernel = kernel_of(*engine, p.desc(Causal::top_left));
+      REQUIRE(attention::run(*kernel, p.args()).is_ok());
+      REQUIRE(attention::run(*kernel, finite.args()).is_ok());
+      std::int64_t wrong = 0;
+      for (std::int64_t row = 0; row < m; ++row)
+        for (std::int64_t j = 0; j < p.dv; ++j) {
+          const std::size_t at = static_cast<std::size_t>(row * p.dv + j);
+          const float found = float_of_bf16(p.o[at]);
+          if (j % 5 == 0 && static_cast<std::size_t>(j / 5) < std::size(bad) && row >= bad[j / 5].first)
+            wrong += std::isnan(bad[j / 5].second) ? !std::isnan(found) : found != bad[j / 5].second;
+          else
+            wrong += p.o[at] != finite.o[at];
+        }
+      CHECK(wrong == 0);
+    }
+  }
+}
+
 TEST_CASE("every path is within the bounds of the float64 reference, and stays inside its buffers") {
   const unsigned first_seed = std::getenv("KILN_TEST_SEED")
                                   ? static_cast<unsigned>(std::atoi(std::getenv("KILN_TEST_SEED")))
                                   : std::random_device()();
   for (const IsaPath isa : paths_here()) {
+    const Emulation emulation(isa);
     const std::unique_ptr<Engine> alone = engine_for(isa, 1), three = engine_for(isa, 3);
     INFO("path ", std::string(kiln::name_of(isa)));
     for (int i = 0; i < samples(); ++i)

@@ -8,6 +8,8 @@ namespace kiln::portable {
 Implementation int8_mm();
 Implementation int8_linear();
 
+/// With tdpbf16ps.
+Implementation attention_amx();
 /// With vdpbf16ps.
 Implementation attention_avx512bf16();
 /// With bfdot.
