@@ -26,6 +26,7 @@ using llvm::Value;
 constexpr int kTileRows = 16, kTileRowBytes = 64, kTileBytes = kTileRows * kTileRowBytes;
 constexpr int kTileDepth = 32; ///< bf16 in a row of A
 constexpr int kTiles = 8;
+constexpr int kLanes = 4;          ///< of 128 bits in a register, and dwords in such a lane
 constexpr std::int64_t kChunk = 8; ///< elements of a row of Q and K that are rearranged at a time: a divisor of D
 
 /// 2 × 2 tiles of sums, two of A and two of B: four loads for four products.
@@ -103,6 +104,8 @@ private:
                                             content, "tile_config");
     global->setAlignment(llvm::Align(64));
     global->setUnnamedAddr(llvm::GlobalValue::UnnamedAddr::Global);
+    scale_scalar_ = ir_.CreateExtractElement(scale_, std::uint64_t{0});
+    make_softmax_function();
     ir_.CreateIntrinsic(llvm::Intrinsic::x86_sttilecfg, {}, {at(b_.unit)});
     ld_tile_config(global);
   }
@@ -134,36 +137,48 @@ private:
 
   /// B tiles [16 keys][D / 32]: dwords of 16 keys side by side.
   void rearrange_k(Value* k, Value* keys) override {
-    const std::int64_t chunks = b_.d / kChunk, padded_chunks = depth_steps(b_.d) * kTileDepth / kChunk;
-    const std::int64_t chunk_bytes = kChunk / 2 * kTileRowBytes;
+    const std::int64_t whole = b_.d / kTileDepth, rest = b_.d % kTileDepth / kChunk;
     Values none;
     loop(ir_, constant(0), round_up_to(keys, b_.step_keys), kTileRows, none, [&](Value* key, Values&) {
       Value* to = advance(ir_, at(b_.k), times(key, depth_steps(b_.d) * kTileBytes / kTileRows));
       Values rows;
       for (int i = 0; i < kTileRows; ++i)
         rows.push_back(row_of(k, k_stride_, ir_.CreateAdd(key, constant(i)), keys));
-      loop(ir_, constant(0), constant(chunks), 1, none, [&](Value* chunk, Values&) {
-        transpose_chunk(rows, times(chunk, kChunk * 2), advance(ir_, to, times(chunk, chunk_bytes)));
+      loop(ir_, constant(0), constant(whole), 1, none, [&](Value* step, Values&) {
+        transpose_step(rows, times(step, kTileRowBytes), advance(ir_, to, times(step, kTileBytes)),
+                       kTileDepth / kChunk);
       });
-      for (std::int64_t chunk = chunks; chunk < padded_chunks; ++chunk)
-        for (std::int64_t i = 0; i < kChunk / 2; ++i)
-          store(llvm::Constant::getNullValue(unit_.dwords(ir_)),
-                advance(ir_, to, chunk * chunk_bytes + i * kTileRowBytes), kTileRowBytes);
+      if (rest != 0)
+        transpose_step(rows, constant(whole * kTileRowBytes), advance(ir_, to, whole * kTileBytes),
+                       static_cast<int>(rest));
     });
   }
 
-  /// Four dwords of 16 rows to four registers of one dword of each. Row 4l + j lies in 128-bit lane l of register j
-  /// first, so that 4 × 4 dwords are transposed within lanes.
-  void transpose_chunk(const Values& rows, Value* offset, Value* to) {
-    constexpr int kLanes = 4;
-    Value* z[4];
-    for (int j = 0; j < 4; ++j) {
-      Value* pieces[kLanes];
-      for (int l = 0; l < kLanes; ++l)
-        pieces[l] = load(vector_of(ir_.getInt32Ty(), 4),
-                         advance(ir_, rows[static_cast<std::size_t>(kLanes * l + j)], offset), 2);
-      z[j] = concatenated(concatenated(pieces[0], pieces[1]), concatenated(pieces[2], pieces[3]));
-    }
+  /// A tile from `chunks` times 8 elements of 16 rows; what they do not fill is zeros. All loads come before all
+  /// stores, whose addresses they may resemble (see MatrixBlocking::chunk_gap).
+  void transpose_step(const Values& rows, Value* offset, Value* to, int chunks) {
+    Values registers;
+    for (int chunk = 0; chunk < chunks; ++chunk)
+      for (int j = 0; j < kLanes; ++j) {
+        Value* pieces[kLanes];
+        for (int l = 0; l < kLanes; ++l)
+          pieces[l] = load(
+              vector_of(ir_.getInt32Ty(), 4),
+              advance(ir_, advance(ir_, rows[static_cast<std::size_t>(kLanes * l + j)], offset), chunk * kChunk * 2),
+              2);
+        registers.push_back(concatenated(concatenated(pieces[0], pieces[1]), concatenated(pieces[2], pieces[3])));
+      }
+    for (int chunk = 0; chunk < chunks; ++chunk)
+      transpose_lanes(&registers[static_cast<std::size_t>(chunk * kLanes)]);
+    for (int i = 0; i < kTileRows; ++i)
+      store(i < chunks * kLanes ? registers[static_cast<std::size_t>(i)]
+                                : llvm::Constant::getNullValue(unit_.dwords(ir_)),
+            advance(ir_, to, i * kTileRowBytes), kTileRowBytes);
+  }
+
+  /// Four registers, of which number j holds four dwords of row 4l + j in 128-bit lane l, to four of one dword of all
+  /// rows: 4 × 4 dwords transposed within lanes.
+  void transpose_lanes(Value** z) {
     const auto interleaved = [&](Value* a, Value* b, int elements, bool high) { // of each lane's halves
       llvm::SmallVector<int, 16> order;
       for (int lane = 0; lane < kLanes; ++lane)
@@ -175,10 +190,10 @@ private:
     };
     Value* low[2] = {interleaved(z[0], z[1], 1, false), interleaved(z[2], z[3], 1, false)};
     Value* high[2] = {interleaved(z[0], z[1], 1, true), interleaved(z[2], z[3], 1, true)};
-    Value* out[4] = {interleaved(low[0], low[1], 2, false), interleaved(low[0], low[1], 2, true),
-                     interleaved(high[0], high[1], 2, false), interleaved(high[0], high[1], 2, true)};
-    for (int i = 0; i < 4; ++i)
-      store(out[i], advance(ir_, to, i * kTileRowBytes), kTileRowBytes);
+    z[0] = interleaved(low[0], low[1], 2, false);
+    z[1] = interleaved(low[0], low[1], 2, true);
+    z[2] = interleaved(high[0], high[1], 2, false);
+    z[3] = interleaved(high[0], high[1], 2, true);
   }
 
   Value* concatenated(Value* a, Value* b) {
@@ -229,38 +244,115 @@ private:
     }
   }
 
-  // ---- products
+  // ---- products, and exponentials beside them
 
-  void score(Value* first, Value* rows, Value* padded) override {
-    Value* q = q_of_step(first);
+  /// Products wait for nothing but tiles and exponentials for nothing but vectors, so they take each other's place in
+  /// the core's window: while a step of rows has its exponentials, the step before it is multiplied with V and the step
+  /// behind it with K, and a few rows of exponentials follow each few products in the code.
+  void take_steps(const Tile& tile) override {
+    Value* end = ir_.CreateAdd(tile.rows, constant(b_.step_rows));
+    Values none;
+    loop(ir_, constant(-b_.step_rows), end, b_.step_rows, none, [&](Value* first, Values&) {
+      Value* parity = ir_.CreateAnd(divided(ir_.CreateAdd(first, constant(b_.step_rows)), b_.step_rows), constant(1));
+      Value* scores = score_buffer(parity);
+      Value* others = score_buffer(ir_.CreateSub(constant(1), parity));
+      const Step now = step_at(tile, first, scores);
+      const Step before = step_at(tile, ir_.CreateSub(first, constant(b_.step_rows)), others);
+      const Step behind = step_at(tile, ir_.CreateAdd(first, constant(b_.step_rows)), others);
+      Value* is_there = ir_.CreateICmpSGT(now.rows, constant(0));
+      Value* first_or_none = ir_.CreateSelect(is_there, first, constant(0));
+      softmax_ = {scores,     o_of_step(first_or_none), state_of(first_or_none), constant(0), now.rows, tile.key,
+                  now.padded, limit_of(now.first_row)};
+      ir_.CreateStore(constant(0), softmax_row());
+      when(ir_, ir_.CreateICmpSGT(before.rows, constant(0)), [&] {
+        accumulate(before);
+        if (tile.has_taken_out != nullptr)
+          when(ir_, tile.has_taken_out, [&] { add_non_finite(tile, before); });
+      });
+      when(ir_, ir_.CreateICmpSGT(behind.rows, constant(0)), [&] { score(behind); });
+      soften_to(now.rows);
+    });
+  }
+
+  /// Where the next row of exponentials is kept, in the workspace.
+  Value* softmax_row() { return at(b_.unit + kTileRowBytes); }
+
+  /// The exponentials of the step's rows up to `end` that are still to come.
+  void soften_to(Value* end) {
+    Value* begin = ir_.CreateLoad(ir_.getInt64Ty(), softmax_row());
+    when(ir_, ir_.CreateICmpSLT(begin, end), [&] {
+      std::array<Value*, kSoftmaxArguments> arguments = softmax_;
+      arguments[3] = begin;
+      arguments[4] = end;
+      llvm::SmallVector<Value*, 10> all{workspace_, scale_scalar_};
+      all.append(arguments.begin(), arguments.end());
+      ir_.CreateCall(softmax_function_, all);
+      ir_.CreateStore(end, softmax_row());
+    });
+  }
+  void soften_some() {
+    Value* begin = ir_.CreateLoad(ir_.getInt64Ty(), softmax_row());
+    soften_to(smaller(ir_.CreateAdd(begin, constant(rows_beside())), softmax_[4]));
+  }
+  /// Rows of exponentials for one step of products, so that those of a step of rows last as long as its products.
+  std::int64_t rows_beside() const {
+    const std::int64_t key_steps = b_.tile / b_.step_keys,
+                       products = key_steps * (depth_steps(b_.d) + (b_.v_parts + 1) / 2);
+    return (b_.step_rows + products - 1) / products;
+  }
+
+  /// soften_rows() as a function of its own: the code calls it from several places.
+  void make_softmax_function() {
+    llvm::Type *word = ir_.getInt64Ty(), *pointer = ir_.getPtrTy();
+    auto* type = llvm::FunctionType::get(
+        ir_.getVoidTy(), {pointer, ir_.getFloatTy(), pointer, pointer, word, word, word, word, word, word}, false);
+    softmax_function_ = llvm::Function::Create(type, llvm::GlobalValue::InternalLinkage, "softmax", module_);
+    softmax_function_->addFnAttr(llvm::Attribute::NoInline);
+    const llvm::IRBuilderBase::InsertPointGuard guard(ir_);
+    Value *caller_workspace = workspace_, *caller_scale = scale_;
+    ir_.SetInsertPoint(llvm::BasicBlock::Create(ir_.getContext(), "entry", softmax_function_));
+    const auto argument = [&](unsigned i) { return softmax_function_->getArg(i); };
+    workspace_ = argument(0);
+    scale_ = ir_.CreateVectorSplat(static_cast<unsigned>(b_.lanes), argument(1));
+    soften_rows(argument(2), argument(3), argument(4), argument(5), argument(6), argument(7), argument(8), argument(9));
+    ir_.CreateRetVoid();
+    workspace_ = caller_workspace;
+    scale_ = caller_scale;
+  }
+
+  void score(const Step& step) override {
+    Value* q = q_of_step(step.first);
     const std::int64_t group_bytes = depth_steps(b_.d) * kTileBytes; // of 16 keys
-    for_row_tiles(rows, [&](int row_tiles) {
+    for_row_tiles(step.rows, [&](int row_tiles) {
       Values none;
-      loop(ir_, constant(0), padded, b_.step_keys, none, [&](Value* key, Values&) {
+      loop(ir_, constant(0), step.padded, b_.step_keys, none, [&](Value* key, Values&) {
         Value* k = advance(ir_, at(b_.k), times(key, group_bytes / kTileRows));
-        Value* scores = advance(ir_, at(b_.scores), times(divided(key, b_.lanes), b_.chunk_bytes()));
+        Value* scores = advance(ir_, step.scores, times(divided(key, b_.lanes), b_.chunk_bytes()));
         for_sums(row_tiles, 2, scores, [&](int tile, Value*) { zero_tile(tile); });
-        for (std::int64_t step = 0; step < depth_steps(b_.d); ++step)
-          multiply_step(row_tiles, 2, advance(ir_, q, step * b_.step_rows * kTileRowBytes),
-                        advance(ir_, k, step * kTileBytes), group_bytes);
+        loop(ir_, constant(0), constant(depth_steps(b_.d)), 1, none, [&](Value* i, Values&) {
+          multiply_step(row_tiles, 2, advance(ir_, q, times(i, b_.step_rows * kTileRowBytes)),
+                        advance(ir_, k, times(i, kTileBytes)), group_bytes);
+          soften_some();
+        });
         for_sums(row_tiles, 2, scores, [&](int tile, Value* to) { store_tile(tile, to); });
       });
     });
   }
 
-  void accumulate(Value* first, Value* rows, Value* padded) override {
-    Value* o = o_of_step(first);
+  void accumulate(const Step& step) override {
+    Value* o = o_of_step(step.first);
     const std::int64_t parts = b_.v_parts;
-    for_row_tiles(rows, [&](int row_tiles) {
+    for_row_tiles(step.rows, [&](int row_tiles) {
       Values none;
       const auto columns_from = [&](Value* part, int columns) {
         Value* v = advance(ir_, at(b_.v), times(part, b_.v_part_bytes()));
         Value* sums = advance(ir_, o, times(part, b_.chunk_bytes()));
         for_sums(row_tiles, columns, sums, [&](int tile, Value* from) { load_tile(tile, from); });
-        loop(ir_, constant(0), padded, b_.step_keys, none, [&](Value* key, Values&) {
-          Value* p = advance(ir_, at(b_.scores), times(divided(key, b_.step_keys), b_.chunk_bytes()));
+        loop(ir_, constant(0), step.padded, b_.step_keys, none, [&](Value* key, Values&) {
+          Value* p = advance(ir_, step.scores, times(divided(key, b_.step_keys), b_.chunk_bytes()));
           multiply_step(row_tiles, columns, p, advance(ir_, v, times(divided(key, b_.step_keys), b_.v_step_bytes)),
                         b_.v_part_bytes());
+          soften_some();
         });
         for_sums(row_tiles, columns, sums, [&](int tile, Value* to) { store_tile(tile, to); });
       };
@@ -275,26 +367,33 @@ private:
     return ir_.CreateIntrinsic(llvm::Intrinsic::x86_avx512bf16_cvtne2ps2bf16_512, {}, {second, first});
   }
 
+  static constexpr std::size_t kSoftmaxArguments = 8; ///< of soften_rows()
+
   llvm::Module& module_;
+  llvm::Function* softmax_function_ = nullptr;
+  Value* scale_scalar_ = nullptr;
+  std::array<Value*, kSoftmaxArguments> softmax_{}; ///< the present step's; rows [3] to [4]
 };
 
 } // namespace
 
 MatrixBlocking amx_blocking(const KernelDesc& desc) {
   const std::int64_t d = desc.value[attention::kD], dv = desc.value[attention::kDv];
-  constexpr std::int64_t kBlockRows = 256, kKeys = 256;
+  constexpr std::int64_t kBlockRows = 256, kKeys = 128;
   MatrixBlocking b{.lanes = 16,
                    .row_lanes = 1,
                    .step_rows = 2 * kTileRows,
                    .step_keys = kTileDepth,
                    .value_step = kTileRows,
                    .block_rows = kBlockRows,
+                   .score_buffers = 2,
+                   .chunk_gap = 64,
                    .tile = kKeys,
                    .q_step_bytes = depth_steps(d) * 2 * kTileBytes,
                    .k_bytes = kKeys / kTileRows * depth_steps(d) * kTileBytes,
                    .v_parts = (dv + kTileRows - 1) / kTileRows,
                    .v_step_bytes = kTileBytes,
-                   .unit_bytes = 64,
+                   .unit_bytes = 2 * kTileRowBytes,
                    .d = d,
                    .dv = dv};
   b.lay_out(desc);

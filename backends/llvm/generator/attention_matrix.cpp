@@ -36,7 +36,7 @@ void MatrixBlocking::lay_out(const KernelDesc& desc) {
   maxima = take(state);
   sums = take(state);
   factors = take(state);
-  scores = take(tile / lanes_per_row() * chunk_bytes());
+  scores = take(score_buffers * score_bytes());
   q = take(block_rows / step_rows * q_step_bytes);
   o = take(block_rows / step_rows * o_step_bytes());
   k = take(k_bytes);
@@ -86,7 +86,15 @@ void MatrixAttention::emit() {
       Value* v_of_tile = advance(ir_, v, ir_.CreateMul(key, v_stride_));
       rearrange_k(advance(ir_, k, ir_.CreateMul(key, k_stride_)), keys);
       rearrange_v(v_of_tile, keys);
-      take_tile(row, rows, key, keys, v_of_tile);
+      Tile tile{row, rows, key, keys, v_of_tile, nullptr};
+      if (b_.rows_differ) {
+        Values found{ir_.getFalse()};
+        Value* is_masked = ir_.CreateICmpSGT(ir_.CreateAdd(key, keys), limit_of(row));
+        loop(ir_, constant(0), ir_.CreateZExt(is_masked, ir_.getInt64Ty()), 1, found,
+             [&](Value*, Values& now) { now[0] = take_out_non_finite(keys); });
+        tile.has_taken_out = found[0];
+      }
+      take_steps(tile);
     });
     finish(row, rows);
   });
@@ -94,29 +102,28 @@ void MatrixAttention::emit() {
   ir_.CreateRetVoid();
 }
 
-/// All steps of the block's rows against a tile of keys.
-void MatrixAttention::take_tile(Value* row, Value* rows, Value* key, Value* keys, Value* v) {
-  Value* has_taken_out = nullptr;
-  if (b_.rows_differ) {
-    Values found{ir_.getFalse()};
-    Value* is_masked = ir_.CreateICmpSGT(ir_.CreateAdd(key, keys), limit_of(row));
-    loop(ir_, constant(0), ir_.CreateZExt(is_masked, ir_.getInt64Ty()), 1, found,
-         [&](Value*, Values& now) { now[0] = take_out_non_finite(keys); });
-    has_taken_out = found[0];
-  }
+MatrixAttention::Step MatrixAttention::step_at(const Tile& tile, Value* first, Value* scores) {
+  Value* rows = smaller(ir_.CreateSub(tile.rows, first), constant(b_.step_rows));
+  Value* first_row = ir_.CreateAdd(tile.row, first);
+  Value* last_row = ir_.CreateSub(ir_.CreateAdd(first_row, rows), constant(1));
+  Value* keys = larger(smaller(ir_.CreateSub(limit_of(last_row), tile.key), tile.keys), constant(0));
+  Value* is_there = ir_.CreateAnd(ir_.CreateICmpSGE(first, constant(0)), ir_.CreateICmpSLT(first, tile.rows));
+  keys = ir_.CreateSelect(is_there, keys, constant(0));
+  rows = ir_.CreateSelect(ir_.CreateICmpSGT(keys, constant(0)), rows, constant(0));
+  return {first, rows, first_row, keys, round_up_to(keys, b_.step_keys), scores};
+}
+
+void MatrixAttention::take_steps(const Tile& tile) {
   Values none;
-  loop(ir_, constant(0), rows, b_.step_rows, none, [&](Value* first, Values&) {
-    Value* rows_of_step = smaller(ir_.CreateSub(rows, first), constant(b_.step_rows));
-    Value* first_row = ir_.CreateAdd(row, first);
-    Value* last_row = ir_.CreateSub(ir_.CreateAdd(first_row, rows_of_step), constant(1));
-    Value* seen = smaller(ir_.CreateSub(limit_of(last_row), key), keys);
-    when(ir_, ir_.CreateICmpSGT(seen, constant(0)), [&] {
-      Value* padded = round_up_to(seen, b_.step_keys);
-      score(first, rows_of_step, padded);
-      soften(first, rows_of_step, key, padded, limit_of(first_row));
-      accumulate(first, rows_of_step, padded);
-      if (has_taken_out != nullptr)
-        when(ir_, has_taken_out, [&] { add_non_finite(v, row, first, rows_of_step, key, seen); });
+  loop(ir_, constant(0), tile.rows, b_.step_rows, none, [&](Value* first, Values&) {
+    const Step step = step_at(tile, first, at(b_.scores));
+    when(ir_, ir_.CreateICmpSGT(step.rows, constant(0)), [&] {
+      score(step);
+      soften_rows(step.scores, o_of_step(first), state_of(first), constant(0), step.rows, tile.key, step.padded,
+                  limit_of(step.first_row));
+      accumulate(step);
+      if (tile.has_taken_out != nullptr)
+        when(ir_, tile.has_taken_out, [&] { add_non_finite(tile, step); });
     });
   });
 }
@@ -195,27 +202,41 @@ Value* MatrixAttention::over_lanes_of_row(Value* v, llvm::function_ref<Value*(Va
   return v;
 }
 
-/// Scores to P, in place; maxima, sums; O times the factors.
-void MatrixAttention::soften(Value* first, Value* rows, Value* key, Value* padded, Value* seen_by_all) {
+void MatrixAttention::soften_rows(Value* scores, Value* o, Value* state, Value* begin, Value* end, Value* key,
+                                  Value* padded, Value* seen_by_all) {
   Value* is_masked = ir_.CreateICmpSGT(ir_.CreateAdd(key, padded), seen_by_all);
-  Value* o = o_of_step(first);
-  for_vectors(first, rows, [&](Value* vector, Value* state) {
+  Value* last = divided(ir_.CreateAdd(end, constant(b_.row_lanes - 1)), b_.row_lanes);
+  Values none;
+  loop(ir_, divided(begin, b_.row_lanes), last, 1, none, [&](Value* vector, Values&) {
     Value* offset = times(vector, b_.register_bytes());
-    Value* scores = advance(ir_, at(b_.scores), offset);
-    when(ir_, is_masked, [&] { mask(scores, advance(ir_, at(b_.limits), state), key, seen_by_all, padded); });
+    Value* state_of_rows = ir_.CreateAdd(state, offset);
+    Value* row_scores = advance(ir_, scores, offset);
+    when(ir_, is_masked,
+         [&] { mask(row_scores, advance(ir_, at(b_.limits), state_of_rows), key, seen_by_all, padded); });
 
-    Value* maxima = advance(ir_, at(b_.maxima), state);
+    Value* maxima = advance(ir_, at(b_.maxima), state_of_rows);
     Value* old_max = load_register(maxima);
     Value* tile_max =
-        over_lanes_of_row(greatest(scores, padded), [&](Value* a, Value* b) { return greater(ir_, a, b); });
+        over_lanes_of_row(greatest(row_scores, padded), [&](Value* a, Value* b) { return greater(ir_, a, b); });
     Value* max = greater(ir_, ir_.CreateFMul(tile_max, scale_), old_max);
-    store_register(max, maxima);
-    Value* factor = exp2_of_negative(ir_, ir_.CreateFSub(old_max, max));
-    rescale(advance(ir_, o, offset), factor);
-    Value* sums = advance(ir_, at(b_.sums), state);
-    store_register(ir_.CreateFAdd(ir_.CreateFMul(load_register(sums), factor), exponentiate(scores, padded, max)),
-                   sums);
+    Value* sums = advance(ir_, at(b_.sums), state_of_rows);
+    // A maximum stays more often than not.
+    when(ir_, any_differs(max, old_max), [&] {
+      Value* factor = exp2_of_negative(ir_, ir_.CreateFSub(old_max, max));
+      store_register(max, maxima);
+      store_register(ir_.CreateFMul(load_register(sums), factor), sums);
+      rescale(advance(ir_, o, offset), factor);
+    });
+    store_register(ir_.CreateFAdd(load_register(sums), exponentiate(row_scores, padded, max)), sums);
   });
+}
+
+/// Whether two registers of floats differ in any lane; a NaN differs.
+Value* MatrixAttention::any_differs(Value* a, Value* b) {
+  Value* lanes = ir_.CreateFCmpUNE(a, b);
+  if (unit_.lanes == 16)
+    return ir_.CreateICmpNE(ir_.CreateBitCast(lanes, ir_.getInt16Ty()), ir_.getInt16(0));
+  return ir_.CreateICmpNE(ir_.CreateOrReduce(ir_.CreateSExt(lanes, unit_.dwords(ir_))), ir_.getInt32(0));
 }
 
 /// -infinity for the keys that a row does not see, of which all are behind seen_by_all.
@@ -305,17 +326,16 @@ Value* MatrixAttention::take_out_non_finite(Value* keys) {
   return ir_.CreateICmpNE(ir_.CreateOrReduce(found[0]), ir_.getInt16(0));
 }
 
-/// Adds to O of the step what take_out_non_finite() took out, for the rows that see it.
-void MatrixAttention::add_non_finite(Value* v, Value* row, Value* first, Value* rows, Value* key, Value* keys) {
+void MatrixAttention::add_non_finite(const Tile& tile, const Step& step) {
   const int per_row = b_.lanes_per_row();
-  Value* o = o_of_step(first);
+  Value* o = o_of_step(step.first);
   Values none;
   const auto lane = [&](Value* r) { // byte offset of a row in a chunk of O, and in one of P
     return times(r, per_row * 4);
   };
-  loop(ir_, constant(0), keys, 1, none, [&](Value* i, Values&) {
-    Value* values = advance(ir_, v, ir_.CreateMul(i, v_stride_));
-    Value* p = advance(ir_, at(b_.scores), times(divided(i, 2 * per_row), b_.chunk_bytes()));
+  loop(ir_, constant(0), step.keys, 1, none, [&](Value* i, Values&) {
+    Value* values = advance(ir_, tile.v, ir_.CreateMul(i, v_stride_));
+    Value* p = advance(ir_, step.scores, times(divided(i, 2 * per_row), b_.chunk_bytes()));
     p = advance(ir_, p, times(ir_.CreateURem(i, constant(2 * per_row)), 2));
     loop(ir_, constant(0), constant(b_.dv), 1, none, [&](Value* j, Values&) {
       Value* bits = load(ir_.getInt16Ty(), advance(ir_, values, times(j, 2)), 2);
@@ -326,9 +346,9 @@ void MatrixAttention::add_non_finite(Value* v, Value* row, Value* first, Value* 
         Value* value = float_of(bits);
         Value* chunk = advance(ir_, o, times(divided(j, per_row), b_.chunk_bytes()));
         chunk = advance(ir_, chunk, times(ir_.CreateURem(j, constant(per_row)), 4));
-        loop(ir_, constant(0), rows, 1, none, [&](Value* r, Values&) {
-          Value* limit = limit_of(ir_.CreateAdd(ir_.CreateAdd(row, first), r));
-          when(ir_, ir_.CreateICmpSLT(ir_.CreateAdd(key, i), limit), [&] {
+        loop(ir_, constant(0), step.rows, 1, none, [&](Value* r, Values&) {
+          Value* limit = limit_of(ir_.CreateAdd(step.first_row, r));
+          when(ir_, ir_.CreateICmpSLT(ir_.CreateAdd(tile.key, i), limit), [&] {
             Value* to = advance(ir_, chunk, lane(r));
             Value* weight = float_of(load(ir_.getInt16Ty(), advance(ir_, p, lane(r)), 2));
             store(ir_.CreateFAdd(load(ir_.getFloatTy(), to, 4), ir_.CreateFMul(weight, value)), to, 4);

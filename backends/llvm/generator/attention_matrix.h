@@ -14,12 +14,17 @@ namespace kiln::generator {
 /// A register of scores holds `lanes_per_row` keys of each of `row_lanes` rows. A step of rows is what the unit
 /// multiplies together; the rows of a block share one rearrangement of each tile of K and V.
 struct MatrixBlocking {
-  int lanes;                 ///< of a register, f32
-  int row_lanes;             ///< rows in a register
-  int step_rows;             ///< rows of a step, a multiple of row_lanes
-  int step_keys;             ///< keys of a step, a multiple of two registers' keys
-  int value_step;            ///< values of a row of V, a multiple of lanes_per_row, to which Dv is padded
-  std::int64_t block_rows;   ///< a multiple of step_rows
+  int lanes;               ///< of a register, f32
+  int row_lanes;           ///< rows in a register
+  int step_rows;           ///< rows of a step, a multiple of row_lanes
+  int step_keys;           ///< keys of a step, a multiple of two registers' keys
+  int value_step;          ///< values of a row of V, a multiple of lanes_per_row, to which Dv is padded
+  std::int64_t block_rows; ///< a multiple of step_rows
+  int score_buffers = 1;   ///< steps whose scores or P are kept at a time
+  /// Between the chunks of scores, P and O. A load whose address equals that of a store before it in the last 12 bits
+  /// waits for that store: chunks a power of two apart would make each step of the exponentials wait for the one
+  /// before.
+  std::int64_t chunk_gap = 0;
   std::int64_t tile;         ///< keys between two updates of the state, a multiple of step_keys
   std::int64_t q_step_bytes; ///< workspace for the rows of Q of one step,
   std::int64_t k_bytes;      ///< for a tile of K,
@@ -41,7 +46,8 @@ struct MatrixBlocking {
   std::int64_t register_bytes() const { return lanes * 4; }
   int step_vectors() const { return step_rows / row_lanes; }
   /// Registers of one step: of scores of lanes_per_row keys, of O of as many values. Two of the first are one of P.
-  std::int64_t chunk_bytes() const { return step_vectors() * register_bytes(); }
+  std::int64_t chunk_bytes() const { return step_vectors() * register_bytes() + chunk_gap; }
+  std::int64_t score_bytes() const { return tile / lanes_per_row() * chunk_bytes(); }
   std::int64_t value_chunks() const { return (dv + value_step - 1) / value_step * value_step / lanes_per_row(); }
   std::int64_t v_part_bytes() const { return tile / step_keys * v_step_bytes; }
   std::int64_t o_step_bytes() const { return value_chunks() * chunk_bytes(); }
@@ -71,6 +77,14 @@ public:
   void emit();
 
 protected:
+  /// Keys that the block goes through together.
+  struct Tile {
+    llvm::Value *row, *rows;    ///< the block's
+    llvm::Value *key, *keys;    ///< the first, and how many
+    llvm::Value* v;             ///< address of the first one's values
+    llvm::Value* has_taken_out; ///< whether some of V was no finite number; null where that cannot matter
+  };
+
   MatrixAttention(llvm::Function* function, const MatrixBlocking& blocking, const Target& target);
 
   // ---- the unit
@@ -82,11 +96,18 @@ protected:
   /// `keys` keys of a tile at `k` and at `v`, padded to a multiple of step_keys: with anything for K, with zeros for V.
   virtual void rearrange_k(llvm::Value* k, llvm::Value* keys) = 0;
   virtual void rearrange_v(llvm::Value* v, llvm::Value* keys) = 0;
-  /// Scores of `padded` keys, a multiple of step_keys, for the step whose first row in the block is `first` and that
-  /// has `rows` rows.
-  virtual void score(llvm::Value* first, llvm::Value* rows, llvm::Value* padded) = 0;
+  /// A step of rows against a tile.
+  struct Step {
+    llvm::Value *first, *rows;  ///< the first, in the block, and how many; 0 where none of them sees any key
+    llvm::Value* first_row;     ///< in the call
+    llvm::Value *keys, *padded; ///< that any row sees; rounded up to step_keys
+    llvm::Value* scores;        ///< its buffer
+  };
+  /// All steps of the block against a tile: score(), soften(), accumulate() and add_non_finite() for each.
+  virtual void take_steps(const Tile& tile);
+  virtual void score(const Step& step) = 0;
   /// Adds to O of the step.
-  virtual void accumulate(llvm::Value* first, llvm::Value* rows, llvm::Value* padded) = 0;
+  virtual void accumulate(const Step& step) = 0;
   /// Two registers of P, of consecutive keys, as one of bf16: P's layout.
   virtual llvm::Value* narrow(llvm::Value* first, llvm::Value* second) = 0;
 
@@ -115,6 +136,18 @@ protected:
   llvm::Value* row_of(llvm::Value* tile, llvm::Value* stride, llvm::Value* key, llvm::Value* keys) {
     return advance(ir_, tile, ir_.CreateMul(smaller(key, ir_.CreateSub(keys, constant(1))), stride));
   }
+  /// The step whose first row in the block is `first`, if that is within the block; else one without rows and keys.
+  Step step_at(const Tile& tile, llvm::Value* first, llvm::Value* scores);
+  llvm::Value* score_buffer(llvm::Value* index) { return advance(ir_, at(b_.scores), times(index, b_.score_bytes())); }
+  /// Scores of the rows [begin, end) of a step to P, in place; maxima, sums; O times the factors. `scores` and `o`: of
+  /// the step; `state`: byte offset of its first row's state.
+  void soften_rows(llvm::Value* scores, llvm::Value* o, llvm::Value* state, llvm::Value* begin, llvm::Value* end,
+                   llvm::Value* key, llvm::Value* padded, llvm::Value* seen_by_all);
+  /// Adds to O of a step what was taken out of the tile of V, for the rows that see it.
+  void add_non_finite(const Tile& tile, const Step& step);
+  llvm::Value* limit_of(llvm::Value* row);
+  /// Byte offset of a row's register in an array of [rows / row_lanes][lanes].
+  llvm::Value* state_of(llvm::Value* row) { return times(divided(row, b_.row_lanes), b_.register_bytes()); }
   llvm::Value* q_of_step(llvm::Value* first) {
     return advance(ir_, at(b_.q), times(divided(first, b_.step_rows), b_.q_step_bytes));
   }
@@ -125,8 +158,9 @@ protected:
   llvm::IRBuilder<> ir_;
   llvm::Value* call_;
   const MatrixBlocking b_;
-  const DotUnit unit_;                                                           ///< for what no matrix unit does
-  llvm::Value *workspace_ = nullptr, *k_stride_ = nullptr, *v_stride_ = nullptr; ///< strides in bytes
+  const DotUnit unit_; ///< for what no matrix unit does
+  llvm::Value *workspace_ = nullptr, *scale_ = nullptr, *k_stride_ = nullptr,
+              *v_stride_ = nullptr; ///< strides in bytes
 
 private:
   llvm::Value* pointer(std::size_t offset);
@@ -134,35 +168,28 @@ private:
   llvm::Value* load_register(llvm::Value* from) { return load(unit_.floats(ir_), from, b_.register_bytes()); }
   void store_register(llvm::Value* value, llvm::Value* to) { store(value, to, b_.register_bytes()); }
   llvm::Value* float_constant(double v) { return llvm::ConstantFP::get(unit_.floats(ir_), v); }
-  /// Byte offset of a row's register in an array of [rows / row_lanes][lanes].
-  llvm::Value* state_of(llvm::Value* row) { return times(divided(row, b_.row_lanes), b_.register_bytes()); }
   /// body(vector, byte offset of the vector's state) for each register of `rows` rows from `first` on.
   void for_vectors(llvm::Value* first, llvm::Value* rows,
                    llvm::function_ref<void(llvm::Value* vector, llvm::Value* state)> body);
 
-  llvm::Value* limit_of(llvm::Value* row);
   void set_up_rows(llvm::Value* first, llvm::Value* last, llvm::Value* rows);
   void clear_state(llvm::Value* rows);
-  void take_tile(llvm::Value* row, llvm::Value* rows, llvm::Value* key, llvm::Value* keys, llvm::Value* v);
-
-  void soften(llvm::Value* first, llvm::Value* rows, llvm::Value* key, llvm::Value* padded, llvm::Value* seen_by_all);
   void mask(llvm::Value* scores, llvm::Value* limits, llvm::Value* key, llvm::Value* seen_by_all, llvm::Value* padded);
   llvm::Value* over_lanes_of_row(llvm::Value* v, llvm::function_ref<llvm::Value*(llvm::Value*, llvm::Value*)> combine);
+  llvm::Value* any_differs(llvm::Value* a, llvm::Value* b);
   llvm::Value* greatest(llvm::Value* scores, llvm::Value* padded);
   llvm::Value* exponentiate(llvm::Value* scores, llvm::Value* padded, llvm::Value* max);
   void rescale(llvm::Value* o, llvm::Value* factor);
 
   llvm::Value* is_finite(llvm::Value* bits);
   llvm::Value* take_out_non_finite(llvm::Value* keys);
-  void add_non_finite(llvm::Value* v, llvm::Value* row, llvm::Value* first, llvm::Value* rows, llvm::Value* key,
-                      llvm::Value* keys);
 
   void finish(llvm::Value* first_row, llvm::Value* rows);
   llvm::Value* gather(llvm::Value* from, llvm::Value* value, std::int64_t count);
   void store_row(llvm::Value* from, llvm::Value* to, llvm::Value* factor);
 
   llvm::Value *key_begin_ = nullptr, *key_end_ = nullptr, *row_begin_ = nullptr, *row_end_ = nullptr;
-  llvm::Value *visible_ = nullptr, *visible_step_ = nullptr, *scale_ = nullptr;
+  llvm::Value *visible_ = nullptr, *visible_step_ = nullptr;
   llvm::Value* q_ = nullptr;
 };
 
