@@ -29,6 +29,9 @@ constexpr int kTiles = 8;
 constexpr int kLanes = 4;          ///< of 128 bits in a register, and dwords in such a lane
 constexpr std::int64_t kChunk = 8; ///< elements of a row of Q and K that are rearranged at a time: a divisor of D
 
+/// How far before their use keys and values are fetched: 16 rows at a time are no stream that the core would follow.
+constexpr std::int64_t kKeysAhead = 32;
+
 /// 2 × 2 tiles of sums, two of A and two of B: four loads for four products.
 constexpr int kSums = 0, kA = 4, kB = 6;
 
@@ -138,6 +141,7 @@ private:
   /// B tiles [16 keys][D / 32]: dwords of 16 keys side by side.
   void rearrange_k(Value* k, Value* keys) override {
     const std::int64_t whole = b_.d / kTileDepth, rest = b_.d % kTileDepth / kChunk;
+    Value* ahead = times(k_stride_, kKeysAhead);
     Values none;
     loop(ir_, constant(0), round_up_to(keys, b_.step_keys), kTileRows, none, [&](Value* key, Values&) {
       Value* to = advance(ir_, at(b_.k), times(key, depth_steps(b_.d) * kTileBytes / kTileRows));

@@ -12,6 +12,8 @@ using llvm::Value;
 namespace {
 
 constexpr std::int64_t kCacheLine = 64;
+/// How far a row's greatest score, in the exponent of 2, may be above what is subtracted from it.
+constexpr double kSlack = 8;
 
 constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) {
   return (v + step - 1) / step * step;
@@ -214,26 +216,27 @@ void MatrixAttention::soften_rows(Value* scores, Value* o, Value* state, Value* 
     when(ir_, is_masked,
          [&] { mask(row_scores, advance(ir_, at(b_.limits), state_of_rows), key, seen_by_all, padded); });
 
+    // Any bound near the maximum serves as well: P is at most 2^kSlack then. So a new one is rare, most tiles need
+    // nothing from other lanes, and the exponentials wait for no maximum.
     Value* maxima = advance(ir_, at(b_.maxima), state_of_rows);
-    Value* old_max = load_register(maxima);
-    Value* tile_max =
-        over_lanes_of_row(greatest(row_scores, padded), [&](Value* a, Value* b) { return greater(ir_, a, b); });
-    Value* max = greater(ir_, ir_.CreateFMul(tile_max, scale_), old_max);
     Value* sums = advance(ir_, at(b_.sums), state_of_rows);
-    // A maximum stays more often than not.
-    when(ir_, any_differs(max, old_max), [&] {
+    Value* old_max = load_register(maxima);
+    Value* lane_maxima = ir_.CreateFMul(greatest(row_scores, padded), scale_);
+    when(ir_, any_of(ir_.CreateFCmpOGT(lane_maxima, ir_.CreateFAdd(old_max, float_constant(kSlack)))), [&] {
+      Value* row_max = over_lanes_of_row(lane_maxima, [&](Value* a, Value* b) { return greater(ir_, a, b); });
+      Value* max = greater(ir_, row_max, old_max);
       Value* factor = exp2_of_negative(ir_, ir_.CreateFSub(old_max, max));
       store_register(max, maxima);
       store_register(ir_.CreateFMul(load_register(sums), factor), sums);
       rescale(advance(ir_, o, offset), factor);
     });
-    store_register(ir_.CreateFAdd(load_register(sums), exponentiate(row_scores, padded, max)), sums);
+    Value* sum = exponentiate(row_scores, padded, load_register(maxima));
+    store_register(ir_.CreateFAdd(load_register(sums), sum), sums);
   });
 }
 
-/// Whether two registers of floats differ in any lane; a NaN differs.
-Value* MatrixAttention::any_differs(Value* a, Value* b) {
-  Value* lanes = ir_.CreateFCmpUNE(a, b);
+/// Whether any lane of a register of booleans is true.
+Value* MatrixAttention::any_of(Value* lanes) {
   if (unit_.lanes == 16)
     return ir_.CreateICmpNE(ir_.CreateBitCast(lanes, ir_.getInt16Ty()), ir_.getInt16(0));
   return ir_.CreateICmpNE(ir_.CreateOrReduce(ir_.CreateSExt(lanes, unit_.dwords(ir_))), ir_.getInt32(0));

@@ -148,6 +148,11 @@ protected:
   llvm::Value* limit_of(llvm::Value* row);
   /// Byte offset of a row's register in an array of [rows / row_lanes][lanes].
   llvm::Value* state_of(llvm::Value* row) { return times(divided(row, b_.row_lanes), b_.register_bytes()); }
+  /// Fetches the line at `at` into the caches.
+  void prefetch(llvm::Value* at) {
+    ir_.CreateIntrinsic(llvm::Intrinsic::prefetch, {ir_.getPtrTy()},
+                        {at, ir_.getInt32(0), ir_.getInt32(3), ir_.getInt32(1)});
+  }
   llvm::Value* q_of_step(llvm::Value* first) {
     return advance(ir_, at(b_.q), times(divided(first, b_.step_rows), b_.q_step_bytes));
   }
@@ -176,7 +181,7 @@ private:
   void clear_state(llvm::Value* rows);
   void mask(llvm::Value* scores, llvm::Value* limits, llvm::Value* key, llvm::Value* seen_by_all, llvm::Value* padded);
   llvm::Value* over_lanes_of_row(llvm::Value* v, llvm::function_ref<llvm::Value*(llvm::Value*, llvm::Value*)> combine);
-  llvm::Value* any_differs(llvm::Value* a, llvm::Value* b);
+  llvm::Value* any_of(llvm::Value* lanes);
   llvm::Value* greatest(llvm::Value* scores, llvm::Value* padded);
   llvm::Value* exponentiate(llvm::Value* scores, llvm::Value* padded, llvm::Value* max);
   void rescale(llvm::Value* o, llvm::Value* factor);
