@@ -12,7 +12,7 @@ Implementation int8_linear();
 Implementation attention_amx();
 /// With vdpbf16ps.
 Implementation attention_avx512bf16();
-/// With bfdot.
+/// With bfmmla for many rows, bfdot for few.
 Implementation attention_bf16mm();
 /// With f32 multiply-adds.
 Implementation attention();

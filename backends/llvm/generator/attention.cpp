@@ -836,12 +836,23 @@ private:
 
 } // namespace
 
+namespace {
+
+/// With few rows bfdot reads K and V as they lie.
+bool uses_bfmmla(const KernelDesc& desc, const Target& target) {
+  return target.arch == Arch::aarch64 && target.features.has(Feature::bf16) && desc.value[attention::kM] == kAny;
+}
+
+} // namespace
+
 llvm::Function* emit_attention(llvm::Module& module, const KernelDesc& desc, const Target& target) {
   llvm::LLVMContext& context = module.getContext();
   auto* type = llvm::FunctionType::get(llvm::Type::getVoidTy(context), {llvm::PointerType::getUnqual(context)}, false);
   auto* function = llvm::Function::Create(type, llvm::GlobalValue::ExternalLinkage, "attention", module);
   if (target.features.has(Feature::amx_bf16))
     emit_amx_attention(function, desc, target);
+  else if (uses_bfmmla(desc, target))
+    emit_bfmmla_attention(function, desc, target);
   else
     Attention(function, desc, target).emit();
   return function;
@@ -850,6 +861,8 @@ llvm::Function* emit_attention(llvm::Module& module, const KernelDesc& desc, con
 attention::Plan attention_plan(const KernelDesc& desc, const Target& target) {
   if (target.features.has(Feature::amx_bf16))
     return amx_blocking(desc).plan();
+  if (uses_bfmmla(desc, target))
+    return bfmmla_blocking(desc).plan();
   const Blocking b = blocking_of(desc, target);
   return {.block_rows = b.rows, .workspace_bytes = b.bytes, .makes_partials = true};
 }

@@ -149,6 +149,8 @@ private:
       for (int i = 0; i < kTileRows; ++i)
         rows.push_back(row_of(k, k_stride_, ir_.CreateAdd(key, constant(i)), keys));
       loop(ir_, constant(0), constant(whole), 1, none, [&](Value* step, Values&) {
+        for (Value* row : rows)
+          prefetch(advance(ir_, advance(ir_, row, ahead), times(step, kTileRowBytes)));
         transpose_step(rows, times(step, kTileRowBytes), advance(ir_, to, times(step, kTileBytes)),
                        kTileDepth / kChunk);
       });
