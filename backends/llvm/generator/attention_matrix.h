@@ -181,6 +181,7 @@ private:
   void clear_state(llvm::Value* rows);
   void mask(llvm::Value* scores, llvm::Value* limits, llvm::Value* key, llvm::Value* seen_by_all, llvm::Value* padded);
   llvm::Value* over_lanes_of_row(llvm::Value* v, llvm::function_ref<llvm::Value*(llvm::Value*, llvm::Value*)> combine);
+  llvm::Value* joined(llvm::Value* a, llvm::Value* b);
   llvm::Value* any_of(llvm::Value* lanes);
   llvm::Value* greatest(llvm::Value* scores, llvm::Value* padded);
   llvm::Value* exponentiate(llvm::Value* scores, llvm::Value* padded, llvm::Value* max);
