@@ -54,22 +54,6 @@ bool needs_emulator(IsaPath isa) {
   return isa == IsaPath::amx && !detect_machine().target.features.has(Feature::amx_bf16);
 }
 
-/// While it lives, tile instructions work.
-class Emulation {
-public:
-#if defined(__x86_64__)
-  explicit Emulation(IsaPath isa) {
-    if (needs_emulator(isa))
-      amx_.emplace();
-  }
-
-private:
-  std::optional<AmxEmulator> amx_;
-#else
-  explicit Emulation(IsaPath) {}
-#endif
-};
-
 std::unique_ptr<Engine> engine_for(IsaPath isa, int threads) {
   EngineOptions options;
   options.config.cache = CacheMode::off;
@@ -83,7 +67,17 @@ std::unique_ptr<Engine> engine_for(IsaPath isa, int threads) {
   return std::move(*engine);
 }
 
+/// Tile instructions work from here to the end of the test case, which gives signals back.
+void emulate_amx() {
+#if defined(__x86_64__)
+  static std::optional<AmxEmulator> emulator;
+  if (needs_emulator(IsaPath::amx))
+    emulator.emplace();
+#endif
+}
+
 std::vector<IsaPath> paths_here() {
+  emulate_amx();
   const Target host = target_here();
   std::vector<IsaPath> paths;
   for (const Implementation& row : implementation_table()) {
@@ -481,7 +475,6 @@ TEST_CASE("a bad argument is named, and nothing is written") {
 TEST_CASE("the bits depend neither on threads nor on where the workspace is; with batch_invariant=1 not on M") {
   for (const IsaPath isa : paths_here()) {
     INFO("path ", std::string(kiln::name_of(isa)));
-    const Emulation emulation(isa);
     const std::unique_ptr<Engine> alone = engine_for(isa, 1), three = engine_for(isa, 3);
     for (const std::int64_t m : is_emulated() ? std::vector<std::int64_t>{3} : std::vector<std::int64_t>{1, 3, 40}) {
       Problem p(1, 6, 2, m, isa == IsaPath::reference ? 70 : 1100, 72, 40);
@@ -529,7 +522,6 @@ TEST_CASE("the bits depend neither on threads nor on where the workspace is; wit
 TEST_CASE("a NaN of a visible key is a NaN of the rows that see it, of no other and of one kind") {
   for (const IsaPath isa : paths_here()) {
     INFO("path ", std::string(kiln::name_of(isa)));
-    const Emulation emulation(isa);
     const std::unique_ptr<Engine> engine = engine_for(isa, 1);
     for (const std::int64_t m : {8, 80}) {
       Problem p(1, 1, 1, m, m, 32, 32);
@@ -552,7 +544,6 @@ TEST_CASE("infinities and NaNs of V at keys that a row does not see change nothi
   const float kInfinity = std::numeric_limits<float>::infinity();
   for (const IsaPath isa : paths_here()) {
     INFO("path ", std::string(kiln::name_of(isa)));
-    const Emulation emulation(isa);
     const std::unique_ptr<Engine> engine = engine_for(isa, 1);
     for (const std::int64_t m : {7, 40, 150}) {
       Problem p(1, 1, 1, m, m + 3, 40, 24), finite = p;
@@ -583,7 +574,6 @@ TEST_CASE("every path is within the bounds of the float64 reference, and stays i
                                   ? static_cast<unsigned>(std::atoi(std::getenv("KILN_TEST_SEED")))
                                   : std::random_device()();
   for (const IsaPath isa : paths_here()) {
-    const Emulation emulation(isa);
     const std::unique_ptr<Engine> alone = engine_for(isa, 1), three = engine_for(isa, 3);
     INFO("path ", std::string(kiln::name_of(isa)));
     for (int i = 0; i < samples(); ++i)
