@@ -107,8 +107,6 @@ private:
                                             content, "tile_config");
     global->setAlignment(llvm::Align(64));
     global->setUnnamedAddr(llvm::GlobalValue::UnnamedAddr::Global);
-    scale_scalar_ = ir_.CreateExtractElement(scale_, std::uint64_t{0});
-    make_softmax_function();
     ir_.CreateIntrinsic(llvm::Intrinsic::x86_sttilecfg, {}, {at(b_.unit)});
     ld_tile_config(global);
   }
@@ -250,81 +248,7 @@ private:
     }
   }
 
-  // ---- products, and exponentials beside them
-
-  /// Products wait for nothing but tiles and exponentials for nothing but vectors, so they take each other's place in
-  /// the core's window: while a step of rows has its exponentials, the step before it is multiplied with V and the step
-  /// behind it with K, and a few rows of exponentials follow each few products in the code.
-  void take_steps(const Tile& tile) override {
-    Value* end = ir_.CreateAdd(tile.rows, constant(b_.step_rows));
-    Values none;
-    loop(ir_, constant(-b_.step_rows), end, b_.step_rows, none, [&](Value* first, Values&) {
-      Value* parity = ir_.CreateAnd(divided(ir_.CreateAdd(first, constant(b_.step_rows)), b_.step_rows), constant(1));
-      Value* scores = score_buffer(parity);
-      Value* others = score_buffer(ir_.CreateSub(constant(1), parity));
-      const Step now = step_at(tile, first, scores);
-      const Step before = step_at(tile, ir_.CreateSub(first, constant(b_.step_rows)), others);
-      const Step behind = step_at(tile, ir_.CreateAdd(first, constant(b_.step_rows)), others);
-      Value* is_there = ir_.CreateICmpSGT(now.rows, constant(0));
-      Value* first_or_none = ir_.CreateSelect(is_there, first, constant(0));
-      softmax_ = {scores,     o_of_step(first_or_none), state_of(first_or_none), constant(0), now.rows, tile.key,
-                  now.padded, limit_of(now.first_row)};
-      ir_.CreateStore(constant(0), softmax_row());
-      when(ir_, ir_.CreateICmpSGT(before.rows, constant(0)), [&] {
-        accumulate(before);
-        if (tile.has_taken_out != nullptr)
-          when(ir_, tile.has_taken_out, [&] { add_non_finite(tile, before); });
-      });
-      when(ir_, ir_.CreateICmpSGT(behind.rows, constant(0)), [&] { score(behind); });
-      soften_to(now.rows);
-    });
-  }
-
-  /// Where the next row of exponentials is kept, in the workspace.
-  Value* softmax_row() { return at(b_.unit + kTileRowBytes); }
-
-  /// The exponentials of the step's rows up to `end` that are still to come.
-  void soften_to(Value* end) {
-    Value* begin = ir_.CreateLoad(ir_.getInt64Ty(), softmax_row());
-    when(ir_, ir_.CreateICmpSLT(begin, end), [&] {
-      std::array<Value*, kSoftmaxArguments> arguments = softmax_;
-      arguments[3] = begin;
-      arguments[4] = end;
-      llvm::SmallVector<Value*, 10> all{workspace_, scale_scalar_};
-      all.append(arguments.begin(), arguments.end());
-      ir_.CreateCall(softmax_function_, all);
-      ir_.CreateStore(end, softmax_row());
-    });
-  }
-  void soften_some() {
-    Value* begin = ir_.CreateLoad(ir_.getInt64Ty(), softmax_row());
-    soften_to(smaller(ir_.CreateAdd(begin, constant(rows_beside())), softmax_[4]));
-  }
-  /// Rows of exponentials for one step of products, so that those of a step of rows last as long as its products.
-  std::int64_t rows_beside() const {
-    const std::int64_t key_steps = b_.tile / b_.step_keys,
-                       products = key_steps * (depth_steps(b_.d) + (b_.v_parts + 1) / 2);
-    return (b_.step_rows + products - 1) / products;
-  }
-
-  /// soften_rows() as a function of its own: the code calls it from several places.
-  void make_softmax_function() {
-    llvm::Type *word = ir_.getInt64Ty(), *pointer = ir_.getPtrTy();
-    auto* type = llvm::FunctionType::get(
-        ir_.getVoidTy(), {pointer, ir_.getFloatTy(), pointer, pointer, word, word, word, word, word, word}, false);
-    softmax_function_ = llvm::Function::Create(type, llvm::GlobalValue::InternalLinkage, "softmax", module_);
-    softmax_function_->addFnAttr(llvm::Attribute::NoInline);
-    const llvm::IRBuilderBase::InsertPointGuard guard(ir_);
-    Value *caller_workspace = workspace_, *caller_scale = scale_;
-    ir_.SetInsertPoint(llvm::BasicBlock::Create(ir_.getContext(), "entry", softmax_function_));
-    const auto argument = [&](unsigned i) { return softmax_function_->getArg(i); };
-    workspace_ = argument(0);
-    scale_ = ir_.CreateVectorSplat(static_cast<unsigned>(b_.lanes), argument(1));
-    soften_rows(argument(2), argument(3), argument(4), argument(5), argument(6), argument(7), argument(8), argument(9));
-    ir_.CreateRetVoid();
-    workspace_ = caller_workspace;
-    scale_ = caller_scale;
-  }
+  // ---- products
 
   void score(const Step& step) override {
     Value* q = q_of_step(step.first);
@@ -332,13 +256,12 @@ private:
     for_row_tiles(step.rows, [&](int row_tiles) {
       Values none;
       loop(ir_, constant(0), step.padded, b_.step_keys, none, [&](Value* key, Values&) {
-        Value* k = advance(ir_, at(b_.k), times(key, group_bytes / kTileRows));
-        Value* scores = advance(ir_, step.scores, times(divided(key, b_.lanes), b_.chunk_bytes()));
+        Value* k = advance(ir_, at(b_.k), times(ir_.CreateAdd(step.begin, key), group_bytes / kTileRows));
+        Value* scores = advance(ir_, at(b_.scores), times(divided(key, b_.lanes), b_.chunk_bytes()));
         for_sums(row_tiles, 2, scores, [&](int tile, Value*) { zero_tile(tile); });
         loop(ir_, constant(0), constant(depth_steps(b_.d)), 1, none, [&](Value* i, Values&) {
           multiply_step(row_tiles, 2, advance(ir_, q, times(i, b_.step_rows * kTileRowBytes)),
                         advance(ir_, k, times(i, kTileBytes)), group_bytes);
-          soften_some();
         });
         for_sums(row_tiles, 2, scores, [&](int tile, Value* to) { store_tile(tile, to); });
       });
@@ -347,18 +270,18 @@ private:
 
   void accumulate(const Step& step) override {
     Value* o = o_of_step(step.first);
+    Value* v_of_step = advance(ir_, at(b_.v), times(divided(step.begin, b_.step_keys), b_.v_step_bytes));
     const std::int64_t parts = b_.v_parts;
     for_row_tiles(step.rows, [&](int row_tiles) {
       Values none;
       const auto columns_from = [&](Value* part, int columns) {
-        Value* v = advance(ir_, at(b_.v), times(part, b_.v_part_bytes()));
+        Value* v = advance(ir_, v_of_step, times(part, b_.v_part_bytes()));
         Value* sums = advance(ir_, o, times(part, b_.chunk_bytes()));
         for_sums(row_tiles, columns, sums, [&](int tile, Value* from) { load_tile(tile, from); });
         loop(ir_, constant(0), step.padded, b_.step_keys, none, [&](Value* key, Values&) {
-          Value* p = advance(ir_, step.scores, times(divided(key, b_.step_keys), b_.chunk_bytes()));
+          Value* p = advance(ir_, at(b_.scores), times(divided(key, b_.step_keys), b_.chunk_bytes()));
           multiply_step(row_tiles, columns, p, advance(ir_, v, times(divided(key, b_.step_keys), b_.v_step_bytes)),
                         b_.v_part_bytes());
-          soften_some();
         });
         for_sums(row_tiles, columns, sums, [&](int tile, Value* to) { store_tile(tile, to); });
       };
@@ -373,33 +296,28 @@ private:
     return ir_.CreateIntrinsic(llvm::Intrinsic::x86_avx512bf16_cvtne2ps2bf16_512, {}, {second, first});
   }
 
-  static constexpr std::size_t kSoftmaxArguments = 8; ///< of soften_rows()
-
   llvm::Module& module_;
-  llvm::Function* softmax_function_ = nullptr;
-  Value* scale_scalar_ = nullptr;
-  std::array<Value*, kSoftmaxArguments> softmax_{}; ///< the present step's; rows [3] to [4]
 };
 
 } // namespace
 
 MatrixBlocking amx_blocking(const KernelDesc& desc) {
   const std::int64_t d = desc.value[attention::kD], dv = desc.value[attention::kDv];
-  constexpr std::int64_t kBlockRows = 256, kKeys = 128;
+  constexpr std::int64_t kBlockRows = 256, kKeys = 512, kScoreKeys = 256;
   MatrixBlocking b{.lanes = 16,
                    .row_lanes = 1,
                    .step_rows = 2 * kTileRows,
                    .step_keys = kTileDepth,
                    .value_step = kTileRows,
                    .block_rows = kBlockRows,
-                   .score_buffers = 2,
                    .chunk_gap = 64,
                    .tile = kKeys,
+                   .score_keys = kScoreKeys,
                    .q_step_bytes = depth_steps(d) * 2 * kTileBytes,
                    .k_bytes = kKeys / kTileRows * depth_steps(d) * kTileBytes,
                    .v_parts = (dv + kTileRows - 1) / kTileRows,
                    .v_step_bytes = kTileBytes,
-                   .unit_bytes = 2 * kTileRowBytes,
+                   .unit_bytes = kTileRowBytes,
                    .d = d,
                    .dv = dv};
   b.lay_out(desc);

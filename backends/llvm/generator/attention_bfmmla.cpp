@@ -136,9 +136,9 @@ private:
     Value* q = q_of_step(step.first);
     loop(ir_, constant(0), step.padded, kColumns, none, [&](Value* key, Values&) {
       Values totals(kRowPairs * kColumnPairs, llvm::Constant::getNullValue(sums()));
-      multiply(q, kRowPairs * kRegisterBytes, advance(ir_, at(b_.k), times(key, b_.d * 2)), constant(b_.d / kDepth),
-               totals);
-      for_sums(advance(ir_, step.scores, times(divided(key, 2), b_.chunk_bytes())),
+      multiply(q, kRowPairs * kRegisterBytes, advance(ir_, at(b_.k), times(ir_.CreateAdd(step.begin, key), b_.d * 2)),
+               constant(b_.d / kDepth), totals);
+      for_sums(advance(ir_, at(b_.scores), times(divided(key, 2), b_.chunk_bytes())),
                [&](std::size_t sum, Value* to) { store(totals[sum], to, kRegisterBytes); });
     });
   }
@@ -146,11 +146,12 @@ private:
   void accumulate(const Step& step) override {
     Values none;
     Value* o = o_of_step(step.first);
+    Value* v = advance(ir_, at(b_.v), times(divided(step.begin, b_.step_keys), b_.v_step_bytes));
     loop(ir_, constant(0), constant(b_.v_parts), 1, none, [&](Value* part, Values&) {
       Value* o_part = advance(ir_, o, times(part, kColumnPairs * b_.chunk_bytes()));
       Values totals(kRowPairs * kColumnPairs, nullptr);
       for_sums(o_part, [&](std::size_t sum, Value* from) { totals[sum] = load(sums(), from, kRegisterBytes); });
-      multiply(step.scores, b_.chunk_bytes(), advance(ir_, at(b_.v), times(part, b_.v_part_bytes())),
+      multiply(at(b_.scores), b_.chunk_bytes(), advance(ir_, v, times(part, b_.v_part_bytes())),
                divided(step.padded, kDepth), totals);
       for_sums(o_part, [&](std::size_t sum, Value* to) { store(totals[sum], to, kRegisterBytes); });
     });
@@ -179,6 +180,7 @@ MatrixBlocking bfmmla_blocking(const KernelDesc& desc) {
                    .value_step = kColumns,
                    .block_rows = kBlockRows,
                    .tile = kKeys,
+                   .score_keys = kKeys,
                    .q_step_bytes = d / kDepth * kRowPairs * kRegisterBytes,
                    .k_bytes = kKeys * d * 2,
                    .v_parts = dv / kColumns,

@@ -38,7 +38,7 @@ void MatrixBlocking::lay_out(const KernelDesc& desc) {
   maxima = take(state);
   sums = take(state);
   factors = take(state);
-  scores = take(score_buffers * score_bytes());
+  scores = take(score_bytes());
   q = take(block_rows / step_rows * q_step_bytes);
   o = take(block_rows / step_rows * o_step_bytes());
   k = take(k_bytes);
@@ -104,25 +104,19 @@ void MatrixAttention::emit() {
   ir_.CreateRetVoid();
 }
 
-MatrixAttention::Step MatrixAttention::step_at(const Tile& tile, Value* first, Value* scores) {
-  Value* rows = smaller(ir_.CreateSub(tile.rows, first), constant(b_.step_rows));
-  Value* first_row = ir_.CreateAdd(tile.row, first);
-  Value* last_row = ir_.CreateSub(ir_.CreateAdd(first_row, rows), constant(1));
-  Value* keys = larger(smaller(ir_.CreateSub(limit_of(last_row), tile.key), tile.keys), constant(0));
-  Value* is_there = ir_.CreateAnd(ir_.CreateICmpSGE(first, constant(0)), ir_.CreateICmpSLT(first, tile.rows));
-  keys = ir_.CreateSelect(is_there, keys, constant(0));
-  rows = ir_.CreateSelect(ir_.CreateICmpSGT(keys, constant(0)), rows, constant(0));
-  return {first, rows, first_row, keys, round_up_to(keys, b_.step_keys), scores};
-}
-
+/// Steps outside, keys within: O and the scores of a step stay in the smallest caches.
 void MatrixAttention::take_steps(const Tile& tile) {
   Values none;
   loop(ir_, constant(0), tile.rows, b_.step_rows, none, [&](Value* first, Values&) {
-    const Step step = step_at(tile, first, at(b_.scores));
-    when(ir_, ir_.CreateICmpSGT(step.rows, constant(0)), [&] {
+    Value* rows = smaller(ir_.CreateSub(tile.rows, first), constant(b_.step_rows));
+    Value* first_row = ir_.CreateAdd(tile.row, first);
+    Value* last_row = ir_.CreateSub(ir_.CreateAdd(first_row, rows), constant(1));
+    Value* seen = smaller(ir_.CreateSub(limit_of(last_row), tile.key), tile.keys);
+    loop(ir_, constant(0), seen, b_.score_keys, none, [&](Value* begin, Values&) {
+      Value* keys = smaller(ir_.CreateSub(seen, begin), constant(b_.score_keys));
+      const Step step{first, rows, first_row, begin, keys, round_up_to(keys, b_.step_keys)};
       score(step);
-      soften_rows(step.scores, o_of_step(first), state_of(first), constant(0), step.rows, tile.key, step.padded,
-                  limit_of(step.first_row));
+      soften(tile, step);
       accumulate(step);
       if (tile.has_taken_out != nullptr)
         when(ir_, tile.has_taken_out, [&] { add_non_finite(tile, step); });
@@ -204,22 +198,22 @@ Value* MatrixAttention::over_lanes_of_row(Value* v, llvm::function_ref<Value*(Va
   return v;
 }
 
-void MatrixAttention::soften_rows(Value* scores, Value* o, Value* state, Value* begin, Value* end, Value* key,
-                                  Value* padded, Value* seen_by_all) {
+/// Scores to P, in place; maxima, sums; O times the factors.
+void MatrixAttention::soften(const Tile& tile, const Step& step) {
+  Value* key = ir_.CreateAdd(tile.key, step.begin);
+  Value* padded = step.padded;
+  Value* seen_by_all = limit_of(step.first_row);
   Value* is_masked = ir_.CreateICmpSGT(ir_.CreateAdd(key, padded), seen_by_all);
-  Value* last = divided(ir_.CreateAdd(end, constant(b_.row_lanes - 1)), b_.row_lanes);
-  Values none;
-  loop(ir_, divided(begin, b_.row_lanes), last, 1, none, [&](Value* vector, Values&) {
+  Value* o = o_of_step(step.first);
+  for_vectors(step.first, step.rows, [&](Value* vector, Value* state) {
     Value* offset = times(vector, b_.register_bytes());
-    Value* state_of_rows = ir_.CreateAdd(state, offset);
-    Value* row_scores = advance(ir_, scores, offset);
-    when(ir_, is_masked,
-         [&] { mask(row_scores, advance(ir_, at(b_.limits), state_of_rows), key, seen_by_all, padded); });
+    Value* row_scores = advance(ir_, at(b_.scores), offset);
+    when(ir_, is_masked, [&] { mask(row_scores, advance(ir_, at(b_.limits), state), key, seen_by_all, padded); });
 
     // Any bound near the maximum serves as well: P is at most 2^kSlack then. So a new one is rare, most tiles need
     // nothing from other lanes, and the exponentials wait for no maximum.
-    Value* maxima = advance(ir_, at(b_.maxima), state_of_rows);
-    Value* sums = advance(ir_, at(b_.sums), state_of_rows);
+    Value* maxima = advance(ir_, at(b_.maxima), state);
+    Value* sums = advance(ir_, at(b_.sums), state);
     Value* old_max = load_register(maxima);
     Value* lane_maxima = ir_.CreateFMul(greatest(row_scores, padded), scale_);
     when(ir_, any_of(ir_.CreateFCmpOGT(lane_maxima, ir_.CreateFAdd(old_max, float_constant(kSlack)))), [&] {
@@ -367,8 +361,8 @@ void MatrixAttention::add_non_finite(const Tile& tile, const Step& step) {
     return times(r, per_row * 4);
   };
   loop(ir_, constant(0), step.keys, 1, none, [&](Value* i, Values&) {
-    Value* values = advance(ir_, tile.v, ir_.CreateMul(i, v_stride_));
-    Value* p = advance(ir_, step.scores, times(divided(i, 2 * per_row), b_.chunk_bytes()));
+    Value* values = advance(ir_, tile.v, ir_.CreateMul(ir_.CreateAdd(step.begin, i), v_stride_));
+    Value* p = advance(ir_, at(b_.scores), times(divided(i, 2 * per_row), b_.chunk_bytes()));
     p = advance(ir_, p, times(ir_.CreateURem(i, constant(2 * per_row)), 2));
     loop(ir_, constant(0), constant(b_.dv), 1, none, [&](Value* j, Values&) {
       Value* bits = load(ir_.getInt16Ty(), advance(ir_, values, times(j, 2)), 2);
@@ -381,7 +375,7 @@ void MatrixAttention::add_non_finite(const Tile& tile, const Step& step) {
         chunk = advance(ir_, chunk, times(ir_.CreateURem(j, constant(per_row)), 4));
         loop(ir_, constant(0), step.rows, 1, none, [&](Value* r, Values&) {
           Value* limit = limit_of(ir_.CreateAdd(step.first_row, r));
-          when(ir_, ir_.CreateICmpSLT(ir_.CreateAdd(tile.key, i), limit), [&] {
+          when(ir_, ir_.CreateICmpSLT(ir_.CreateAdd(ir_.CreateAdd(tile.key, step.begin), i), limit), [&] {
             Value* to = advance(ir_, chunk, lane(r));
             Value* weight = float_of(load(ir_.getInt16Ty(), advance(ir_, p, lane(r)), 2));
             store(ir_.CreateFAdd(load(ir_.getFloatTy(), to, 4), ir_.CreateFMul(weight, value)), to, 4);

@@ -20,12 +20,12 @@ struct MatrixBlocking {
   int step_keys;           ///< keys of a step, a multiple of two registers' keys
   int value_step;          ///< values of a row of V, a multiple of lanes_per_row, to which Dv is padded
   std::int64_t block_rows; ///< a multiple of step_rows
-  int score_buffers = 1;   ///< steps whose scores or P are kept at a time
   /// Between the chunks of scores, P and O. A load whose address equals that of a store before it in the last 12 bits
   /// waits for that store: chunks a power of two apart would make each step of the exponentials wait for the one
   /// before.
   std::int64_t chunk_gap = 0;
-  std::int64_t tile;         ///< keys between two updates of the state, a multiple of step_keys
+  std::int64_t tile;         ///< keys that are rearranged together, a multiple of score_keys
+  std::int64_t score_keys;   ///< keys between two updates of the state, a multiple of step_keys
   std::int64_t q_step_bytes; ///< workspace for the rows of Q of one step,
   std::int64_t k_bytes;      ///< for a tile of K,
   std::int64_t v_parts;      ///< for one of V, which lies in parts, each some values of all keys,
@@ -47,7 +47,7 @@ struct MatrixBlocking {
   int step_vectors() const { return step_rows / row_lanes; }
   /// Registers of one step: of scores of lanes_per_row keys, of O of as many values. Two of the first are one of P.
   std::int64_t chunk_bytes() const { return step_vectors() * register_bytes() + chunk_gap; }
-  std::int64_t score_bytes() const { return tile / lanes_per_row() * chunk_bytes(); }
+  std::int64_t score_bytes() const { return score_keys / lanes_per_row() * chunk_bytes(); }
   std::int64_t value_chunks() const { return (dv + value_step - 1) / value_step * value_step / lanes_per_row(); }
   std::int64_t v_part_bytes() const { return tile / step_keys * v_step_bytes; }
   std::int64_t o_step_bytes() const { return value_chunks() * chunk_bytes(); }
@@ -58,10 +58,11 @@ struct MatrixBlocking {
 ///   for each block of rows:               Q rearranged, once
 ///     for each tile of keys that any row of the block sees:
 ///       K and V rearranged
-///       for each step of rows, of the keys that any row of the step sees:
-///         S = Q · Kᵀ                      the unit
-///         masks where some row does not see all; maxima; P = exp2(scale · S − max), in place of S; sums
-///         O = O · factor + P · V          the unit
+///       for each step of rows:
+///         for each score_keys of the keys that any row of the step sees:
+///           S = Q · Kᵀ                    the unit
+///           masks where some row does not see all; maxima; P = exp2(scale · S − max), in place of S; sums
+///           O = O · factor + P · V        the unit
 ///     O / sum
 ///
 /// Layouts in the workspace, for a step: scores [keys / lanes_per_row][step_vectors][row_lanes][lanes_per_row] f32, P
@@ -77,14 +78,6 @@ public:
   void emit();
 
 protected:
-  /// Keys that the block goes through together.
-  struct Tile {
-    llvm::Value *row, *rows;    ///< the block's
-    llvm::Value *key, *keys;    ///< the first, and how many
-    llvm::Value* v;             ///< address of the first one's values
-    llvm::Value* has_taken_out; ///< whether some of V was no finite number; null where that cannot matter
-  };
-
   MatrixAttention(llvm::Function* function, const MatrixBlocking& blocking, const Target& target);
 
   // ---- the unit
@@ -96,15 +89,13 @@ protected:
   /// `keys` keys of a tile at `k` and at `v`, padded to a multiple of step_keys: with anything for K, with zeros for V.
   virtual void rearrange_k(llvm::Value* k, llvm::Value* keys) = 0;
   virtual void rearrange_v(llvm::Value* v, llvm::Value* keys) = 0;
-  /// A step of rows against a tile.
+  /// A step of rows against some keys of a tile.
   struct Step {
-    llvm::Value *first, *rows;  ///< the first, in the block, and how many; 0 where none of them sees any key
+    llvm::Value *first, *rows;  ///< the first, in the block, and how many
     llvm::Value* first_row;     ///< in the call
-    llvm::Value *keys, *padded; ///< that any row sees; rounded up to step_keys
-    llvm::Value* scores;        ///< its buffer
+    llvm::Value* begin;         ///< the first key, in the tile: a multiple of score_keys
+    llvm::Value *keys, *padded; ///< that any row sees, up to score_keys; rounded up to step_keys
   };
-  /// All steps of the block against a tile: score(), soften(), accumulate() and add_non_finite() for each.
-  virtual void take_steps(const Tile& tile);
   virtual void score(const Step& step) = 0;
   /// Adds to O of the step.
   virtual void accumulate(const Step& step) = 0;
@@ -136,18 +127,6 @@ protected:
   llvm::Value* row_of(llvm::Value* tile, llvm::Value* stride, llvm::Value* key, llvm::Value* keys) {
     return advance(ir_, tile, ir_.CreateMul(smaller(key, ir_.CreateSub(keys, constant(1))), stride));
   }
-  /// The step whose first row in the block is `first`, if that is within the block; else one without rows and keys.
-  Step step_at(const Tile& tile, llvm::Value* first, llvm::Value* scores);
-  llvm::Value* score_buffer(llvm::Value* index) { return advance(ir_, at(b_.scores), times(index, b_.score_bytes())); }
-  /// Scores of the rows [begin, end) of a step to P, in place; maxima, sums; O times the factors. `scores` and `o`: of
-  /// the step; `state`: byte offset of its first row's state.
-  void soften_rows(llvm::Value* scores, llvm::Value* o, llvm::Value* state, llvm::Value* begin, llvm::Value* end,
-                   llvm::Value* key, llvm::Value* padded, llvm::Value* seen_by_all);
-  /// Adds to O of a step what was taken out of the tile of V, for the rows that see it.
-  void add_non_finite(const Tile& tile, const Step& step);
-  llvm::Value* limit_of(llvm::Value* row);
-  /// Byte offset of a row's register in an array of [rows / row_lanes][lanes].
-  llvm::Value* state_of(llvm::Value* row) { return times(divided(row, b_.row_lanes), b_.register_bytes()); }
   /// Fetches the line at `at` into the caches.
   void prefetch(llvm::Value* at) {
     ir_.CreateIntrinsic(llvm::Intrinsic::prefetch, {ir_.getPtrTy()},
@@ -164,10 +143,18 @@ protected:
   llvm::Value* call_;
   const MatrixBlocking b_;
   const DotUnit unit_; ///< for what no matrix unit does
-  llvm::Value *workspace_ = nullptr, *scale_ = nullptr, *k_stride_ = nullptr,
+  llvm::Value *workspace_ = nullptr, *k_stride_ = nullptr,
               *v_stride_ = nullptr; ///< strides in bytes
 
 private:
+  /// Keys that the block goes through together.
+  struct Tile {
+    llvm::Value *row, *rows;    ///< the block's
+    llvm::Value *key, *keys;    ///< the first, and how many
+    llvm::Value* v;             ///< address of the first one's values
+    llvm::Value* has_taken_out; ///< whether some of V was no finite number; null where that cannot matter
+  };
+
   llvm::Value* pointer(std::size_t offset);
   llvm::Value* integer(std::size_t offset);
   llvm::Value* load_register(llvm::Value* from) { return load(unit_.floats(ir_), from, b_.register_bytes()); }
@@ -177,8 +164,13 @@ private:
   void for_vectors(llvm::Value* first, llvm::Value* rows,
                    llvm::function_ref<void(llvm::Value* vector, llvm::Value* state)> body);
 
+  llvm::Value* limit_of(llvm::Value* row);
+  /// Byte offset of a row's register in an array of [rows / row_lanes][lanes].
+  llvm::Value* state_of(llvm::Value* row) { return times(divided(row, b_.row_lanes), b_.register_bytes()); }
   void set_up_rows(llvm::Value* first, llvm::Value* last, llvm::Value* rows);
   void clear_state(llvm::Value* rows);
+  void take_steps(const Tile& tile);
+  void soften(const Tile& tile, const Step& step);
   void mask(llvm::Value* scores, llvm::Value* limits, llvm::Value* key, llvm::Value* seen_by_all, llvm::Value* padded);
   llvm::Value* over_lanes_of_row(llvm::Value* v, llvm::function_ref<llvm::Value*(llvm::Value*, llvm::Value*)> combine);
   llvm::Value* joined(llvm::Value* a, llvm::Value* b);
@@ -189,13 +181,14 @@ private:
 
   llvm::Value* is_finite(llvm::Value* bits);
   llvm::Value* take_out_non_finite(llvm::Value* keys);
+  void add_non_finite(const Tile& tile, const Step& step);
 
   void finish(llvm::Value* first_row, llvm::Value* rows);
   llvm::Value* gather(llvm::Value* from, llvm::Value* value, std::int64_t count);
   void store_row(llvm::Value* from, llvm::Value* to, llvm::Value* factor);
 
   llvm::Value *key_begin_ = nullptr, *key_end_ = nullptr, *row_begin_ = nullptr, *row_end_ = nullptr;
-  llvm::Value *visible_ = nullptr, *visible_step_ = nullptr;
+  llvm::Value *visible_ = nullptr, *visible_step_ = nullptr, *scale_ = nullptr;
   llvm::Value* q_ = nullptr;
 };
 
