@@ -58,10 +58,10 @@ std::string_view Instruction::mnemonic() const {
 }
 
 bool Instruction::is_mac() const {
-  static constexpr std::string_view kMnemonics[] = {"sdot",   "udot",   "usdot",  "sudot",  "smmla",  "ummla",
-                                                    "usmmla", "smopa",  "umopa",  "usmopa", "sumopa", "smull",
-                                                    "umull",  "smull2", "umull2", "smlal",  "umlal",  "smlal2",
-                                                    "umlal2", "sadalp", "uadalp", "smullb", "smullt", "mla"};
+  static constexpr std::string_view kMnemonics[] = {
+      "sdot",   "udot",   "usdot",  "sudot",  "smmla",  "ummla",  "usmmla", "smopa", "umopa",
+      "usmopa", "sumopa", "smull",  "umull",  "smull2", "umull2", "smlal",  "umlal", "smlal2",
+      "umlal2", "sadalp", "uadalp", "smullb", "smullt", "mla",    "bfdot",  "bfmmla"};
   if (std::find(std::begin(kMnemonics), std::end(kMnemonics), mnemonic()) == std::end(kMnemonics))
     return false;
   const std::string_view first = std::string_view(text).substr(mnemonic().size()); // SMULL has a scalar form

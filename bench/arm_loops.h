@@ -19,7 +19,8 @@ struct Instruction {
 
   std::string_view mnemonic() const;
   /// A vector instruction that multiplies 8- or 16-bit integers or adds up their products: SDOT, SMMLA, SMOPA and their
-  /// unsigned and mixed kin; SMULL, SMLAL, SADALP and kin. For SMULL with SADALP a product takes more than one.
+  /// unsigned and mixed kin; SMULL, SMLAL, SADALP and kin; or pairs of bf16: BFDOT, BFMMLA. For SMULL with SADALP a
+  /// product takes more than one.
   bool is_mac() const;
   bool is_load() const;
 };

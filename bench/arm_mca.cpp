@@ -3,10 +3,11 @@
 ///
 ///   bench_arm_mca [--only PATH,…] [--plot FILE] [--json FILE] [--loops]
 ///
-/// Every aarch64 row of the implementation table, for every class of machines in known_targets() that it serves, every
-/// class of m, N = K = 1024; kernels of the same bytes once. The hot loop is cut from the emitted bytes by its back
-/// edge (bench/arm_loops.h; tests/arm_instruction_count_test proves under qemu that it is where a call spends its
-/// instructions). Per kernel and core:
+/// Every aarch64 row of the implementation table for int8_mm, for every class of machines in known_targets() that it
+/// serves, every class of m, N = K = 1024; kernels of the same bytes once. The hot loop is cut from the emitted bytes
+/// by its back edge (bench/arm_loops.h; tests/arm_instruction_count_test proves under qemu that it is where a call
+/// spends its instructions). And attention's rows of bf16 instructions, D = 128, for one row and for many: the loops of
+/// both products, Q·K and P·V. Per kernel and core:
 ///   instr       instructions of one iteration, MACs of them multiply-add instructions, on that many registers or tiles
 ///   loads/MAC   load instructions per MAC instruction; `once` those whose registers feed one MAC only (weights in a
 ///               GEMV)
@@ -39,6 +40,7 @@
 #include "bench/arm_loops.h"
 #include "bench/plot.h"
 #include "jit/implementation.h"
+#include "jit/ops/attention.h"
 #include "jit/ops/int8_mm.h"
 
 namespace kiln::bench {
@@ -76,7 +78,7 @@ std::string m_text(std::int64_t m) {
 struct Kernel {
   const Implementation* row;
   std::int64_t m;
-  std::string pack_layout;
+  std::string pack_layout; ///< of attention: which product
   CodeObject code;
   std::vector<std::string> taken_by; ///< names of the known targets that take it for this m
   Loop hot;
@@ -89,7 +91,7 @@ struct Kernel {
 };
 
 bool serves(const Implementation& row, const KernelDesc& desc, const Target& target) {
-  return row.op == OpId::int8_mm && row.compile != nullptr && (row.any_arch || row.arch == target.arch) &&
+  return row.op == desc.op && row.compile != nullptr && (row.any_arch || row.arch == target.arch) &&
          target.features.contains(row.features_for(desc, target)) &&
          (row.supports == nullptr || row.supports(desc, target).is_ok());
 }
@@ -141,11 +143,46 @@ void add_kernels(const KnownTarget& known, std::vector<Kernel>& kernels, std::ve
   }
 }
 
+/// attention's loops of bf16 instructions for one class of machines: of each kernel the two with the most of them, in
+/// the order in which they run.
+void add_attention(const KnownTarget& known, std::vector<Kernel>& kernels, std::vector<std::string>& failures) {
+  constexpr std::int64_t kHeadSize = 128;
+  const Target target = take(Target::parse(known.text));
+  for (const std::int64_t m : {std::int64_t{1}, kAny}) {
+    const KernelDesc desc = attention::op().canonical(attention::make_desc(kAny, 1, 1, m, kAny, kHeadSize, kHeadSize));
+    const std::span<const Implementation> rows = implementation_table();
+    const auto row = std::find_if(rows.begin(), rows.end(), [&](auto& r) { return serves(r, desc, target); });
+    if (row == rows.end() || row->isa != IsaPath::bf16mm)
+      continue;
+    Result<CodeObject> code = row->compile(desc, target, "");
+    if (!code) {
+      failures.push_back(fmt::format("attention m={} for {}: {}", m_text(m), known.name, code.status().message()));
+      continue;
+    }
+    std::vector<Loop> loops = hot_loops(take(instructions_of(*code)));
+    loops.resize(std::min<std::size_t>(loops.size(), 2));
+    std::sort(loops.begin(), loops.end(), [](const Loop& a, const Loop& b) { return a.begin() < b.begin(); });
+    if (loops.size() < 2)
+      failures.push_back(fmt::format("attention m={} for {}: less than two loops of products", m_text(m), known.name));
+    for (std::size_t i = 0; i < loops.size(); ++i) {
+      Kernel kernel = {&*row, m, i == 0 ? "attention Q·K" : "attention P·V", *code, {}, loops[i]};
+      auto same = std::find_if(kernels.begin(), kernels.end(), [&](const Kernel& k) {
+        return k.row == kernel.row && k.m == kernel.m && k.pack_layout == kernel.pack_layout && k.code == kernel.code;
+      });
+      if (same == kernels.end())
+        same = kernels.insert(kernels.end(), std::move(kernel));
+      same->taken_by.emplace_back(known.name);
+    }
+  }
+}
+
 std::vector<Kernel> emit_all(std::vector<std::string>& failures) {
   std::vector<Kernel> kernels;
   for (const KnownTarget& known : known_targets())
-    if (take(Target::parse(known.text)).arch == Arch::aarch64)
+    if (take(Target::parse(known.text)).arch == Arch::aarch64) {
       add_kernels(known, kernels, failures);
+      add_attention(known, kernels, failures);
+    }
   for (const Implementation& row : implementation_table())
     if (row.op == OpId::int8_mm && row.arch == Arch::aarch64 && !row.any_arch &&
         std::none_of(kernels.begin(), kernels.end(),
@@ -324,10 +361,12 @@ bool is_judged_for(std::int64_t m) {
   return m == kAny || m == 1 || m >= 8;
 }
 
-/// Of the SDOT and SMMLA loops that some machine takes, those of matrix kernels and of the GEMV for m = 1; 0 where a
-/// ratio is only told.
+/// Of the SDOT and SMMLA loops that some machine takes, those of matrix kernels and of the GEMV for m = 1; of attention
+/// those of BFMMLA; 0 where a ratio is only told.
 double ratio_to_reach(const Kernel& kernel) {
   const IsaPath isa = kernel.row->isa;
+  if (kernel.row->op == OpId::attention)
+    return kernel.m == kAny ? 0.85 : 0;
   const bool judged =
       isa == IsaPath::sdot || isa == IsaPath::i8mm || isa == IsaPath::sve_i8mm || isa == IsaPath::sve_sdot;
   return judged && is_judged_for(kernel.m) && !kernel.taken_by.empty() ? 0.95 : 0;
@@ -338,10 +377,11 @@ struct Required {
   IsaPath isa;
   std::string_view mcpu;
 };
-constexpr Required kRequired[] = {{IsaPath::sdot, "cortex-a76"},  {IsaPath::sdot, "neoverse-n1"},
-                                  {IsaPath::sdot, "neoverse-n2"}, {IsaPath::sdot, "neoverse-v1"},
-                                  {IsaPath::sdot, "neoverse-v2"}, {IsaPath::i8mm, "neoverse-n2"},
-                                  {IsaPath::i8mm, "neoverse-v1"}, {IsaPath::i8mm, "neoverse-v2"}};
+constexpr Required kRequired[] = {
+    {IsaPath::sdot, "cortex-a76"},    {IsaPath::sdot, "neoverse-n1"},  {IsaPath::sdot, "neoverse-n2"},
+    {IsaPath::sdot, "neoverse-v1"},   {IsaPath::sdot, "neoverse-v2"},  {IsaPath::i8mm, "neoverse-n2"},
+    {IsaPath::i8mm, "neoverse-v1"},   {IsaPath::i8mm, "neoverse-v2"},  {IsaPath::bf16mm, "neoverse-n2"},
+    {IsaPath::bf16mm, "neoverse-v1"}, {IsaPath::bf16mm, "neoverse-v2"}};
 
 /// A GEMV, the smallest matrix kernel, the largest.
 bool is_plotted(std::int64_t m) {
@@ -484,7 +524,7 @@ int run(const Options& options) {
                       {"mac_bound", one.mac_bound},
                       {"load_bound", one.load_bound},
                       {"ratio", one.ratio()}});
-      if (!kernel.taken_by.empty() && is_plotted(kernel.m))
+      if (!kernel.taken_by.empty() && kernel.row->op == OpId::int8_mm && is_plotted(kernel.m))
         points.push_back({fmt::format("{} {}", name_of(kernel.row->isa), kernel.pack_layout),
                           fmt::format("m={} {}", m_text(kernel.m), one.core->mcpu), one.ratio(), 0, reach});
     }

@@ -35,6 +35,14 @@ alignas(64) constexpr std::array<std::uint32_t, 32> kFloatNoise = [] {
   return noise;
 }();
 
+/// Likewise, for tiles.
+alignas(64) constexpr std::array<std::uint8_t, 4096> kTileFloatNoise = [] {
+  std::array<std::uint8_t, 4096> noise{};
+  for (std::size_t i = 0; i < noise.size(); ++i)
+    noise[i] = i % 2 == 0 ? kNoise[i] | 0x80 : (kNoise[i] & 0x80) | 0x3F;
+  return noise;
+}();
+
 #define SIXTEEN(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15)
 #define FOURTEEN(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13)
 
@@ -123,28 +131,40 @@ __attribute__((target("avx2"))) void run_madd256(std::uint64_t steps) {
 
 /// Palette 1, eight tiles of 16 rows × 64 bytes (Intel SDM, LDTILECFG). Four accumulators: 52 cycles of latency, one
 /// tile per 16.
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr TileConfig kTileConfig;
+
+#define TILE_LOOP(product)                                                                                             \
+  "ldtilecfg (%1)\n"                                                                                                   \
+  "tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3\n"                                            \
+  "tileloadd (%2,%3), %%tmm4\n tileloadd 1024(%2,%3), %%tmm5\n"                                                        \
+  "tileloadd 2048(%2,%3), %%tmm6\n tileloadd 3072(%2,%3), %%tmm7\n"                                                    \
+  "1:\n" product " %%tmm6, %%tmm4, %%tmm0\n " product " %%tmm7, %%tmm4, %%tmm1\n" product                              \
+  " %%tmm6, %%tmm5, %%tmm2\n " product " %%tmm7, %%tmm5, %%tmm3\n"                                                     \
+  "dec %0\n jnz 1b\n tilerelease"
+
 void run_amx(std::uint64_t steps) {
-  struct alignas(64) Config {
-    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
-  static constexpr Config config;
-  asm volatile("ldtilecfg (%1)\n"
-               "tilezero %%tmm0\n tilezero %%tmm1\n tilezero %%tmm2\n tilezero %%tmm3\n"
-               "tileloadd (%2,%3), %%tmm4\n tileloadd 1024(%2,%3), %%tmm5\n"
-               "tileloadd 2048(%2,%3), %%tmm6\n tileloadd 3072(%2,%3), %%tmm7\n"
-               "1:\n"
-               "tdpbssd %%tmm6, %%tmm4, %%tmm0\n tdpbssd %%tmm7, %%tmm4, %%tmm1\n"
-               "tdpbssd %%tmm6, %%tmm5, %%tmm2\n tdpbssd %%tmm7, %%tmm5, %%tmm3\n"
-               "dec %0\n jnz 1b\n tilerelease"
+  asm volatile(TILE_LOOP("tdpbssd")
                : "+r"(steps)
-               : "r"(&config), "r"(kNoise.data()), "r"(std::uint64_t{64})
+               : "r"(&kTileConfig), "r"(kNoise.data()), "r"(std::uint64_t{64})
                : "cc", "memory");
 }
 
+void run_amx_bf16(std::uint64_t steps) {
+  asm volatile(TILE_LOOP("tdpbf16ps")
+               : "+r"(steps)
+               : "r"(&kTileConfig), "r"(kTileFloatNoise.data()), "r"(std::uint64_t{64})
+               : "cc", "memory");
+}
+#undef TILE_LOOP
+
 struct Cpu {
-  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, avx512bf16 = false, amx = false;
+  bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, avx512bf16 = false, amx = false,
+       amx_bf16 = false;
   bool zen5 = false, golden_cove = false;
 };
 
@@ -166,6 +186,7 @@ Cpu detect() {
   cpu.avx512vnni = cpu.avx512 && (c >> 11 & 1);
   constexpr int kRequestPermission = 0x1023, kTileData = 18; // arch_prctl, Documentation/arch/x86/xstate.rst
   cpu.amx = tiles && (d >> 24 & 3) == 3 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  cpu.amx_bf16 = cpu.amx && (d >> 22 & 1);
   unsigned more = 0;
   __get_cpuid_count(7, 1, &more, &b, &c, &d);
   cpu.avxvnni = cpu.avx2 && (more >> 4 & 1);
@@ -251,6 +272,9 @@ std::span<const ComputeLoop> compute_loops() {
 std::span<const ComputeLoop> float_compute_loops() {
   static const std::vector<ComputeLoop> loops = [] {
     std::vector<ComputeLoop> list;
+    if (cpu().amx_bf16)
+      list.push_back(
+          {"amx", "tdpbf16ps, random tiles", 4 * 2 * 16 * 16 * 32, cpu().golden_cove ? 1024.0 : 0.0, run_amx_bf16});
     if (cpu().avx512bf16)
       list.push_back({"avx512bf16", "vdpbf16ps zmm", 32 * 2 * 32, 0, run_bf16});
     if (cpu().avx512)

@@ -1,5 +1,6 @@
 #include "tests/amx_emulator.h"
 
+#include <cmath>
 #include <cpuid.h>
 #include <csignal>
 #include <cstring>
@@ -60,12 +61,16 @@ Tile& configured(int index) {
   return file.tiles[index];
 }
 
-void multiply(Tile& sums, const Tile& a, const Tile& b, bool a_is_u8) {
+void check_product(const Tile& sums, const Tile& a, const Tile& b) {
   if (&sums == &a || &sums == &b || &a == &b)
-    refuse("tdpbssd: the same tile twice");
+    refuse("a product: the same tile twice");
   if (a.row_bytes % 4 != 0 || sums.row_bytes % 4 != 0 || sums.rows != a.rows || a.row_bytes / 4 != b.rows ||
       sums.row_bytes != b.row_bytes)
-    refuse("tdpbssd: tiles of different shapes");
+    refuse("a product: tiles of different shapes");
+}
+
+void multiply(Tile& sums, const Tile& a, const Tile& b, bool a_is_u8) {
+  check_product(sums, a, b);
   for (int m = 0; m < a.rows; ++m) {
     std::uint32_t row[kRowBytes / 4];
     std::memcpy(row, sums.data[m], sizeof row);
@@ -81,6 +86,38 @@ void multiply(Tile& sums, const Tile& a, const Tile& b, bool a_is_u8) {
     std::memset(sums.data[m], 0, kRowBytes);
 }
 
+/// Denormals are zeros, of operands and of results.
+float flushed(float v) {
+  return std::fpclassify(v) == FP_SUBNORMAL ? std::copysign(0.0f, v) : v;
+}
+
+float bf16_at(const std::uint8_t* at) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(at[0]) << 16 | static_cast<std::uint32_t>(at[1]) << 24;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return flushed(value);
+}
+
+/// TDPBF16PS: even and odd elements along the sum are added up apart, then together, then to the sums.
+void multiply_bf16(Tile& sums, const Tile& a, const Tile& b) {
+  check_product(sums, a, b);
+  for (int m = 0; m < a.rows; ++m) {
+    float row[kRowBytes / 4];
+    std::memcpy(row, sums.data[m], sizeof row);
+    for (int n = 0; n < sums.row_bytes / 4; ++n) {
+      float parts[2] = {};
+      for (int k = 0; k < b.rows; ++k)
+        for (int i = 0; i < 2; ++i)
+          parts[i] =
+              flushed(std::fma(bf16_at(a.data[m] + 4 * k + 2 * i), bf16_at(b.data[k] + 4 * n + 2 * i), parts[i]));
+      row[n] = flushed(flushed(row[n]) + flushed(parts[0] + parts[1]));
+    }
+    std::memcpy(sums.data[m], row, sizeof row);
+  }
+  for (int m = sums.rows; m < kMaxRows; ++m)
+    std::memset(sums.data[m], 0, kRowBytes);
+}
+
 /// General register by its number in instructions.
 std::uint64_t general_register(const ucontext_t* context, int number) {
   static constexpr int kIndex[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
@@ -88,8 +125,8 @@ std::uint64_t general_register(const ucontext_t* context, int number) {
   return static_cast<std::uint64_t>(context->uc_mcontext.gregs[kIndex[number]]);
 }
 
-/// What follows the opcode. The tile instructions address memory by [base + index + displacement]; index 4 is none, as
-/// for all of x86.
+/// What follows the opcode. The tile instructions address memory by [base + index + displacement], where index 4 is
+/// none, as for all of x86; those of configurations also by [rip + displacement].
 struct Operands {
   int reg = 0, rm = 0;
   bool is_memory = false;
@@ -108,6 +145,13 @@ Operands decode_operands(const std::uint8_t* at, int extend_index, int extend_ba
   if (mod == 3)
     return out;
   out.is_memory = true;
+  if (mod == 0 && out.rm == 5) {
+    std::int32_t displacement;
+    std::memcpy(&displacement, at, 4);
+    out.end = at + 4;
+    out.address = const_cast<std::uint8_t*>(out.end) + displacement;
+    return out;
+  }
   int base = out.rm | extend_base << 3;
   std::uint64_t address = 0;
   if (out.rm == 4) {
@@ -164,6 +208,8 @@ void on_illegal_instruction(int, siginfo_t*, void* opaque) {
       std::memcpy(operands.address + row * operands.stride, tile.data[row], static_cast<std::size_t>(tile.row_bytes));
   } else if (form == form_of(0x5e, kF2, false) || form == form_of(0x5e, k66, false)) { // tdpbssd, tdpbusd
     multiply(configured(operands.reg), configured(operands.rm), configured(vvvv), prefix == k66);
+  } else if (form == form_of(0x5c, kF3, false)) { // tdpbf16ps
+    multiply_bf16(configured(operands.reg), configured(operands.rm), configured(vvvv));
   } else {
     refuse("a VEX instruction that is none of those emulated");
   }

@@ -2,7 +2,7 @@
 #include <cstdint>
 
 /// Runs AMX code on x86-64 machines without AMX: the illegal-instruction traps of tile instructions are carried out on
-/// a tile file in memory (Intel SDM volume 2, LDTILECFG … TDPBSSD), everything else runs natively. For tests: a trap
+/// a tile file in memory (Intel SDM volume 2, LDTILECFG … TDPBF16PS), everything else runs natively. For tests: a trap
 /// takes microseconds. A tile instruction that hardware would refuse, and any other illegal instruction, ends the
 /// process with a message. One thread at a time.
 namespace kiln::test {

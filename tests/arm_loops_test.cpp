@@ -56,7 +56,8 @@ TEST_CASE("innermost loops by their back edges") {
 TEST_CASE("multiply-adds and loads") {
   const auto is_mac = [](const char* text) { return Instruction{0, text}.is_mac(); };
   for (const char* text : {"sdot v8.4s, v0.16b, v1.4b[0]", "smmla z8.s, z0.b, z1.b", "smull2 v0.8h, v1.16b, v2.16b",
-                           "sadalp v8.4s, v0.8h", "smopa za3.s, p0/m, p1/m, z0.b, z1.b", "smlal v0.4s, v1.4h, v2.h[7]"})
+                           "sadalp v8.4s, v0.8h", "smopa za3.s, p0/m, p1/m, z0.b, z1.b", "smlal v0.4s, v1.4h, v2.h[7]",
+                           "bfmmla v28.4s, v1.8h, v3.8h", "bfdot v8.4s, v0.8h, v1.2h[3]"})
     CHECK(is_mac(text));
   for (const char* text : {"smull x0, w1, w2", "fmla v0.4s, v1.4s, v2.4s", "add v0.4s, v1.4s, v2.4s", "ldr q0, [x0]"})
     CHECK_FALSE(is_mac(text));

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <functional>
 #include <limits>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -18,6 +19,9 @@
 #include "jit/ops/attention_driver.h"
 #include "tests/emulator.h"
 #include "tests/guarded_buffer.h"
+#if defined(__x86_64__)
+#include "tests/amx_emulator.h"
+#endif
 
 /// Every attention row of the implementation table that this machine can run, through engine and driver, against the
 /// float64 reference: sampled shapes × values × strides × causal modes × kv_len, in buffers that touch inaccessible
@@ -37,20 +41,46 @@ int samples() {
   return text != nullptr ? std::atoi(text) : is_emulated() ? 3 : 30;
 }
 
+/// What this machine can run once `amx` is emulated, one thread at a time.
+Target target_here() {
+  Target target = detect_machine().target;
+#if defined(__x86_64__)
+  if (target.features.has(Feature::avx512bf16)) {
+    target.features.add(Feature::amx_tile);
+    target.features.add(Feature::amx_bf16);
+  }
+#endif
+  return target;
+}
+bool needs_emulator(IsaPath isa) {
+  return isa == IsaPath::amx && !detect_machine().target.features.has(Feature::amx_bf16);
+}
+
 std::unique_ptr<Engine> engine_for(IsaPath isa, int threads) {
   EngineOptions options;
   options.config.cache = CacheMode::off;
-  options.config.threads = threads;
+  options.config.threads = needs_emulator(isa) ? 1 : threads;
   options.config.forced.push_back({OpId::attention, isa});
   options.machine = detect_machine();
+  options.machine.target = target_here();
   options.implementations = implementation_table();
   Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
   REQUIRE_MESSAGE(engine.is_ok(), (engine ? "" : engine.status().message()));
   return std::move(*engine);
 }
 
+/// Tile instructions work from here to the end of the test case, which gives signals back.
+void emulate_amx() {
+#if defined(__x86_64__)
+  static std::optional<AmxEmulator> emulator;
+  if (needs_emulator(IsaPath::amx))
+    emulator.emplace();
+#endif
+}
+
 std::vector<IsaPath> paths_here() {
-  const Target host = detect_machine().target;
+  emulate_amx();
+  const Target host = target_here();
   std::vector<IsaPath> paths;
   for (const Implementation& row : implementation_table()) {
     if (row.op != OpId::attention || row.device != DeviceKind::cpu)
@@ -699,6 +729,35 @@ TEST_CASE("what K and V hold at hidden keys changes no bit, be it infinite or Na
           }
         CHECK(wrong == 0);
       }
+  }
+}
+
+TEST_CASE("infinities and NaNs of V at keys that a row does not see change nothing, at others they do") {
+  const float kInfinity = std::numeric_limits<float>::infinity();
+  for (const IsaPath isa : paths_here()) {
+    INFO("path ", std::string(kiln::name_of(isa)));
+    const std::unique_ptr<Engine> engine = engine_for(isa, 1);
+    for (const std::int64_t m : {7, 40, 150}) {
+      Problem p(1, 1, 1, m, m + 3, 40, 24), finite = p;
+      const std::pair<std::int64_t, float> bad[] = {
+          {4, kInfinity}, {5, -kInfinity}, {m - 2, std::numeric_limits<float>::quiet_NaN()}, {m + 2, kInfinity}};
+      for (std::size_t i = 0; i < std::size(bad); ++i)
+        p.v[static_cast<std::size_t>(bad[i].first * p.dv) + 5 * i] = bf16_of_float(bad[i].second);
+      const KernelRef kernel = kernel_of(*engine, p.desc(Causal::top_left));
+      REQUIRE(attention::run(*kernel, p.args()).is_ok());
+      REQUIRE(attention::run(*kernel, finite.args()).is_ok());
+      std::int64_t wrong = 0;
+      for (std::int64_t row = 0; row < m; ++row)
+        for (std::int64_t j = 0; j < p.dv; ++j) {
+          const std::size_t at = static_cast<std::size_t>(row * p.dv + j);
+          const float found = float_of_bf16(p.o[at]);
+          if (j % 5 == 0 && static_cast<std::size_t>(j / 5) < std::size(bad) && row >= bad[j / 5].first)
+            wrong += std::isnan(bad[j / 5].second) ? !std::isnan(found) : found != bad[j / 5].second;
+          else
+            wrong += p.o[at] != finite.o[at];
+        }
+      CHECK(wrong == 0);
+    }
   }
 }
 

@@ -11,6 +11,9 @@ namespace {
 
 constexpr Features kAvx512Bf16{Feature::avx2, Feature::fma, Feature::avx512f, Feature::avx512bw, Feature::avx512bf16};
 
+constexpr Features kAmx{Feature::avx2,       Feature::fma,      Feature::avx512f, Feature::avx512bw,
+                        Feature::avx512bf16, Feature::amx_tile, Feature::amx_bf16};
+
 constexpr Features kArmBf16{Feature::neon, Feature::bf16};
 
 /// f32 multiply-adds in the widest vectors that the target has, in steps: no more features in the key than change the
@@ -31,6 +34,25 @@ Result<CodeObject> compile_portable(const KernelDesc& desc, const Target& target
 }
 
 } // namespace
+
+Implementation attention_amx() {
+  return {
+      .op = OpId::attention,
+      .isa = IsaPath::amx,
+      .backend = BackendId::x86,
+      .generator = GeneratorId::llvm,
+      .generator_digest = k_llvm_generator_digest,
+      .arch = Arch::x86_64,
+      .needs = kAmx,
+      .declines = [](const KernelDesc& desc, const Target&) -> std::string {
+        return desc.value[attention::kM] == kAny
+                   ? ""
+                   : fmt::format("M · Hq / Hkv ≤ {}: memory bound, and avx512bf16 reads K and V as they lie",
+                                 attention::kMaxFewRows);
+      },
+      .compile = [](const KernelDesc& desc, const Target&,
+                    std::string_view) { return compile_with_llvm(desc, {.arch = Arch::x86_64, .features = kAmx}); }};
+}
 
 Implementation attention_avx512bf16() {
   return {.op = OpId::attention,

@@ -8,9 +8,11 @@ namespace kiln::portable {
 Implementation int8_mm();
 Implementation int8_linear();
 
+/// With tdpbf16ps.
+Implementation attention_amx();
 /// With vdpbf16ps.
 Implementation attention_avx512bf16();
-/// With bfdot.
+/// With bfmmla for many rows, bfdot for few.
 Implementation attention_bf16mm();
 /// With f32 multiply-adds.
 Implementation attention();

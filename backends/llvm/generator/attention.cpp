@@ -7,6 +7,7 @@
 
 #include <llvm/IR/Module.h>
 
+#include "backends/llvm/generator/attention_matrix.h"
 #include "backends/llvm/generator/attention_unit.h"
 #include "backends/llvm/generator/ir.h"
 
@@ -1117,15 +1118,33 @@ private:
 
 } // namespace
 
+namespace {
+
+/// With few rows bfdot reads K and V as they lie.
+bool uses_bfmmla(const KernelDesc& desc, const Target& target) {
+  return target.arch == Arch::aarch64 && target.features.has(Feature::bf16) && desc.value[attention::kM] == kAny;
+}
+
+} // namespace
+
 llvm::Function* emit_attention(llvm::Module& module, const KernelDesc& desc, const Target& target) {
   llvm::LLVMContext& context = module.getContext();
   auto* type = llvm::FunctionType::get(llvm::Type::getVoidTy(context), {llvm::PointerType::getUnqual(context)}, false);
   auto* function = llvm::Function::Create(type, llvm::GlobalValue::ExternalLinkage, "attention", module);
-  Attention(function, desc, target).emit();
+  if (target.features.has(Feature::amx_bf16))
+    emit_amx_attention(function, desc, target);
+  else if (uses_bfmmla(desc, target))
+    emit_bfmmla_attention(function, desc, target);
+  else
+    Attention(function, desc, target).emit();
   return function;
 }
 
 attention::Plan attention_plan(const KernelDesc& desc, const Target& target) {
+  if (target.features.has(Feature::amx_bf16))
+    return amx_blocking(desc).plan();
+  if (uses_bfmmla(desc, target))
+    return bfmmla_blocking(desc).plan();
   const Blocking b = blocking_of(desc, target);
   return {.block_rows = b.rows, .workspace_bytes = b.bytes, .makes_partials = true};
 }
