@@ -309,17 +309,17 @@ TEST_CASE("on a thread that was given another vector length results are the same
     MESSAGE("nothing is run here: the machine has one vector length");
     return;
   }
+  std::vector<Row> rows;
+  for (const Row& row : rows_here(machine.sme_bits > 128)) // of the lengths that this thread has
+    if (row.linear.vector_bits != nullptr)
+      rows.push_back(row);
   // A thread of its own, whose lengths end with it. include/uapi/linux/prctl.h: PR_SVE_SET_VL, PR_SME_SET_VL.
   std::thread([&] {
     constexpr int kSetSve = 50, kSetSme = 63, kLengthMask = 0xffff;
-    std::vector<Row> rows;
     if (machine.sve_bits >= 256)
       CHECK((prctl(kSetSve, 16) & kLengthMask) == 16);
     if (machine.sme_bits > 128)
       CHECK((prctl(kSetSme, 16) & kLengthMask) == 16);
-    for (const Row& row : rows_here(machine.sme_bits > 128))
-      if (row.linear.vector_bits != nullptr)
-        rows.push_back(row);
     check_rows(rows);
   }).join();
 }
