@@ -673,7 +673,7 @@ private:
     const int per_row = b_.lanes_per_row;
     constexpr int kSums = 8; // with Q read from memory, enough for each load of it
     const int at_once = q_registers.empty() ? std::clamp(kSums / rows, 1, per_row) : 1;
-    LaneSums lane_sums(ir_, unit_);
+    LaneSums lane_sums(ir_, unit_, per_row > 4); // in the order of keys
     for (int first = 0; first < per_row; first += at_once) {
       Values sums(static_cast<std::size_t>(at_once * rows), float_constant(0));
       multiply_registers(keys.slice(static_cast<std::size_t>(first), static_cast<std::size_t>(at_once)), q, q_registers,
