@@ -653,6 +653,10 @@ private:
     });
   }
 
+  /// No load moves across this, and nothing is executed: left alone, LLVM's schedulers take keys from the last to the
+  /// first, which memory's prefetching does not follow.
+  void keep_order() { ir_.CreateFence(llvm::AtomicOrdering::AcquireRelease, llvm::SyncScope::SingleThread); }
+
   /// All registers of `rows` rows of Q, [chunk][row], where they leave most of the machine's free.
   Values load_q(Value* q, int rows) {
     const std::int64_t chunks = b_.q_dwords / unit_.lanes;
@@ -675,6 +679,7 @@ private:
     const int at_once = q_registers.empty() ? std::clamp(kSums / rows, 1, per_row) : 1;
     LaneSums lane_sums(ir_, unit_, per_row > 4); // in the order of keys
     for (int first = 0; first < per_row; first += at_once) {
+      keep_order();
       Values sums(static_cast<std::size_t>(at_once * rows), float_constant(0));
       multiply_registers(keys.slice(static_cast<std::size_t>(first), static_cast<std::size_t>(at_once)), q, q_registers,
                          rows, sums);
@@ -969,6 +974,7 @@ private:
       Value* p_offset = times(ir_.CreateUDiv(key, ir_.getInt64(p_keys)), p_register_bytes());
       Value* v = now.pop_back_val();
       for (std::int64_t step = 0; step < b_.p_step(); ++step) {
+        keep_order();
         Values v_rows;
         for (int i = 0; i < unit_.width; ++i) {
           v_rows.push_back(v);
