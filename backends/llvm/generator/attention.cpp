@@ -80,9 +80,12 @@ int power_of_two_below(std::int64_t v) {
 /// With few rows, of which all operations on a key are soon done, only a tile that is short beside what the processor
 /// holds in flight keeps memory busy during each of its phases: on Zen 4, tiles of 16, 32 and 64 keys of 256 bytes read
 /// memory at 0.97, 0.82 and 0.68 of its speed with 4 rows. Vectors shorter than that machine's make each key longer.
-std::int64_t tile_of_few(std::int64_t d, int lanes) {
+/// With more rows than kFewRows the arithmetic takes longer than memory, and O's way to and from L1 counts.
+std::int64_t tile_of_few(std::int64_t rows, std::int64_t d, int lanes) {
   constexpr std::int64_t kBytes = 4096, kLeast = 16, kMost = 64;
-  return lanes < 16 ? kMost : std::clamp<std::int64_t>(power_of_two_below(kBytes / (2 * d)), kLeast, kMost);
+  return lanes < 16 || rows > attention::kFewRows
+             ? kMost
+             : std::clamp<std::int64_t>(power_of_two_below(kBytes / (2 * d)), kLeast, kMost);
 }
 
 Blocking blocking_of(const KernelDesc& desc, const Target& target) {
@@ -105,7 +108,7 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
     b.row_lanes = static_cast<int>(std::min<std::int64_t>(most_rows <= 2 ? most_rows : 4, lanes));
     b.lanes_per_row = lanes / b.row_lanes;
     b.vectors = static_cast<int>((std::min(most_rows, kMostRows) + b.row_lanes - 1) / b.row_lanes);
-    b.overlaps_tiles = most_rows > 2;
+    b.overlaps_tiles = most_rows <= attention::kFewRows;
     b.keys = b.lanes_per_row > 1 ? b.lanes_per_row : 8;
     // Whole rows of V, if possible, so that memory is read in its order.
     const int sums = b.unit.rows * b.unit.value_vectors,
@@ -114,7 +117,7 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
                                       ? power_of_two_below(sums / std::min<std::int64_t>(b.dv_vectors, 8))
                                       : b.unit.rows);
     b.value_vectors = std::min(sums / b.value_rows, 8);
-    b.tile = round_up(tile_of_few(b.d, lanes), b.keys);
+    b.tile = round_up(tile_of_few(most_rows, b.d, lanes), b.keys);
   } else {
     b.row_lanes = lanes;
     b.lanes_per_row = 1;
