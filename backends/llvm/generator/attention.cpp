@@ -81,9 +81,12 @@ int power_of_two_below(std::int64_t v) {
 /// With few rows, of which all operations on a key are soon done, only a tile that is short beside what the processor
 /// holds in flight keeps memory busy during each of its phases: on Zen 4, tiles of 16, 32 and 64 keys of 256 bytes read
 /// memory at 0.97, 0.82 and 0.68 of its speed with 4 rows. Vectors shorter than that machine's make each key longer.
-std::int64_t tile_of_few(std::int64_t d, int lanes) {
+/// With more rows than kFewRows the arithmetic takes longer than memory, and O's way to and from L1 counts.
+std::int64_t tile_of_few(std::int64_t rows, std::int64_t d, int lanes) {
   constexpr std::int64_t kBytes = 4096, kLeast = 16, kMost = 64;
-  return lanes < 16 ? kMost : std::clamp<std::int64_t>(power_of_two_below(kBytes / (2 * d)), kLeast, kMost);
+  return lanes < 16 || rows > attention::kFewRows
+             ? kMost
+             : std::clamp<std::int64_t>(power_of_two_below(kBytes / (2 * d)), kLeast, kMost);
 }
 
 Blocking blocking_of(const KernelDesc& desc, const Target& target) {
@@ -106,7 +109,7 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
     b.row_lanes = static_cast<int>(std::min<std::int64_t>(most_rows <= 2 ? most_rows : 4, lanes));
     b.lanes_per_row = lanes / b.row_lanes;
     b.vectors = static_cast<int>((std::min(most_rows, kMostRows) + b.row_lanes - 1) / b.row_lanes);
-    b.overlaps_tiles = most_rows > 2;
+    b.overlaps_tiles = most_rows <= attention::kFewRows;
     b.keys = b.lanes_per_row > 1 ? b.lanes_per_row : 8;
     // Whole rows of V, if possible, so that memory is read in its order.
     const int sums = b.unit.rows * b.unit.value_vectors,
@@ -115,7 +118,7 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
                                       ? power_of_two_below(sums / std::min<std::int64_t>(b.dv_vectors, 8))
                                       : b.unit.rows);
     b.value_vectors = std::min(sums / b.value_rows, 8);
-    b.tile = round_up(tile_of_few(b.d, lanes), b.keys);
+    b.tile = round_up(tile_of_few(most_rows, b.d, lanes), b.keys);
   } else {
     b.row_lanes = lanes;
     b.lanes_per_row = 1;
@@ -654,6 +657,10 @@ private:
     });
   }
 
+  /// No load moves across this, and nothing is executed: left alone, LLVM's schedulers take keys from the last to the
+  /// first, which memory's prefetching does not follow.
+  void keep_order() { ir_.CreateFence(llvm::AtomicOrdering::AcquireRelease, llvm::SyncScope::SingleThread); }
+
   /// All registers of `rows` rows of Q, [chunk][row], where they leave most of the machine's free.
   Values load_q(Value* q, int rows) {
     const std::int64_t chunks = b_.q_dwords / unit_.lanes;
@@ -674,8 +681,9 @@ private:
     const int per_row = b_.lanes_per_row;
     constexpr int kSums = 8; // with Q read from memory, enough for each load of it
     const int at_once = q_registers.empty() ? std::clamp(kSums / rows, 1, per_row) : 1;
-    LaneSums lane_sums(ir_, unit_);
+    LaneSums lane_sums(ir_, unit_, per_row > 4); // in the order of keys
     for (int first = 0; first < per_row; first += at_once) {
+      keep_order();
       Values sums(static_cast<std::size_t>(at_once * rows), float_constant(0));
       multiply_registers(keys.slice(static_cast<std::size_t>(first), static_cast<std::size_t>(at_once)), q, q_registers,
                          rows, sums);
@@ -970,6 +978,7 @@ private:
       Value* p_offset = times(ir_.CreateUDiv(key, ir_.getInt64(p_keys)), p_register_bytes());
       Value* v = now.pop_back_val();
       for (std::int64_t step = 0; step < b_.p_step(); ++step) {
+        keep_order();
         Values v_rows;
         for (int i = 0; i < unit_.width; ++i) {
           v_rows.push_back(v);

@@ -107,16 +107,19 @@ Value* LaneSums::add_shuffled(Value* a, Value* b, llvm::ArrayRef<int> first, llv
   return ir_.CreateFAdd(ir_.CreateShuffleVector(a, b, first), ir_.CreateShuffleVector(a, b, second));
 }
 
-void LaneSums::set(int lane, Value* vector) {
-  // Vectors 4 apart are added first, by whole 128-bit groups of lanes: x86's shuffles across these are of four lanes.
-  const int groups = lanes_ / 4;
-  vectors_[static_cast<std::size_t>(lane)] = vector;
-  Values parts;
-  for (int group = 0; group < groups; ++group) {
-    parts.push_back(vectors_[static_cast<std::size_t>(lane % 4 + group * 4)]);
-    if (parts.back() == nullptr)
-      return;
+Value* LaneSums::add_within_groups(llvm::ArrayRef<Value*> four) {
+  llvm::SmallVector<int, 16> low, high, even, odd;
+  for (int group = 0; group < lanes_; group += 4) {
+    low.append({group, group + 1, lanes_ + group, lanes_ + group + 1});
+    high.append({group + 2, group + 3, lanes_ + group + 2, lanes_ + group + 3});
+    even.append({group, group + 2, lanes_ + group, lanes_ + group + 2});
+    odd.append({group + 1, group + 3, lanes_ + group + 1, lanes_ + group + 3});
   }
+  return add_shuffled(add_shuffled(four[0], four[1], low, high), add_shuffled(four[2], four[3], low, high), even, odd);
+}
+
+Value* LaneSums::add_groups(Values parts) {
+  const int groups = lanes_ / 4;
   while (parts.size() > 1) {
     // A vector has `pieces` groups of each of its parts.
     const int pieces = static_cast<int>(parts.size()), half = pieces / 2;
@@ -134,19 +137,25 @@ void LaneSums::set(int lane, Value* vector) {
       next.push_back(add_shuffled(parts[i], parts[i + 1], first, second));
     parts = next;
   }
-  vectors_[static_cast<std::size_t>(lane % 4)] = parts[0];
+  return parts[0];
+}
+
+void LaneSums::set(int lane, Value* vector) {
+  vectors_[static_cast<std::size_t>(lane)] = vector;
+  const int groups = lanes_ / 4, group = lane / 4, within = lane % 4;
+  Values branch;
+  for (int i = 0; i < (neighbours_first_ ? 4 : groups); ++i) {
+    branch.push_back(vectors_[static_cast<std::size_t>(neighbours_first_ ? group * 4 + i : within + i * 4)]);
+    if (branch.back() == nullptr)
+      return;
+  }
+  branches_[static_cast<std::size_t>(neighbours_first_ ? group : within)] =
+      neighbours_first_ ? add_within_groups(branch) : add_groups(branch);
 }
 
 Value* LaneSums::all() {
-  llvm::SmallVector<int, 16> low, high, even, odd;
-  for (int group = 0; group < lanes_; group += 4) {
-    low.append({group, group + 1, lanes_ + group, lanes_ + group + 1});
-    high.append({group + 2, group + 3, lanes_ + group + 2, lanes_ + group + 3});
-    even.append({group, group + 2, lanes_ + group, lanes_ + group + 2});
-    odd.append({group + 1, group + 3, lanes_ + group + 1, lanes_ + group + 3});
-  }
-  return add_shuffled(add_shuffled(vectors_[0], vectors_[1], low, high),
-                      add_shuffled(vectors_[2], vectors_[3], low, high), even, odd);
+  return neighbours_first_ ? add_groups(Values(branches_.begin(), branches_.begin() + lanes_ / 4))
+                           : add_within_groups(branches_);
 }
 
 Value* widen(llvm::IRBuilder<>& ir, Value* bits) {

@@ -34,21 +34,27 @@ struct DotUnit {
   llvm::FixedVectorType* dwords(llvm::IRBuilder<>& ir) const;
 };
 
-/// Adds the lanes of as many vectors as a vector has lanes: the sum of vector i is lane i of the result. A tree, whose
-/// branches are added as soon as their vectors are there.
+/// Adds the lanes of as many vectors as a vector has lanes: the sum of vector i is lane i of the result. A tree whose
+/// branches, four vectors side by side or those that are four apart, are added as soon as their vectors are there: what
+/// is loaded for the vectors should come in that order. Shuffles are within 128 bits or of whole 128 bits, as x86
+/// likes.
 class LaneSums {
 public:
-  LaneSums(llvm::IRBuilder<>& ir, const DotUnit& unit)
-      : ir_(ir), lanes_(unit.lanes), vectors_(static_cast<std::size_t>(unit.lanes)) {}
+  LaneSums(llvm::IRBuilder<>& ir, const DotUnit& unit, bool neighbours_first)
+      : ir_(ir), lanes_(unit.lanes), neighbours_first_(neighbours_first),
+        vectors_(static_cast<std::size_t>(unit.lanes)), branches_(4) {}
   void set(int lane, llvm::Value* vector);
   llvm::Value* all();
 
 private:
   llvm::Value* add_shuffled(llvm::Value* a, llvm::Value* b, llvm::ArrayRef<int> first, llvm::ArrayRef<int> second);
+  llvm::Value* add_within_groups(llvm::ArrayRef<llvm::Value*> four);
+  llvm::Value* add_groups(Values parts);
 
   llvm::IRBuilder<>& ir_;
   int lanes_;
-  Values vectors_; ///< the first four, at last, of sums over groups of four lanes
+  bool neighbours_first_;
+  Values vectors_, branches_;
 };
 
 /// bf16 bits <n x i16> as the f32 <n x float> that they are the high halves of.
