@@ -737,7 +737,7 @@ TEST_CASE("infinities and NaNs of V at keys that a row does not see change nothi
   for (const IsaPath isa : paths_here()) {
     INFO("path ", std::string(kiln::name_of(isa)));
     const std::unique_ptr<Engine> engine = engine_for(isa, 1);
-    for (const std::int64_t m : {7, 40, 150}) {
+    for (const std::int64_t m : {7, 20, 40, 150}) {
       Problem p(1, 1, 1, m, m + 3, 40, 24), finite = p;
       const std::pair<std::int64_t, float> bad[] = {
           {4, kInfinity}, {5, -kInfinity}, {m - 2, std::numeric_limits<float>::quiet_NaN()}, {m + 2, kInfinity}};

@@ -47,8 +47,7 @@ Implementation attention_amx() {
       .declines = [](const KernelDesc& desc, const Target&) -> std::string {
         return desc.value[attention::kM] == kAny
                    ? ""
-                   : fmt::format("M · Hq / Hkv ≤ {}: memory bound, and avx512bf16 reads K and V as they lie",
-                                 attention::kMaxFewRows);
+                   : "few queries: memory bound, and avx512bf16 reads K and V as they lie";
       },
       .compile = [](const KernelDesc& desc, const Target&,
                     std::string_view) { return compile_with_llvm(desc, {.arch = Arch::x86_64, .features = kAmx}); }};
