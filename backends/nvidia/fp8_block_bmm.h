@@ -1,0 +1,69 @@
+#pragma once
+#include <cstdint>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "backends/nvidia/ptx.h"
+#include "cache/status.h"
+#include "jit/cuda/launch_plan.h"
+#include "jit/ops/fp8_block_bmm.h"
+
+/// fp8_block_bmm on Hopper: the copy engine, wgmma on e4m3 and e5m2, scales applied in registers per 128 of K.
+namespace kiln::nvidia::fp8 {
+
+/// Constants of a kernel.
+struct Shape {
+  std::int64_t b = 1, n = 0, k = 0;
+  bool x_e5m2 = false, y_e5m2 = false;
+  fp8_block_bmm::ZDtype z = fp8_block_bmm::ZDtype::bf16;
+};
+
+/// Which operand two neighbouring blocks share, each copying half of it to both: the 64-row one (tiles side by side) or
+/// the other (tiles one below the other).
+enum class Share : std::uint8_t { none, rows, columns };
+
+/// Tiles of warpgroups · waves · 64 rows of one operand × `columns` rows of the other. The 64-row operand is X, or Y when
+/// `swapped`: few rows of X then cost no more than they are.
+struct Config {
+  bool swapped = false;
+  int warpgroups = 2;         ///< that multiply
+  int waves = 2;              ///< of 64 rows, that a warpgroup multiplies one after the other
+  int columns = 128;          ///< of one wgmma: a multiple of 8, unless swapped 16, to 256
+  int stages = 4;             ///< of 128 k in the ring
+  int split = 1;              ///< blocks of a cluster that take turns along K
+  Share share = Share::none;  ///< by a cluster of two; none with a split
+  int group = 8;              ///< tiles along M that run side by side
+  bool ordered = false;       ///< two warpgroups take turns at the tensor cores
+
+  int rows() const { return 64 * warpgroups * waves; }
+  int sharing() const { return share == Share::none ? 1 : 2; }
+  int cluster() const { return split * sharing(); }
+  int threads() const { return 128 * warpgroups + 32; }
+  int y_chunk() const { return swapped ? 64 : std::gcd(columns, 128); } ///< rows of Y that have one scale for sure
+  int y_chunks() const { return (swapped ? rows() : columns) / y_chunk(); }
+  std::int64_t shared_bytes() const;
+  /// `x2v2n128s4k1rg8`: x or, swapped, y; warpgroups, waves, columns, stages, split, what is shared, group, order.
+  std::string text() const;
+  /// Of what text() gives.
+  static std::optional<Config> parse(std::string_view text);
+  bool operator==(const Config&) const = default;
+};
+
+struct Emitted {
+  std::string text;
+  cuda::LaunchPlan launch;
+  fp8_block_bmm::Boxes boxes;
+};
+
+/// Code::invalid_argument: not a configuration that emit makes for this shape.
+Status check(const Shape& shape, std::int64_t m_class, bool batch_invariant, const Config& config);
+/// Without timing. `m_class` is the class' bound, or kAny.
+Config choose(const Shape& shape, std::int64_t m_class, bool batch_invariant);
+/// To be timed: the first is choose()'s.
+std::vector<Config> candidates(const Shape& shape, std::int64_t m_class, bool batch_invariant);
+Result<Emitted> emit(ptx::Sm sm, const Shape& shape, const Config& config);
+
+} // namespace kiln::nvidia::fp8

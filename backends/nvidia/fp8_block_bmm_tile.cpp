@@ -1,0 +1,537 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <vector>
+
+#include "backends/nvidia/fp8_block_bmm.h"
+
+namespace kiln::nvidia::fp8 {
+namespace {
+
+using namespace ptx;
+
+constexpr int kRow = 128;     // k, and bytes, of a row in one stage: what one scale is for
+constexpr int kHeader = 1024; // bytes of mbarriers
+constexpr int kTurnBarrier = 1;
+/// Descriptor ("wgmma, matrix descriptor"), all over 16: 8 rows apart 1024 bytes, 128-byte swizzle.
+constexpr int kDescriptorLow = 1 << 16, kDescriptorHigh = 1024 / 16 | 1 << 30;
+
+/// Where a tile lies: its first row of the 64-row operand and of the other one, and its matrix.
+struct Place {
+  B32 row, column, batch;
+};
+
+/// A persistent grid. In each block one warp makes the copy engine fill a ring of stages, and fetches the scales of each
+/// by cp.async, whose strides are free; warpgroups multiply 128 of k into fresh sums, scale these and add them up.
+class Tile {
+public:
+  Tile(Sm sm, const Shape& shape, const Config& config)
+      : shape_(shape), c_(config), w_(sm, "main", config.threads(), config.cluster()) {}
+
+  Result<std::string> emit() {
+    prologue();
+    const Label consumers = w_.label(), end = w_.label();
+    w_.branch(consumers, w_.compare_u32(Compare::lt, warp_, consumer_warps()));
+    produce();
+    w_.branch(end);
+    w_.bind(consumers, "consumers");
+    consume();
+    w_.bind(end, "end");
+    if (c_.cluster() > 1) { // no block leaves while another sends to it or reads its sums
+      w_.barrier_cluster_arrive();
+      w_.barrier_cluster_wait();
+    }
+    return w_.finish();
+  }
+
+private:
+  int consumer_warps() const { return 4 * c_.warpgroups; }
+  int columns() const { return c_.columns; }
+  std::int64_t k_blocks() const { return (shape_.k + kRow - 1) / kRow; }
+  std::int64_t n_blocks() const { return (shape_.n + 127) / 128; }
+  int z_bytes() const { return shape_.z == fp8_block_bmm::ZDtype::f32 ? 4 : 2; }
+  bool f32_out() const { return shape_.z == fp8_block_bmm::ZDtype::f32; }
+
+  // A stage: the 64-row operand, the other one.
+  int row_bytes() const { return c_.rows() * kRow; }
+  int stage_bytes() const { return (c_.rows() + columns()) * kRow; }
+  // Its scales: X's rows, then those that the tile's part of Y needs.
+  int x_rows() const { return c_.swapped ? columns() : c_.rows(); }
+  int scale_bytes() const { return (x_rows() + c_.y_chunks() + 3) / 4 * 16; }
+  int scales_offset() const { return kHeader + c_.stages * stage_bytes(); }
+  int sums_offset() const { return scales_offset() + c_.stages * scale_bytes(); }
+  int empty_offset() const { return 8 * c_.stages; }
+  int sums_ready_offset() const { return 16 * c_.stages; }
+  int sums_read_offset() const { return 16 * c_.stages + 8; }
+
+  // A warp's parts of a warpgroup's sums that are stored together: 16 columns, or when swapped 8.
+  int unit_sums() const { return c_.swapped ? 4 : 8; }
+  int wave_units() const { return columns() / 2 / unit_sums(); }
+  int units() const { return c_.waves * wave_units(); }
+
+  void prologue() {
+    x_map_ = w_.parameter_tensor_map("x_map");
+    y_map_ = w_.parameter_tensor_map("y_map");
+    w_.parameter_tensor_map("z_map");
+    w_.parameter_b64("x");
+    w_.parameter_b64("y");
+    xs_ = w_.parameter_b64("xs");
+    ys_ = w_.parameter_b64("ys");
+    z_ = w_.parameter_b64("z");
+    w_.parameter_b64("workspace");
+    w_.parameter_b64("x_stride_b");
+    z_stride_b_ = w_.parameter_b64("z_stride_b");
+    xs_stride_b_ = w_.parameter_b64("xs_stride_b");
+    m_ = w_.parameter_b32("m");
+    w_.parameter_b32("x_stride_m");
+    z_stride_m_ = w_.parameter_b32("z_stride_m");
+    xs_stride_m_ = w_.parameter_b32("xs_stride_m");
+    xs_stride_k_ = w_.parameter_b32("xs_stride_k");
+
+    thread_ = w_.thread();
+    lane_ = w_.and_(thread_, 31);
+    warp_ = w_.uniform(w_.shr(thread_, 5));
+    rank_ = c_.cluster() > 1 ? w_.rank_in_cluster() : w_.mov(0);
+    cluster_ = c_.cluster() > 1 ? w_.div_u32(w_.block_x(), c_.cluster()) : w_.block_x();
+    clusters_ = c_.cluster() > 1 ? w_.div_u32(w_.blocks_x(), c_.cluster()) : w_.blocks_x();
+    shared_ = w_.shared_memory();
+    w_.if_(w_.compare_u32(Compare::eq, thread_, 0), [&] {
+      for (int s = 0; s < c_.stages; ++s) {
+        w_.mbarrier_init({shared_, 8 * s}, 1 + 32);
+        w_.mbarrier_init({shared_, empty_offset() + 8 * s}, consumer_warps() * c_.sharing());
+      }
+      if (c_.split > 1) {
+        w_.mbarrier_init({shared_, sums_ready_offset()}, consumer_warps() * c_.split);
+        w_.mbarrier_init({shared_, sums_read_offset()}, consumer_warps() * c_.split);
+      }
+      w_.fence_mbarrier_init();
+      w_.prefetch_tensor_map(x_map_);
+      w_.prefetch_tensor_map(y_map_);
+    });
+    w_.barrier();
+    if (c_.cluster() > 1) {
+      w_.barrier_cluster_arrive();
+      w_.barrier_cluster_wait();
+    }
+    // Tiles, or pairs of tiles that share an operand.
+    m_tiles_ = w_.div_u32(w_.add(m_, m_step() - 1), m_step());
+    matrix_tiles_ = w_.mul(m_tiles_, n_tiles());
+    all_tiles_ = w_.mul(matrix_tiles_, shape_.b);
+    if (c_.split > 1) {
+      k_first_ = rank_;
+      steps_ = w_.div_u32(w_.sub(k_blocks() + c_.split - 1, rank_), c_.split);
+    } else {
+      k_first_ = w_.mov(0);
+      steps_ = w_.mov(k_blocks());
+    }
+  }
+  /// Rows of the 64-row operand, and of the other, that a cluster's tiles take.
+  int cluster_rows() const { return c_.rows() * (c_.share == Share::columns ? c_.sharing() : 1); }
+  int cluster_columns() const { return columns() * (c_.share == Share::rows ? c_.sharing() : 1); }
+  int m_step() const { return c_.swapped ? cluster_columns() : cluster_rows(); }
+  int n_step() const { return c_.swapped ? cluster_rows() : cluster_columns(); }
+  std::int64_t n_tiles() const { return (shape_.n + n_step() - 1) / n_step(); }
+
+  /// Bands of `group` tiles along M; within one, M first: what runs at one time shares operands in L2.
+  Place locate(B32 index) {
+    B32 batch = w_.mov(0), in_matrix = index;
+    if (shape_.b > 1) {
+      batch = w_.div_u32(index, matrix_tiles_);
+      in_matrix = w_.sub(index, w_.mul(batch, matrix_tiles_));
+    }
+    const B32 band_tiles = w_.mov(c_.group * n_tiles());
+    const B32 band = w_.div_u32(in_matrix, band_tiles), first = w_.mul(band, c_.group);
+    const B32 height = w_.min_u32(w_.sub(m_tiles_, first), c_.group);
+    const B32 in_band = w_.sub(in_matrix, w_.mul(band, band_tiles));
+    const B32 n_tile = w_.div_u32(in_band, height);
+    const B32 m_tile = w_.add(first, w_.sub(in_band, w_.mul(n_tile, height)));
+    const B32 m = w_.mul(m_tile, m_step()), n = w_.mul(n_tile, n_step());
+    Place place{c_.swapped ? n : m, c_.swapped ? m : n, batch};
+    if (c_.share == Share::columns)
+      place.row = w_.mad(rank_, c_.rows(), place.row);
+    else if (c_.share == Share::rows)
+      place.column = w_.mad(rank_, columns(), place.column);
+    return place;
+  }
+  template <class Body> void for_tiles(Body body) {
+    const B32 tile = w_.mov(cluster_);
+    w_.if_(w_.compare_u32(Compare::lt, tile, all_tiles_), [&] {
+      w_.loop("tiles", [&] {
+        body(locate(tile));
+        w_.add_to(tile, tile, clusters_);
+        return w_.compare_u32(Compare::lt, tile, all_tiles_);
+      });
+    });
+  }
+  /// `body(step)` for each 128 of K that this block takes.
+  template <class Body> void for_steps(Body body) {
+    const auto loop = [&] {
+      const B32 step = w_.mov(0);
+      w_.loop("steps along K", [&] {
+        body(step);
+        w_.add_to(step, step, 1);
+        return w_.compare_u32(Compare::lt, step, steps_);
+      });
+    };
+    if (k_blocks() >= c_.split)
+      loop();
+    else
+      w_.if_(w_.compare_u32(Compare::ne, steps_, 0), loop);
+  }
+
+  struct Slot {
+    B32 index, parity;
+  };
+  void advance(const Slot& s) {
+    w_.add_to(s.index, s.index, 1);
+    const Pred wraps = w_.compare_u32(Compare::eq, s.index, c_.stages);
+    w_.mov_to(s.index, 0, wraps);
+    w_.mov_to(s.parity, w_.xor_(s.parity, 1), wraps);
+  }
+
+  // ---- the copying warp
+
+  void produce() {
+    const Slot slot{w_.mov(0), w_.mov(1)};
+    const Pred leads = w_.compare_u32(Compare::eq, lane_, 0);
+    const int row_parts = (x_rows() + 31) / 32;
+    for_tiles([&](const Place& place) {
+      const B32 x_row = c_.swapped ? place.column : place.row, y_row = c_.swapped ? place.row : place.column;
+      w_.comment("this lane's scales");
+      const B64 first = w_.mad_wide(k_first_, xs_stride_k_, w_.mul64(xs_stride_b_, w_.widen(place.batch)));
+      std::vector<B64> from;
+      std::vector<B32> bytes;
+      for (int i = 0; i < row_parts; ++i) {
+        const B32 row = w_.add(w_.add(x_row, lane_), 32 * i);
+        from.push_back(w_.add64(xs_, w_.mul64(w_.mad_wide(row, xs_stride_m_, first), 4)));
+        bytes.push_back(w_.select(w_.compare_u32(Compare::lt, row, m_), 4, 0));
+      }
+      const Pred has_y = w_.compare_u32(Compare::lt, lane_, c_.y_chunks());
+      const Pred has_row = w_.compare_u32(Compare::lt, lane_, x_rows() - 32 * (row_parts - 1));
+      const B32 block = w_.min_u32(w_.shr(w_.mad(lane_, c_.y_chunk(), y_row), 7), n_blocks() - 1);
+      const B64 y_from =
+          w_.mad_wide(w_.mad(w_.mad(place.batch, n_blocks(), block), k_blocks(), k_first_), 4, ys_);
+      const B64 step_bytes = w_.mul_wide(xs_stride_k_, 4 * c_.split);
+      for_steps([&](B32 step) {
+        const B32 full = w_.mad(slot.index, 8, shared_);
+        w_.mbarrier_wait({full, empty_offset()}, slot.parity);
+        w_.if_(leads, [&] {
+          const B32 stage = w_.mad(slot.index, stage_bytes(), w_.add(shared_, kHeader));
+          const B32 k = w_.mul(c_.split > 1 ? w_.mad(step, c_.split, k_first_) : step, kRow);
+          w_.mbarrier_expect_bytes({full}, stage_bytes());
+          copy(stage, c_.swapped ? y_map_ : x_map_, k, place.row, c_.rows(), c_.share == Share::rows, place.batch, full);
+          copy(w_.add(stage, row_bytes()), c_.swapped ? x_map_ : y_map_, k, place.column, columns(),
+               c_.share == Share::columns, place.batch, full);
+        });
+        const B32 scales = w_.mad(slot.index, scale_bytes(), w_.mad(lane_, 4, shared_));
+        for (int i = 0; i < row_parts; ++i) {
+          const bool partial = i + 1 == row_parts && x_rows() % 32 != 0;
+          w_.cp_async_word({scales, scales_offset() + 128 * i}, {from[static_cast<std::size_t>(i)]},
+                           bytes[static_cast<std::size_t>(i)], partial ? Guard(has_row) : Guard());
+          w_.add64_to(from[static_cast<std::size_t>(i)], from[static_cast<std::size_t>(i)], step_bytes);
+        }
+        w_.cp_async_word({scales, scales_offset() + 4 * x_rows()}, {y_from}, w_.mov(4), has_y);
+        w_.add64_to(y_from, y_from, 4 * c_.split);
+        w_.cp_async_mbarrier_arrive({full});
+        advance(slot);
+      });
+    });
+  }
+  void copy(B32 to, B64 map, B32 k, B32 row, int rows, bool shared, B32 batch, B32 full) {
+    if (!shared) {
+      w_.copy_tensor_3d({to}, map, k, row, batch, {full});
+      return;
+    }
+    const int part = rows / c_.sharing();
+    w_.copy_tensor_3d({w_.mad(rank_, part * kRow, to)}, map, k, w_.mad(rank_, part, row), batch, {full},
+                      (1 << c_.sharing()) - 1);
+  }
+
+  // ---- the multiplying warpgroups
+
+  void consume() {
+    yes_ = w_.always(true);
+    no_ = w_.always(false);
+    warpgroup_ = w_.shr(warp_, 2);
+    quad_ = w_.and_(lane_, 3);
+    const B32 empty = w_.add(shared_, empty_offset());
+    first_lane_ = w_.compare_u32(Compare::lt, lane_, c_.sharing());
+    empty_ = c_.sharing() > 1 ? w_.in_block(empty, w_.min_u32(lane_, c_.sharing() - 1)).base : empty;
+    for (int wave = 0; wave < c_.waves; ++wave)
+      for (int e = 0; e < columns() / 2; ++e)
+        sums_.push_back(w_.f32());
+    for (int e = 0; e < columns() / 2; ++e)
+      part_.push_back(w_.f32());
+    turn_ = w_.add(warpgroup_, kTurnBarrier);
+    other_turn_ = w_.sub(2 * kTurnBarrier + 1, turn_);
+    if (c_.ordered)
+      w_.if_(w_.compare_u32(Compare::eq, warpgroup_, 1), [&] { w_.barrier_arrive(other_turn_, 256); });
+
+    const Slot slot{w_.mov(0), w_.mov(0)};
+    sums_parity_ = w_.mov(0);
+    for_tiles([&](const Place& place) {
+      for (const F32 sum : sums_)
+        w_.mov_to(sum, 0.0f);
+      for_steps([&](B32) { multiply(slot); });
+      if (c_.split > 1)
+        store_shares(place);
+      else
+        store_all(place);
+    });
+    if (c_.ordered)
+      w_.if_(w_.compare_u32(Compare::eq, warpgroup_, 0), [&] { w_.barrier_sync(turn_, 256); });
+  }
+
+  void multiply(const Slot& slot) {
+    const B32 full = w_.mad(slot.index, 8, shared_);
+    w_.mbarrier_wait({full}, slot.parity);
+    const B32 stage = w_.mad(slot.index, stage_bytes(), w_.add(shared_, kHeader));
+    const B32 scales = w_.mad(slot.index, scale_bytes(), w_.add(shared_, scales_offset()));
+    const std::vector<F32> x = load_x_scales(scales), y = load_y_scales(scales);
+    const B32 column_low = w_.or_(w_.shr(w_.add(stage, row_bytes()), 4), kDescriptorLow);
+    for (int wave = 0; wave < c_.waves; ++wave) {
+      const B32 rows = w_.add(w_.mad(warpgroup_, c_.waves * 64 * kRow, stage), wave * 64 * kRow);
+      const B32 row_low = w_.or_(w_.shr(rows, 4), kDescriptorLow);
+      if (c_.ordered)
+        w_.barrier_sync(turn_, 256);
+      w_.wgmma_fence();
+      for (int i = 0; i < kRow / 32; ++i)
+        w_.wgmma_fp8(part_, w_.combine(w_.add(row_low, 2 * i), kDescriptorHigh),
+                     w_.combine(w_.add(column_low, 2 * i), kDescriptorHigh), columns(), i == 0 ? no_ : yes_,
+                     c_.swapped ? shape_.y_e5m2 : shape_.x_e5m2, c_.swapped ? shape_.x_e5m2 : shape_.y_e5m2);
+      w_.wgmma_commit();
+      if (c_.ordered)
+        w_.barrier_arrive(other_turn_, 256);
+      std::vector<F32> factors = scale_factors(x, y, wave);
+      w_.wgmma_wait(0);
+      if (wave + 1 == c_.waves)
+        release(slot);
+      add_scaled(factors, wave);
+    }
+    advance(slot);
+  }
+  void release(const Slot& slot) {
+    w_.barrier_warp();
+    const B32 at = w_.mad(slot.index, 8, empty_);
+    if (c_.sharing() > 1)
+      w_.mbarrier_arrive_cluster({at}, first_lane_);
+    else
+      w_.mbarrier_arrive({at}, first_lane_);
+  }
+
+  /// Of this lane's rows of X, two a wave; swapped, of its columns, two of eight.
+  std::vector<F32> load_x_scales(B32 scales) {
+    std::vector<F32> x;
+    if (c_.swapped) {
+      const B32 from = w_.mad(quad_, 8, scales);
+      for (int j = 0; j < columns() / 8; ++j) {
+        const std::array<F32, 2> v = w_.make<F32, 2>();
+        w_.load_shared(std::span<const F32>(v), {from, 32 * j});
+        x.insert(x.end(), v.begin(), v.end());
+      }
+      return x;
+    }
+    const B32 row = w_.add(w_.mad(warpgroup_, c_.waves * 64, w_.mul(w_.and_(warp_, 3), 16)), w_.shr(lane_, 2));
+    const B32 from = w_.mad(row, 4, scales);
+    for (int i = 0; i < 2 * c_.waves; ++i) {
+      const F32 v = w_.f32();
+      w_.load_shared(std::span<const F32>(&v, 1), {from, i / 2 * 256 + i % 2 * 32});
+      x.push_back(v);
+    }
+    return x;
+  }
+  /// Of the column chunks; swapped, of this warpgroup's waves.
+  std::vector<F32> load_y_scales(B32 scales) {
+    std::vector<F32> y;
+    const B32 from = c_.swapped ? w_.mad(warpgroup_, c_.waves * 4, scales) : scales;
+    for (int i = 0; i < (c_.swapped ? c_.waves : c_.y_chunks()); ++i) {
+      const F32 v = w_.f32();
+      w_.load_shared(std::span<const F32>(&v, 1), {from, 4 * (x_rows() + i)});
+      y.push_back(v);
+    }
+    return y;
+  }
+  /// Swapped: of each pair of columns. Else of each chunk of columns, for both rows.
+  std::vector<F32> scale_factors(const std::vector<F32>& x, const std::vector<F32>& y, int wave) {
+    std::vector<F32> factors;
+    if (c_.swapped)
+      for (const F32 v : x)
+        factors.push_back(w_.mul(v, y[static_cast<std::size_t>(wave)]));
+    else
+      for (const F32 v : y)
+        for (int half = 0; half < 2; ++half)
+          factors.push_back(w_.mul(v, x[static_cast<std::size_t>(2 * wave + half)]));
+    return factors;
+  }
+  void add_scaled(const std::vector<F32>& factors, int wave) {
+    for (int e = 0; e < columns() / 2; ++e) {
+      const int j = e / 4, half = e / 2 % 2;
+      const int f = c_.swapped ? 2 * j + e % 2 : 2 * (8 * j / c_.y_chunk()) + half;
+      const F32 sum = sums_[static_cast<std::size_t>(wave * columns() / 2 + e)];
+      w_.fma_to(sum, part_[static_cast<std::size_t>(e)], factors[static_cast<std::size_t>(f)], sum);
+    }
+  }
+
+  // ---- the way out
+
+  void store_all(const Place& place) {
+    prepare_store(place);
+    for (int wave = 0; wave < c_.waves; ++wave)
+      for (int u = 0; u < wave_units(); ++u) {
+        const auto begin = static_cast<std::size_t>((wave * wave_units() + u) * unit_sums());
+        store_unit(std::span<const F32>(sums_).subspan(begin, static_cast<std::size_t>(unit_sums())), wave, u);
+      }
+  }
+
+  /// K was split over the cluster: block r adds up units r, r + split, … in the order of the ranks, and stores them.
+  void store_shares(const Place& place) {
+    w_.comment("sums over the cluster");
+    const B32 at = w_.mad(thread_, 16, w_.add(shared_, sums_offset()));
+    const int part_bytes = 16 * 128 * c_.warpgroups, unit_bytes = unit_sums() / 4 * part_bytes;
+    w_.mbarrier_wait_cluster({shared_, sums_read_offset()}, w_.xor_(sums_parity_, 1));
+    for (int part = 0; part < units() * unit_sums() / 4; ++part)
+      w_.store_shared({at, part * part_bytes},
+                      std::span<const F32>(sums_).subspan(static_cast<std::size_t>(4 * part), 4));
+    w_.barrier_warp();
+    const Pred sends = w_.compare_u32(Compare::lt, lane_, c_.split);
+    const SharedAddress theirs = w_.in_block(shared_, w_.min_u32(lane_, c_.split - 1));
+    w_.mbarrier_arrive_cluster({theirs.base, sums_ready_offset()}, sends);
+    w_.mbarrier_wait_cluster({shared_, sums_ready_offset()}, sums_parity_);
+    prepare_store(place);
+    std::vector<B32> ranks;
+    const B32 mine = w_.mad(rank_, unit_bytes, at);
+    for (int rank = 0; rank < c_.split; ++rank)
+      ranks.push_back(w_.in_block(mine, rank).base);
+    for (int i = 0; i * c_.split < units(); ++i) {
+      const auto share = [&] {
+        std::vector<F32> total;
+        for (int rank = 0; rank < c_.split; ++rank)
+          for (int part = 0; part < unit_sums() / 4; ++part) {
+            const std::array<F32, 4> v = w_.make<F32, 4>();
+            w_.load_cluster(std::span<const F32>(v), {ranks[static_cast<std::size_t>(rank)],
+                                                      i * c_.split * unit_bytes + part * part_bytes});
+            for (std::size_t e = 0; e < 4; ++e)
+              if (rank == 0)
+                total.push_back(v[e]);
+              else
+                w_.add_to(total[static_cast<std::size_t>(4 * part) + e], total[static_cast<std::size_t>(4 * part) + e],
+                          v[e]);
+          }
+        const B32 unit = w_.add(rank_, i * c_.split), wave = w_.div_u32(unit, wave_units());
+        store_unit(total, wave, w_.sub(unit, w_.mul(wave, wave_units())));
+      };
+      if ((i + 1) * c_.split <= units())
+        share();
+      else
+        w_.if_(w_.compare_u32(Compare::lt, rank_, units() - i * c_.split), share);
+    }
+    w_.barrier_warp();
+    w_.mbarrier_arrive_cluster({theirs.base, sums_read_offset()}, sends);
+    w_.mov_to(sums_parity_, w_.xor_(sums_parity_, 1));
+  }
+
+  /// This warp's first row and the tile's first column, in Z's terms.
+  void prepare_store(const Place& place) {
+    warp_row_ = w_.add(w_.mad(warpgroup_, c_.waves * 64, place.row), w_.mul(w_.and_(warp_, 3), 16));
+    column_ = place.column;
+    z_matrix_ = w_.add64(z_, w_.mul64(w_.mul64(z_stride_b_, w_.widen(place.batch)), z_bytes()));
+    odd_ = w_.and_(lane_, 1);
+    is_odd_ = w_.compare_u32(Compare::ne, odd_, 0);
+  }
+  B64 row_of_z(B32 m, B32 n) {
+    return w_.mad_wide(n, z_bytes(), w_.add64(z_matrix_, w_.mul64(w_.mul_wide(m, z_stride_m_), z_bytes())));
+  }
+  /// Whether a row and eight columns exist. `n_below`: how far columns go beyond the tile's first.
+  Pred exists(Pred row_exists, B32 n, bool ragged) {
+    return ragged ? w_.both(row_exists, w_.compare_u32(Compare::lt, n, shape_.n)) : row_exists;
+  }
+  bool ragged() const { return shape_.n % (c_.swapped ? c_.rows() : columns()) != 0; }
+
+  /// Sums of 16 rows and 16 columns (swapped: 8) that this warp has, by wgmma's layout of D: row l/4 (+8), columns
+  /// 2·(l mod 4) + {0, 1} of each eight.
+  void store_unit(std::span<const F32> v, I32 wave, I32 unit) {
+    const B32 rows = w_.mad(w_.mov(wave), 64, warp_row_), eighth = w_.shr(lane_, 2);
+    if (f32_out() && c_.swapped) {
+      const B32 n = w_.add(rows, eighth);
+      for (int e = 0; e < 2; ++e) {
+        const B32 m = w_.add(w_.mad(w_.mov(unit), 8, column_), w_.add(w_.mul(quad_, 2), e));
+        const Pred row_exists = w_.compare_u32(Compare::lt, m, m_);
+        const B64 at = row_of_z(m, n);
+        for (int half = 0; half < 2; ++half)
+          w_.store_global({at, 32 * half}, v.subspan(static_cast<std::size_t>(2 * half + e), 1),
+                          exists(row_exists, w_.add(n, 8 * half), ragged()));
+      }
+      return;
+    }
+    if (c_.swapped) {
+      const B32 m = w_.add(w_.mad(w_.mov(unit), 8, column_), eighth);
+      store_row(w_.transpose(pack(v[1], v[0])), w_.transpose(pack(v[3], v[2])), m, rows);
+      return;
+    }
+    const B32 first = w_.mad(w_.mov(unit), 16, column_);
+    for (std::size_t half = 0; half < 2; ++half) {
+      const B32 m = w_.add(w_.add(rows, eighth), static_cast<int>(8 * half));
+      if (!f32_out()) {
+        store_row(pack(v[2 * half + 1], v[2 * half]), pack(v[2 * half + 5], v[2 * half + 4]), m, first);
+        continue;
+      }
+      const B32 n = w_.mad(quad_, 2, first);
+      const Pred row_exists = w_.compare_u32(Compare::lt, m, m_);
+      const B64 at = row_of_z(m, n);
+      for (std::size_t group = 0; group < 2; ++group)
+        w_.store_global({at, static_cast<int>(32 * group)}, v.subspan(4 * group + 2 * half, 2),
+                        exists(row_exists, w_.add(n, static_cast<int>(8 * group)), ragged()));
+    }
+  }
+  B32 pack(F32 high, F32 low) {
+    return shape_.z == fp8_block_bmm::ZDtype::f16 ? w_.to_f16x2(high, low) : w_.to_bf16x2(high, low);
+  }
+  /// 16 columns of row m, of which this lane has 2·(l mod 4) + {0, 1} and eight further. Neighbours exchange a pair, so
+  /// that each has four in a row.
+  void store_row(B32 low, B32 high, B32 m, B32 first_column) {
+    const B32 theirs = w_.shuffle_xor(w_.select(is_odd_, low, high), 1);
+    const std::array<B32, 2> four = {w_.select(is_odd_, theirs, low), w_.select(is_odd_, high, theirs)};
+    const B32 eight = w_.mad(odd_, 8, first_column);
+    w_.store_global({row_of_z(m, w_.mad(w_.shr(quad_, 1), 4, eight))}, std::span<const B32>(four),
+                    exists(w_.compare_u32(Compare::lt, m, m_), eight, ragged()));
+  }
+
+  const Shape shape_;
+  const Config c_;
+  Writer w_;
+  B64 x_map_, y_map_, xs_, ys_, z_, z_stride_b_, xs_stride_b_;
+  B32 m_, z_stride_m_, xs_stride_m_, xs_stride_k_;
+  B32 thread_, lane_, warp_, rank_, cluster_, clusters_, shared_;
+  B32 m_tiles_, matrix_tiles_, all_tiles_, k_first_, steps_;
+  Pred yes_, no_, first_lane_, is_odd_;
+  B32 warpgroup_, quad_, empty_, turn_, other_turn_, sums_parity_;
+  std::vector<F32> sums_, part_; ///< of all waves, scaled; of 128 k
+  B32 warp_row_, column_, odd_;
+  B64 z_matrix_;
+};
+
+} // namespace
+
+Result<Emitted> emit(Sm sm, const Shape& shape, const Config& config) {
+  Result<std::string> text = Tile(sm, shape, config).emit();
+  if (!text)
+    return text.status();
+  Emitted emitted;
+  emitted.text = std::move(*text);
+  emitted.launch.tile_m = config.swapped ? config.columns : config.rows();
+  emitted.launch.tile_n = config.swapped ? config.rows() : config.columns;
+  emitted.launch.split_k = config.split;
+  emitted.launch.cluster_x = config.cluster() > 1 ? config.cluster() : 0;
+  emitted.launch.threads = config.threads();
+  emitted.launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes());
+  emitted.launch.blocks_per_sm = 1;
+  const int row_box = config.rows() / (config.share == Share::rows ? config.sharing() : 1);
+  const int column_box = config.columns / (config.share == Share::columns ? config.sharing() : 1);
+  emitted.boxes.x = {.inner = kRow, .rows = config.swapped ? column_box : row_box, .swizzle = 128};
+  emitted.boxes.y = {.inner = kRow, .rows = config.swapped ? row_box : column_box, .swizzle = 128};
+  return emitted;
+}
+
+} // namespace kiln::nvidia::fp8
