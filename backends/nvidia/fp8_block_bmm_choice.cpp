@@ -7,9 +7,9 @@
 namespace kiln::nvidia::fp8 {
 
 std::int64_t Config::shared_bytes() const {
-  const std::int64_t x_rows = swapped ? columns : rows();
-  const std::int64_t stage = (rows() + columns) * 128 + (x_rows + y_chunks() + 3) / 4 * 16;
-  return 1024 + stages * stage + (split > 1 ? std::int64_t{4} * rows() * columns : 0);
+  const std::int64_t scales = (x_scales() + y_chunks() + 3) / 4 * 16 * (copying_warp ? 1 : 4 * warpgroups);
+  const std::int64_t stage = (rows() + columns) * 128 + scales;
+  return 1024 + stages * stage + (split > 1 ? split * rank_units() * 64 * warpgroups * (swapped ? 32 : 64) : 0);
 }
 
 } // namespace kiln::nvidia::fp8

@@ -32,16 +32,16 @@ public:
 
   Result<std::string> emit() {
     prologue();
-    const Label consumers = w_.label(), end = w_.label();
-    w_.branch(consumers, w_.compare_u32(Compare::lt, warp_, consumer_warps()));
-    produce();
-    w_.branch(end);
-    w_.bind(consumers, "consumers");
-    consume();
-    w_.bind(end, "end");
-    if (c_.cluster() > 1) { // no block leaves while another sends to it or reads its sums
-      w_.barrier_cluster_arrive();
-      w_.barrier_cluster_wait();
+    if (c_.copying_warp) {
+      const Label consumers = w_.label(), end = w_.label();
+      w_.branch(consumers, w_.compare_u32(Compare::lt, warp_, consumer_warps()));
+      produce();
+      w_.branch(end);
+      w_.bind(consumers, "consumers");
+      consume();
+      w_.bind(end, "end");
+    } else {
+      consume();
     }
     return w_.finish();
   }
@@ -58,8 +58,10 @@ private:
   int row_bytes() const { return c_.rows() * kRow; }
   int stage_bytes() const { return (c_.rows() + columns()) * kRow; }
   // Its scales: X's rows, then those that the tile's part of Y needs.
-  int x_rows() const { return c_.swapped ? columns() : c_.rows(); }
-  int scale_bytes() const { return (x_rows() + c_.y_chunks() + 3) / 4 * 16; }
+  // Without a copying warp each warp fetches its own, apart from the others'.
+  int x_rows() const { return c_.x_scales(); }
+  int warp_scale_bytes() const { return (x_rows() + c_.y_chunks() + 3) / 4 * 16; }
+  int scale_bytes() const { return warp_scale_bytes() * (c_.copying_warp ? 1 : consumer_warps()); }
   int scales_offset() const { return kHeader + c_.stages * stage_bytes(); }
   int sums_offset() const { return scales_offset() + c_.stages * scale_bytes(); }
   int empty_offset() const { return 8 * c_.stages; }
@@ -69,7 +71,7 @@ private:
   // A warp's parts of a warpgroup's sums that are stored together: 16 columns, or when swapped 8.
   int unit_sums() const { return c_.swapped ? 4 : 8; }
   int wave_units() const { return columns() / 2 / unit_sums(); }
-  int units() const { return c_.waves * wave_units(); }
+  int units() const { return c_.units(); }
 
   void prologue() {
     x_map_ = w_.parameter_tensor_map("x_map");
@@ -99,11 +101,11 @@ private:
     shared_ = w_.shared_memory();
     w_.if_(w_.compare_u32(Compare::eq, thread_, 0), [&] {
       for (int s = 0; s < c_.stages; ++s) {
-        w_.mbarrier_init({shared_, 8 * s}, 1 + 32);
+        w_.mbarrier_init({shared_, 8 * s}, c_.copying_warp ? 1 + 32 : 1);
         w_.mbarrier_init({shared_, empty_offset() + 8 * s}, consumer_warps() * c_.sharing());
       }
       if (c_.split > 1) {
-        w_.mbarrier_init({shared_, sums_ready_offset()}, consumer_warps() * c_.split);
+        w_.mbarrier_init({shared_, sums_ready_offset()}, 1);
         w_.mbarrier_init({shared_, sums_read_offset()}, consumer_warps() * c_.split);
       }
       w_.fence_mbarrier_init();
@@ -112,7 +114,7 @@ private:
     });
     w_.barrier();
     if (c_.cluster() > 1) {
-      w_.barrier_cluster_arrive();
+      w_.barrier_cluster_arrive_relaxed();
       w_.barrier_cluster_wait();
     }
     // Tiles, or pairs of tiles that share an operand.
@@ -217,14 +219,7 @@ private:
       for_steps([&](B32 step) {
         const B32 full = w_.mad(slot.index, 8, shared_);
         w_.mbarrier_wait({full, empty_offset()}, slot.parity);
-        w_.if_(leads, [&] {
-          const B32 stage = w_.mad(slot.index, stage_bytes(), w_.add(shared_, kHeader));
-          const B32 k = w_.mul(c_.split > 1 ? w_.mad(step, c_.split, k_first_) : step, kRow);
-          w_.mbarrier_expect_bytes({full}, stage_bytes());
-          copy(stage, c_.swapped ? y_map_ : x_map_, k, place.row, c_.rows(), c_.share == Share::rows, place.batch, full);
-          copy(w_.add(stage, row_bytes()), c_.swapped ? x_map_ : y_map_, k, place.column, columns(),
-               c_.share == Share::columns, place.batch, full);
-        });
+        w_.if_(leads, [&] { copy_operands(slot, step, place); });
         const B32 scales = w_.mad(slot.index, scale_bytes(), w_.mad(lane_, 4, shared_));
         for (int i = 0; i < row_parts; ++i) {
           const bool partial = i + 1 == row_parts && x_rows() % 32 != 0;
@@ -238,6 +233,16 @@ private:
         advance(slot);
       });
     });
+    await_release(slot);
+  }
+  void copy_operands(const Slot& slot, B32 step, const Place& place) {
+    const B32 full = w_.mad(slot.index, 8, shared_);
+    const B32 stage = w_.mad(slot.index, stage_bytes(), w_.add(shared_, kHeader));
+    const B32 k = w_.mul(c_.split > 1 ? w_.mad(step, c_.split, k_first_) : step, kRow);
+    w_.mbarrier_expect_bytes({full}, stage_bytes());
+    copy(stage, c_.swapped ? y_map_ : x_map_, k, place.row, c_.rows(), c_.share == Share::rows, place.batch, full);
+    copy(w_.add(stage, row_bytes()), c_.swapped ? x_map_ : y_map_, k, place.column, columns(),
+         c_.share == Share::columns, place.batch, full);
   }
   void copy(B32 to, B64 map, B32 k, B32 row, int rows, bool shared, B32 batch, B32 full) {
     if (!shared) {
@@ -247,6 +252,90 @@ private:
     const int part = rows / c_.sharing();
     w_.copy_tensor_3d({w_.mad(rank_, part * kRow, to)}, map, k, w_.mad(rank_, part, row), batch, {full},
                       (1 << c_.sharing()) - 1);
+  }
+
+  /// No block leaves before all that others send to its barriers has come: each stage is free again.
+  void await_release(const Slot& slot) {
+    if (c_.sharing() == 1)
+      return;
+    const B32 i = w_.mov(0);
+    w_.loop("every stage is free", [&] {
+      w_.mbarrier_wait({w_.mad(slot.index, 8, shared_), empty_offset()}, slot.parity);
+      advance(slot);
+      w_.add_to(i, i, 1);
+      return w_.compare_u32(Compare::lt, i, c_.stages);
+    });
+  }
+
+  // ---- copies by the multiplying warps
+
+  /// The copies run ahead of the products: their own tile and step.
+  struct Ahead {
+    Slot slot;
+    B32 tile, step;
+    Place place;
+    B64 x_scale, y_scale;
+    B32 x_bytes;
+  };
+  void start_copies() {
+    ahead_.slot = {w_.mov(0), w_.mov(1)};
+    ahead_.tile = w_.mov(cluster_);
+    ahead_.step = w_.mov(0);
+    ahead_.place = {w_.b32(), w_.b32(), w_.b32()};
+    ahead_.x_scale = w_.b64();
+    ahead_.y_scale = w_.b64();
+    ahead_.x_bytes = w_.b32();
+    leads_ = w_.compare_u32(Compare::eq, thread_, 0);
+    scale_step_ = w_.mul_wide(xs_stride_k_, 4);
+    w_.if_(w_.compare_u32(Compare::lt, ahead_.tile, all_tiles_), [&] { place_copies(); });
+    const B32 i = w_.mov(0);
+    w_.loop("the ring's first stages", [&] {
+      copy_ahead();
+      w_.add_to(i, i, 1);
+      return w_.compare_u32(Compare::lt, i, stages_ahead());
+    });
+  }
+  int stages_ahead() const { return c_.stages - 1; }
+  void place_copies() {
+    const Place place = locate(ahead_.tile);
+    w_.mov_to(ahead_.place.row, place.row);
+    w_.mov_to(ahead_.place.column, place.column);
+    w_.mov_to(ahead_.place.batch, place.batch);
+    const B32 row = w_.add(w_.add(place.row, w_.mad(warpgroup_, 64 * c_.waves, w_.mul(w_.and_(warp_, 3), 16))),
+                           w_.mad(w_.shr(lane_, 4), 64, w_.and_(lane_, 15)));
+    const B64 first = w_.mul64(xs_stride_b_, w_.widen(place.batch));
+    w_.mov_to(ahead_.x_scale, w_.add64(xs_, w_.mul64(w_.mad_wide(row, xs_stride_m_, first), 4)));
+    w_.mov_to(ahead_.x_bytes, w_.select(w_.compare_u32(Compare::lt, row, m_), 4, 0));
+    const B32 block = w_.min_u32(w_.shr(w_.mad(lane_, c_.y_chunk(), place.column), 7), n_blocks() - 1);
+    w_.mov_to(ahead_.y_scale, w_.mad_wide(w_.mul(w_.mad(place.batch, n_blocks(), block), k_blocks()), 4, ys_));
+  }
+  /// The next stage, if one is left; a group of copies even if not.
+  void copy_ahead() {
+    w_.if_(w_.compare_u32(Compare::lt, ahead_.tile, all_tiles_), [&] {
+      w_.if_(leads_, [&] {
+        w_.mbarrier_wait({w_.mad(ahead_.slot.index, 8, shared_), empty_offset()}, ahead_.slot.parity);
+        copy_operands(ahead_.slot, ahead_.step, ahead_.place);
+      });
+      const B32 to = w_.mad(lane_, 4, warp_scales(ahead_.slot));
+      w_.cp_async_word({to}, {ahead_.x_scale}, ahead_.x_bytes,
+                       c_.waves == 2 ? Guard() : Guard(w_.compare_u32(Compare::lt, lane_, x_rows())));
+      w_.cp_async_word({to, 4 * x_rows()}, {ahead_.y_scale}, w_.mov(4),
+                       w_.compare_u32(Compare::lt, lane_, c_.y_chunks()));
+      w_.add64_to(ahead_.x_scale, ahead_.x_scale, scale_step_);
+      w_.add64_to(ahead_.y_scale, ahead_.y_scale, 4);
+      advance(ahead_.slot);
+      w_.add_to(ahead_.step, ahead_.step, 1);
+      w_.if_(w_.compare_u32(Compare::eq, ahead_.step, k_blocks()), [&] {
+        w_.mov_to(ahead_.step, 0);
+        w_.add_to(ahead_.tile, ahead_.tile, clusters_);
+        w_.if_(w_.compare_u32(Compare::lt, ahead_.tile, all_tiles_), [&] { place_copies(); });
+      });
+    });
+    w_.cp_async_commit();
+  }
+  B32 warp_scales(const Slot& slot) {
+    const B32 stage = w_.mad(slot.index, scale_bytes(), w_.add(shared_, scales_offset()));
+    return c_.copying_warp ? stage : w_.mad(warp_, warp_scale_bytes(), stage);
   }
 
   // ---- the multiplying warpgroups
@@ -269,6 +358,8 @@ private:
     if (c_.ordered)
       w_.if_(w_.compare_u32(Compare::eq, warpgroup_, 1), [&] { w_.barrier_arrive(other_turn_, 256); });
 
+    if (!c_.copying_warp)
+      start_copies();
     const Slot slot{w_.mov(0), w_.mov(0)};
     sums_parity_ = w_.mov(0);
     for_tiles([&](const Place& place) {
@@ -282,13 +373,21 @@ private:
     });
     if (c_.ordered)
       w_.if_(w_.compare_u32(Compare::eq, warpgroup_, 0), [&] { w_.barrier_sync(turn_, 256); });
+    if (!c_.copying_warp)
+      await_release(ahead_.slot);
+    if (c_.split > 1)
+      w_.mbarrier_wait({shared_, sums_read_offset()}, w_.xor_(sums_parity_, 1));
   }
 
   void multiply(const Slot& slot) {
     const B32 full = w_.mad(slot.index, 8, shared_);
     w_.mbarrier_wait({full}, slot.parity);
     const B32 stage = w_.mad(slot.index, stage_bytes(), w_.add(shared_, kHeader));
-    const B32 scales = w_.mad(slot.index, scale_bytes(), w_.add(shared_, scales_offset()));
+    if (!c_.copying_warp) {
+      w_.cp_async_wait(stages_ahead() - 1);
+      w_.barrier_warp();
+    }
+    const B32 scales = warp_scales(slot);
     const std::vector<F32> x = load_x_scales(scales), y = load_y_scales(scales);
     const B32 column_low = w_.or_(w_.shr(w_.add(stage, row_bytes()), 4), kDescriptorLow);
     for (int wave = 0; wave < c_.waves; ++wave) {
@@ -305,6 +404,8 @@ private:
       if (c_.ordered)
         w_.barrier_arrive(other_turn_, 256);
       std::vector<F32> factors = scale_factors(x, y, wave);
+      if (!c_.copying_warp && wave + 1 == c_.waves)
+        copy_ahead();
       w_.wgmma_wait(0);
       if (wave + 1 == c_.waves)
         release(slot);
@@ -333,11 +434,13 @@ private:
       }
       return x;
     }
-    const B32 row = w_.add(w_.mad(warpgroup_, c_.waves * 64, w_.mul(w_.and_(warp_, 3), 16)), w_.shr(lane_, 2));
+    B32 row = w_.shr(lane_, 2);
+    if (c_.copying_warp)
+      row = w_.add(w_.mad(warpgroup_, c_.waves * 64, w_.mul(w_.and_(warp_, 3), 16)), row);
     const B32 from = w_.mad(row, 4, scales);
     for (int i = 0; i < 2 * c_.waves; ++i) {
       const F32 v = w_.f32();
-      w_.load_shared(std::span<const F32>(&v, 1), {from, i / 2 * 256 + i % 2 * 32});
+      w_.load_shared(std::span<const F32>(&v, 1), {from, i / 2 * (c_.copying_warp ? 256 : 64) + i % 2 * 32});
       x.push_back(v);
     }
     return x;
@@ -385,33 +488,36 @@ private:
       }
   }
 
-  /// K was split over the cluster: block r adds up units r, r + split, … in the order of the ranks, and stores them.
+  /// K was split over the cluster: block r gets everybody's sums of the units r, r + split, … of each warp, adds them up
+  /// in the order of the ranks and stores them.
   void store_shares(const Place& place) {
     w_.comment("sums over the cluster");
     const B32 at = w_.mad(thread_, 16, w_.add(shared_, sums_offset()));
-    const int part_bytes = 16 * 128 * c_.warpgroups, unit_bytes = unit_sums() / 4 * part_bytes;
-    w_.mbarrier_wait_cluster({shared_, sums_read_offset()}, w_.xor_(sums_parity_, 1));
-    for (int part = 0; part < units() * unit_sums() / 4; ++part)
-      w_.store_shared({at, part * part_bytes},
-                      std::span<const F32>(sums_).subspan(static_cast<std::size_t>(4 * part), 4));
-    w_.barrier_warp();
-    const Pred sends = w_.compare_u32(Compare::lt, lane_, c_.split);
-    const SharedAddress theirs = w_.in_block(shared_, w_.min_u32(lane_, c_.split - 1));
-    w_.mbarrier_arrive_cluster({theirs.base, sums_ready_offset()}, sends);
-    w_.mbarrier_wait_cluster({shared_, sums_ready_offset()}, sums_parity_);
+    const B32 mine = w_.mad(rank_, c_.rank_units() * unit_bytes(), at);
+    w_.mbarrier_wait({shared_, sums_read_offset()}, w_.xor_(sums_parity_, 1));
+    for (int rank = 0; rank < c_.split; ++rank) {
+      const B32 to = w_.in_block(mine, rank).base, arrived = w_.in_block(shared_, rank).base;
+      for (int i = 0; i * c_.split + rank < units(); ++i)
+        for (int part = 0; part < unit_sums() / 4; ++part)
+          w_.store_async({to, i * unit_bytes() + part * part_bytes()},
+                         std::span<const F32>(sums_)
+                             .subspan(static_cast<std::size_t>((i * c_.split + rank) * unit_sums() + 4 * part))
+                             .first<4>(),
+                         {arrived, sums_ready_offset()});
+    }
+    const B32 unit_count = w_.div_u32(w_.sub(units() + c_.split - 1, rank_), c_.split);
+    w_.mbarrier_expect_bytes({shared_, sums_ready_offset()}, w_.mul(unit_count, c_.split * unit_bytes()),
+                             w_.compare_u32(Compare::eq, thread_, 0));
     prepare_store(place);
-    std::vector<B32> ranks;
-    const B32 mine = w_.mad(rank_, unit_bytes, at);
-    for (int rank = 0; rank < c_.split; ++rank)
-      ranks.push_back(w_.in_block(mine, rank).base);
+    w_.mbarrier_wait({shared_, sums_ready_offset()}, sums_parity_);
     for (int i = 0; i * c_.split < units(); ++i) {
       const auto share = [&] {
         std::vector<F32> total;
         for (int rank = 0; rank < c_.split; ++rank)
           for (int part = 0; part < unit_sums() / 4; ++part) {
             const std::array<F32, 4> v = w_.make<F32, 4>();
-            w_.load_cluster(std::span<const F32>(v), {ranks[static_cast<std::size_t>(rank)],
-                                                      i * c_.split * unit_bytes + part * part_bytes});
+            w_.load_shared(std::span<const F32>(v),
+                           {at, (rank * c_.rank_units() + i) * unit_bytes() + part * part_bytes()});
             for (std::size_t e = 0; e < 4; ++e)
               if (rank == 0)
                 total.push_back(v[e]);
@@ -428,9 +534,12 @@ private:
         w_.if_(w_.compare_u32(Compare::lt, rank_, units() - i * c_.split), share);
     }
     w_.barrier_warp();
-    w_.mbarrier_arrive_cluster({theirs.base, sums_read_offset()}, sends);
+    const SharedAddress theirs = w_.in_block(shared_, w_.min_u32(lane_, c_.split - 1));
+    w_.mbarrier_arrive_cluster({theirs.base, sums_read_offset()}, w_.compare_u32(Compare::lt, lane_, c_.split));
     w_.mov_to(sums_parity_, w_.xor_(sums_parity_, 1));
   }
+  int part_bytes() const { return 16 * 128 * c_.warpgroups; }
+  int unit_bytes() const { return unit_sums() / 4 * part_bytes(); }
 
   /// This warp's first row and the tile's first column, in Z's terms.
   void prepare_store(const Place& place) {
@@ -447,7 +556,7 @@ private:
   Pred exists(Pred row_exists, B32 n, bool ragged) {
     return ragged ? w_.both(row_exists, w_.compare_u32(Compare::lt, n, shape_.n)) : row_exists;
   }
-  bool ragged() const { return shape_.n % (c_.swapped ? c_.rows() : columns()) != 0; }
+  bool ragged() const { return shape_.n % n_step() != 0; }
 
   /// Sums of 16 rows and 16 columns (swapped: 8) that this warp has, by wgmma's layout of D: row l/4 (+8), columns
   /// 2·(l mod 4) + {0, 1} of each eight.
@@ -506,6 +615,9 @@ private:
   B32 thread_, lane_, warp_, rank_, cluster_, clusters_, shared_;
   B32 m_tiles_, matrix_tiles_, all_tiles_, k_first_, steps_;
   Pred yes_, no_, first_lane_, is_odd_;
+  Ahead ahead_;
+  Pred leads_;
+  B64 scale_step_;
   B32 warpgroup_, quad_, empty_, turn_, other_turn_, sums_parity_;
   std::vector<F32> sums_, part_; ///< of all waves, scaled; of 128 k
   B32 warp_row_, column_, odd_;

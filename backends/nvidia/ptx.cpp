@@ -444,6 +444,13 @@ void Writer::load_cluster(std::span<const F32> d, SharedAddress from, Guard guar
   require(90, 78, "ld.shared::cluster");
   transfer("ld.shared::cluster", true, d, from, nullptr, guard);
 }
+void Writer::store_async(SharedAddress to, std::span<const F32, 4> a, SharedAddress mbarrier) {
+  require(90, 81, "st.async");
+  if (to.offset % 16 != 0)
+    fail(fmt::format("st.async: offset {} is not aligned to 16 bytes", to.offset));
+  emit("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32",
+       {to, Operand(std::span<const F32>(a)), mbarrier});
+}
 SharedAddress Writer::in_block(B32 shared_address, I32 rank) {
   require(90, 78, "mapa");
   const B32 d = b32();
@@ -584,7 +591,7 @@ void Writer::mbarrier_arrive(SharedAddress at, Guard guard) {
 }
 void Writer::mbarrier_arrive_cluster(SharedAddress at, Guard guard) {
   require(90, 80, "mbarrier.arrive.shared::cluster");
-  emit("mbarrier.arrive.release.cluster.shared::cluster.b64", {std::string_view("_"), at}, guard);
+  emit("mbarrier.arrive.shared::cluster.b64", {std::string_view("_"), at}, guard);
 }
 void Writer::mbarrier_expect_bytes(SharedAddress at, I32 bytes, Guard guard) {
   require(90, 80, "mbarrier.arrive.expect_tx");
@@ -596,14 +603,6 @@ void Writer::mbarrier_wait(SharedAddress at, I32 parity) {
   bind(again);
   const Pred done = pred();
   emit("mbarrier.try_wait.parity.shared.b64", {done, at, parity});
-  branch(again, unless(done));
-}
-void Writer::mbarrier_wait_cluster(SharedAddress at, I32 parity) {
-  require(90, 80, "mbarrier.try_wait.acquire.cluster");
-  const Label again = label();
-  bind(again);
-  const Pred done = pred();
-  emit("mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64", {done, at, parity});
   branch(again, unless(done));
 }
 void Writer::fence_mbarrier_init() {

@@ -190,6 +190,9 @@ public:
   /// Of another block of the cluster: an address that `in_block` gave.
   void load_cluster(std::span<const B32> d, SharedAddress from, Guard guard = {});
   void load_cluster(std::span<const F32> d, SharedAddress from, Guard guard = {});
+  /// Four registers into another block's shared memory, counted as 16 bytes by a mbarrier of that block ("st.async"):
+  /// addresses that `in_block` gave.
+  void store_async(SharedAddress to, std::span<const F32, 4> a, SharedAddress mbarrier);
   SharedAddress in_block(B32 shared_address, I32 rank);
   void load_global(std::span<const B32> d, GlobalAddress from, Guard guard = {});
   void load_global(std::span<const F32> d, GlobalAddress from, Guard guard = {});
@@ -233,13 +236,12 @@ public:
   B32 atomic_add_device(GlobalAddress at, I32 a);
   void mbarrier_init(SharedAddress at, int arrivals);
   void mbarrier_arrive(SharedAddress at, Guard guard = {});
-  /// At one of any block of the cluster: an address that `in_block` gave.
+  /// At one of any block of the cluster: an address that `in_block` gave. Orders this thread's reads before it; not its
+  /// writes for other blocks, which would cost a fence of the whole GPU.
   void mbarrier_arrive_cluster(SharedAddress at, Guard guard = {});
   void mbarrier_expect_bytes(SharedAddress at, I32 bytes, Guard guard = {});
   /// Spins until the phase of this parity has completed.
   void mbarrier_wait(SharedAddress at, I32 parity);
-  /// The same, and sees what other blocks of the cluster wrote before they arrived.
-  void mbarrier_wait_cluster(SharedAddress at, I32 parity);
   void fence_mbarrier_init(); ///< before the cluster or the copy engine sees new barriers
   void fence_proxy_async();   ///< ordinary writes to shared memory before the async proxy reads them
 
