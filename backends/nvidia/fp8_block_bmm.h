@@ -25,19 +25,21 @@ struct Shape {
 /// the other (tiles one below the other).
 enum class Share : std::uint8_t { none, rows, columns };
 
-/// Tiles of warpgroups · waves · 64 rows of one operand × `columns` rows of the other. The 64-row operand is X, or Y when
-/// `swapped`: few rows of X then cost no more than they are.
+/// Tiles of warpgroups · waves · 64 rows of one operand × `columns` rows of the other. The 64-row operand is X, or Y
+/// when `swapped`: few rows of X then cost no more than they are.
 struct Config {
   bool swapped = false;
-  int warpgroups = 2;         ///< that multiply
-  int waves = 2;              ///< of 64 rows, that a warpgroup multiplies one after the other
-  int columns = 128;          ///< of one wgmma: a multiple of 8, unless swapped 16, to 256
-  int stages = 4;             ///< of 128 k in the ring
-  int split = 1;              ///< blocks of a cluster that take turns along K
-  Share share = Share::none;  ///< by a cluster of two; none with a split
-  int group = 8;              ///< tiles along M that run side by side
-  bool ordered = false;       ///< two warpgroups take turns at the tensor cores
-  bool copying_warp = true;   ///< one more warp fills the ring; else the multiplying warps do, which leaves them more registers
+  int warpgroups = 2;        ///< that multiply
+  int waves = 2;             ///< of 64 rows, that a warpgroup multiplies one after the other
+  int columns = 128;         ///< of one wgmma: a multiple of 8, unless swapped 16, to 256
+  int stages = 4;            ///< of 128 k in the ring
+  int split = 1;             ///< blocks of a cluster that take turns along K
+  Share share = Share::none; ///< by a cluster of two; none with a split
+  int group = 8;             ///< tiles along M that run side by side; 0: M is within one
+  bool pipelined =
+      false; ///< a warpgroup starts a step before it scales the sums of the one before; one wave, no copying warp
+  bool copying_warp =
+      true; ///< one more warp fills the ring; else the multiplying warps do, which leaves them more registers
 
   int rows() const { return 64 * warpgroups * waves; }
   int sharing() const { return share == Share::none ? 1 : 2; }
@@ -48,7 +50,7 @@ struct Config {
   int y_chunk() const { return swapped ? 64 : std::gcd(columns, 128); } ///< rows of Y that have one scale for sure
   int y_chunks() const { return (swapped ? rows() : columns) / y_chunk(); }
   int units() const { return waves * columns / (swapped ? 8 : 16); } ///< 16 × 8 or 16 sums of a warp
-  int rank_units() const { return (units() + split - 1) / split; }    ///< that one block of a split adds up
+  int rank_units() const { return (units() + split - 1) / split; }   ///< that one block of a split adds up
   std::int64_t shared_bytes() const;
   /// `x2v2n128s4k1rg8`: x or, swapped, y; warpgroups, waves, columns, stages, split, what is shared, group, order.
   std::string text() const;

@@ -14,7 +14,7 @@ using namespace ptx;
 
 constexpr int kRow = 128;     // k, and bytes, of a row in one stage: what one scale is for
 constexpr int kHeader = 1024; // bytes of mbarriers
-constexpr int kTurnBarrier = 1;
+constexpr int kUnrolled = 8;  // steps of a pipelined loop
 /// Descriptor ("wgmma, matrix descriptor"), all over 16: 8 rows apart 1024 bytes, 128-byte swizzle.
 constexpr int kDescriptorLow = 1 << 16, kDescriptorHigh = 1024 / 16 | 1 << 30;
 
@@ -23,8 +23,8 @@ struct Place {
   B32 row, column, batch;
 };
 
-/// A persistent grid. In each block one warp makes the copy engine fill a ring of stages, and fetches the scales of each
-/// by cp.async, whose strides are free; warpgroups multiply 128 of k into fresh sums, scale these and add them up.
+/// A persistent grid. In each block one warp makes the copy engine fill a ring of stages, and fetches the scales of
+/// each by cp.async, whose strides are free; warpgroups multiply 128 of k into fresh sums, scale these and add them up.
 class Tile {
 public:
   Tile(Sm sm, const Shape& shape, const Config& config)
@@ -99,26 +99,28 @@ private:
     cluster_ = c_.cluster() > 1 ? w_.div_u32(w_.block_x(), c_.cluster()) : w_.block_x();
     clusters_ = c_.cluster() > 1 ? w_.div_u32(w_.blocks_x(), c_.cluster()) : w_.blocks_x();
     shared_ = w_.shared_memory();
-    w_.if_(w_.compare_u32(Compare::eq, thread_, 0), [&] {
-      for (int s = 0; s < c_.stages; ++s) {
-        w_.mbarrier_init({shared_, 8 * s}, c_.copying_warp ? 1 + 32 : 1);
-        w_.mbarrier_init({shared_, empty_offset() + 8 * s}, consumer_warps() * c_.sharing());
-      }
-      if (c_.split > 1) {
-        w_.mbarrier_init({shared_, sums_ready_offset()}, 1);
-        w_.mbarrier_init({shared_, sums_read_offset()}, consumer_warps() * c_.split);
-      }
+    w_.if_(w_.compare_u32(Compare::eq, thread_, 32), [&] {
+      w_.prefetch_tensor_map(c_.swapped ? y_map_ : x_map_);
+      w_.prefetch_tensor_map(c_.swapped ? x_map_ : y_map_);
+    });
+    w_.if_(w_.compare_u32(Compare::lt, thread_, c_.stages), [&] {
+      const B32 at = w_.mad(thread_, 8, shared_);
+      w_.mbarrier_init({at}, c_.copying_warp ? 1 + 32 : 1);
+      w_.mbarrier_init({at, empty_offset()}, consumer_warps() * c_.sharing());
+      if (c_.split > 1)
+        w_.if_(w_.compare_u32(Compare::eq, thread_, 0), [&] {
+          w_.mbarrier_init({shared_, sums_ready_offset()}, 1);
+          w_.mbarrier_init({shared_, sums_read_offset()}, consumer_warps() * c_.split);
+        });
       w_.fence_mbarrier_init();
-      w_.prefetch_tensor_map(x_map_);
-      w_.prefetch_tensor_map(y_map_);
     });
     w_.barrier();
-    if (c_.cluster() > 1) {
+    if (c_.cluster() > 1)
       w_.barrier_cluster_arrive_relaxed();
+    if (c_.sharing() > 1) // else the others are waited for when there is something to send
       w_.barrier_cluster_wait();
-    }
     // Tiles, or pairs of tiles that share an operand.
-    m_tiles_ = w_.div_u32(w_.add(m_, m_step() - 1), m_step());
+    m_tiles_ = c_.group == 0 ? w_.mov(1) : w_.div_u32(w_.add(m_, m_step() - 1), m_step());
     matrix_tiles_ = w_.mul(m_tiles_, n_tiles());
     all_tiles_ = w_.mul(matrix_tiles_, shape_.b);
     if (c_.split > 1) {
@@ -143,13 +145,19 @@ private:
       batch = w_.div_u32(index, matrix_tiles_);
       in_matrix = w_.sub(index, w_.mul(batch, matrix_tiles_));
     }
-    const B32 band_tiles = w_.mov(c_.group * n_tiles());
-    const B32 band = w_.div_u32(in_matrix, band_tiles), first = w_.mul(band, c_.group);
-    const B32 height = w_.min_u32(w_.sub(m_tiles_, first), c_.group);
-    const B32 in_band = w_.sub(in_matrix, w_.mul(band, band_tiles));
-    const B32 n_tile = w_.div_u32(in_band, height);
-    const B32 m_tile = w_.add(first, w_.sub(in_band, w_.mul(n_tile, height)));
-    const B32 m = w_.mul(m_tile, m_step()), n = w_.mul(n_tile, n_step());
+    B32 m = w_.mov(0), n = m;
+    if (c_.group == 0) {
+      n = w_.mul(in_matrix, n_step());
+    } else {
+      const B32 band_tiles = w_.mov(c_.group * n_tiles());
+      const B32 band = w_.div_u32(in_matrix, band_tiles), first = w_.mul(band, c_.group);
+      const B32 height = w_.min_u32(w_.sub(m_tiles_, first), c_.group);
+      const B32 in_band = w_.sub(in_matrix, w_.mul(band, band_tiles));
+      const B32 n_tile = w_.div_u32(in_band, height);
+      const B32 m_tile = w_.add(first, w_.sub(in_band, w_.mul(n_tile, height)));
+      m = w_.mul(m_tile, m_step());
+      n = w_.mul(n_tile, n_step());
+    }
     Place place{c_.swapped ? n : m, c_.swapped ? m : n, batch};
     if (c_.share == Share::columns)
       place.row = w_.mad(rank_, c_.rows(), place.row);
@@ -213,8 +221,7 @@ private:
       const Pred has_y = w_.compare_u32(Compare::lt, lane_, c_.y_chunks());
       const Pred has_row = w_.compare_u32(Compare::lt, lane_, x_rows() - 32 * (row_parts - 1));
       const B32 block = w_.min_u32(w_.shr(w_.mad(lane_, c_.y_chunk(), y_row), 7), n_blocks() - 1);
-      const B64 y_from =
-          w_.mad_wide(w_.mad(w_.mad(place.batch, n_blocks(), block), k_blocks(), k_first_), 4, ys_);
+      const B64 y_from = w_.mad_wide(w_.mad(w_.mad(place.batch, n_blocks(), block), k_blocks(), k_first_), 4, ys_);
       const B64 step_bytes = w_.mul_wide(xs_stride_k_, 4 * c_.split);
       for_steps([&](B32 step) {
         const B32 full = w_.mad(slot.index, 8, shared_);
@@ -234,6 +241,8 @@ private:
       });
     });
     await_release(slot);
+    if (c_.split > 1)
+      w_.barrier_cluster_wait();
   }
   void copy_operands(const Slot& slot, B32 step, const Place& place) {
     const B32 full = w_.mad(slot.index, 8, shared_);
@@ -295,7 +304,8 @@ private:
       return w_.compare_u32(Compare::lt, i, stages_ahead());
     });
   }
-  int stages_ahead() const { return c_.stages - 1; }
+  /// All but that in use and, where its release is awaited in the middle of the products, the one before.
+  int stages_ahead() const { return c_.stages - (c_.pipelined ? 2 : 1); }
   void place_copies() {
     const Place place = locate(ahead_.tile);
     w_.mov_to(ahead_.place.row, place.row);
@@ -351,71 +361,120 @@ private:
     for (int wave = 0; wave < c_.waves; ++wave)
       for (int e = 0; e < columns() / 2; ++e)
         sums_.push_back(w_.f32());
-    for (int e = 0; e < columns() / 2; ++e)
-      part_.push_back(w_.f32());
-    turn_ = w_.add(warpgroup_, kTurnBarrier);
-    other_turn_ = w_.sub(2 * kTurnBarrier + 1, turn_);
-    if (c_.ordered)
-      w_.if_(w_.compare_u32(Compare::eq, warpgroup_, 1), [&] { w_.barrier_arrive(other_turn_, 256); });
-
+    for (std::vector<F32>& part : parts_)
+      for (int e = 0; e < columns() / 2; ++e)
+        part.push_back(w_.f32());
     if (!c_.copying_warp)
       start_copies();
     const Slot slot{w_.mov(0), w_.mov(0)};
     sums_parity_ = w_.mov(0);
+    const B32 waited = w_.mov(0);
     for_tiles([&](const Place& place) {
       for (const F32 sum : sums_)
         w_.mov_to(sum, 0.0f);
-      for_steps([&](B32) { multiply(slot); });
-      if (c_.split > 1)
-        store_shares(place);
+      if (c_.pipelined)
+        multiply_pipelined(slot);
       else
+        for_steps([&](B32) { multiply(slot); });
+      if (c_.split > 1) {
+        w_.if_(w_.compare_u32(Compare::eq, waited, 0), [&] { w_.barrier_cluster_wait(); });
+        w_.mov_to(waited, 1);
+        store_shares(place);
+      } else
         store_all(place);
     });
-    if (c_.ordered)
-      w_.if_(w_.compare_u32(Compare::eq, warpgroup_, 0), [&] { w_.barrier_sync(turn_, 256); });
     if (!c_.copying_warp)
       await_release(ahead_.slot);
     if (c_.split > 1)
       w_.mbarrier_wait({shared_, sums_read_offset()}, w_.xor_(sums_parity_, 1));
   }
 
-  void multiply(const Slot& slot) {
-    const B32 full = w_.mad(slot.index, 8, shared_);
-    w_.mbarrier_wait({full}, slot.parity);
-    const B32 stage = w_.mad(slot.index, stage_bytes(), w_.add(shared_, kHeader));
+  /// Waits for a stage and returns the scales of its rows and columns.
+  struct Scales {
+    std::vector<F32> x, y;
+  };
+  Scales await_stage(const Slot& slot) {
+    w_.mbarrier_wait({w_.mad(slot.index, 8, shared_)}, slot.parity);
     if (!c_.copying_warp) {
       w_.cp_async_wait(stages_ahead() - 1);
       w_.barrier_warp();
     }
     const B32 scales = warp_scales(slot);
-    const std::vector<F32> x = load_x_scales(scales), y = load_y_scales(scales);
+    return {load_x_scales(scales), load_y_scales(scales)};
+  }
+  /// part = 64 rows of the stage times its columns, not awaited.
+  void start_products(const Slot& slot, int wave, const std::vector<F32>& part) {
+    const B32 stage = w_.mad(slot.index, stage_bytes(), w_.add(shared_, kHeader));
+    const B32 rows = w_.add(w_.mad(warpgroup_, c_.waves * 64 * kRow, stage), wave * 64 * kRow);
+    const B32 row_low = w_.or_(w_.shr(rows, 4), kDescriptorLow);
     const B32 column_low = w_.or_(w_.shr(w_.add(stage, row_bytes()), 4), kDescriptorLow);
+    w_.wgmma_fence();
+    for (int i = 0; i < kRow / 32; ++i)
+      w_.wgmma_fp8(part, w_.combine(w_.add(row_low, 2 * i), kDescriptorHigh),
+                   w_.combine(w_.add(column_low, 2 * i), kDescriptorHigh), columns(), i == 0 ? no_ : yes_,
+                   c_.swapped ? shape_.y_e5m2 : shape_.x_e5m2, c_.swapped ? shape_.x_e5m2 : shape_.y_e5m2);
+    w_.wgmma_commit();
+  }
+  void multiply(const Slot& slot) {
+    const Scales scales = await_stage(slot);
     for (int wave = 0; wave < c_.waves; ++wave) {
-      const B32 rows = w_.add(w_.mad(warpgroup_, c_.waves * 64 * kRow, stage), wave * 64 * kRow);
-      const B32 row_low = w_.or_(w_.shr(rows, 4), kDescriptorLow);
-      if (c_.ordered)
-        w_.barrier_sync(turn_, 256);
-      w_.wgmma_fence();
-      for (int i = 0; i < kRow / 32; ++i)
-        w_.wgmma_fp8(part_, w_.combine(w_.add(row_low, 2 * i), kDescriptorHigh),
-                     w_.combine(w_.add(column_low, 2 * i), kDescriptorHigh), columns(), i == 0 ? no_ : yes_,
-                     c_.swapped ? shape_.y_e5m2 : shape_.x_e5m2, c_.swapped ? shape_.x_e5m2 : shape_.y_e5m2);
-      w_.wgmma_commit();
-      if (c_.ordered)
-        w_.barrier_arrive(other_turn_, 256);
-      std::vector<F32> factors = scale_factors(x, y, wave);
+      start_products(slot, wave, parts_[0]);
+      const std::vector<F32> factors = scale_factors(scales.x, scales.y, wave);
       if (!c_.copying_warp && wave + 1 == c_.waves)
         copy_ahead();
       w_.wgmma_wait(0);
       if (wave + 1 == c_.waves)
-        release(slot);
-      add_scaled(factors, wave);
+        release(slot.index);
+      add_scaled(parts_[0], factors, wave);
     }
     advance(slot);
   }
-  void release(const Slot& slot) {
+
+  /// A step's products run while the sums of the one before are scaled: two sets of sums take turns.
+  struct Started {
+    int part = 0;
+    B32 slot;
+    std::vector<F32> factors;
+  };
+  Started start_step(const Slot& slot, int part) {
+    const Scales scales = await_stage(slot);
+    start_products(slot, 0, parts_[static_cast<std::size_t>(part)]);
+    Started started{part, w_.mov(slot.index), scale_factors(scales.x, scales.y, 0)};
+    copy_ahead();
+    advance(slot);
+    return started;
+  }
+  void finish_step(const Started& started, int steps_left) {
+    w_.wgmma_wait(steps_left);
+    release(started.slot);
+    add_scaled(parts_[static_cast<std::size_t>(started.part)], started.factors, 0);
+  }
+  /// `steps` of them; none runs when they are over: ptxas serialises products that outlive a loop's body (C7514).
+  void multiply_steps(const Slot& slot, int steps) {
+    Started before = start_step(slot, 0);
+    for (int step = 1; step < steps; ++step) {
+      Started next = start_step(slot, step % 2);
+      finish_step(before, 1);
+      before = std::move(next);
+    }
+    finish_step(before, 0);
+  }
+  void multiply_pipelined(const Slot& slot) {
+    const std::int64_t bodies = k_blocks() / kUnrolled;
+    if (bodies > 0) {
+      const B32 i = w_.mov(0);
+      w_.loop("steps along K", [&] {
+        multiply_steps(slot, kUnrolled);
+        w_.add_to(i, i, 1);
+        return w_.compare_u32(Compare::lt, i, bodies);
+      });
+    }
+    if (k_blocks() % kUnrolled != 0)
+      multiply_steps(slot, static_cast<int>(k_blocks() % kUnrolled));
+  }
+  void release(B32 slot) {
     w_.barrier_warp();
-    const B32 at = w_.mad(slot.index, 8, empty_);
+    const B32 at = w_.mad(slot, 8, empty_);
     if (c_.sharing() > 1)
       w_.mbarrier_arrive_cluster({at}, first_lane_);
     else
@@ -468,12 +527,12 @@ private:
           factors.push_back(w_.mul(v, x[static_cast<std::size_t>(2 * wave + half)]));
     return factors;
   }
-  void add_scaled(const std::vector<F32>& factors, int wave) {
+  void add_scaled(const std::vector<F32>& part, const std::vector<F32>& factors, int wave) {
     for (int e = 0; e < columns() / 2; ++e) {
       const int j = e / 4, half = e / 2 % 2;
       const int f = c_.swapped ? 2 * j + e % 2 : 2 * (8 * j / c_.y_chunk()) + half;
       const F32 sum = sums_[static_cast<std::size_t>(wave * columns() / 2 + e)];
-      w_.fma_to(sum, part_[static_cast<std::size_t>(e)], factors[static_cast<std::size_t>(f)], sum);
+      w_.fma_to(sum, part[static_cast<std::size_t>(e)], factors[static_cast<std::size_t>(f)], sum);
     }
   }
 
@@ -488,8 +547,8 @@ private:
       }
   }
 
-  /// K was split over the cluster: block r gets everybody's sums of the units r, r + split, … of each warp, adds them up
-  /// in the order of the ranks and stores them.
+  /// K was split over the cluster: block r gets everybody's sums of the units r, r + split, … of each warp, adds them
+  /// up in the order of the ranks and stores them.
   void store_shares(const Place& place) {
     w_.comment("sums over the cluster");
     const B32 at = w_.mad(thread_, 16, w_.add(shared_, sums_offset()));
@@ -618,8 +677,9 @@ private:
   Ahead ahead_;
   Pred leads_;
   B64 scale_step_;
-  B32 warpgroup_, quad_, empty_, turn_, other_turn_, sums_parity_;
-  std::vector<F32> sums_, part_; ///< of all waves, scaled; of 128 k
+  B32 warpgroup_, quad_, empty_, sums_parity_;
+  std::vector<F32> sums_;                 ///< of all waves, scaled
+  std::array<std::vector<F32>, 2> parts_; ///< of 128 k
   B32 warp_row_, column_, odd_;
   B64 z_matrix_;
 };

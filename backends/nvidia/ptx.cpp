@@ -553,12 +553,6 @@ void Writer::barrier(int id, int threads) {
     fail(fmt::format("barrier {} of {} threads: allowed are 0 to 15 and multiples of 32 to {}", id, threads, threads_));
   emit("bar.sync", {I32(id), I32(threads)});
 }
-void Writer::barrier_sync(B32 id, int threads) {
-  emit("bar.sync", {id, I32(threads)});
-}
-void Writer::barrier_arrive(B32 id, int threads) {
-  emit("bar.arrive", {id, I32(threads)});
-}
 void Writer::barrier_warp() {
   emit("bar.warp.sync", {I32(-1)});
 }
@@ -731,8 +725,7 @@ void Writer::copy_tensor_2d(SharedAddress to, B64 tensor_map, I32 x, I32 y, Shar
   body_ += ";\n";
 }
 
-void Writer::copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress mbarrier,
-                            int blocks) {
+void Writer::copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress mbarrier, int blocks) {
   require(90, 80, "cp.async.bulk.tensor");
   if (to.offset % 128 != 0)
     fail(fmt::format("cp.async.bulk.tensor: shared offset {} is not a multiple of 128", to.offset));

@@ -225,10 +225,7 @@ public:
   // ---- "Parallel Synchronization and Communication Instructions"
   void barrier();                    ///< all threads of the block
   void barrier(int id, int threads); ///< those that name it; `threads` a multiple of 32
-  /// Adds `threads`' share to a barrier that others wait at (`bar.arrive`).
-  void barrier_sync(B32 id, int threads);
-  void barrier_arrive(B32 id, int threads);
-  void barrier_warp(); ///< all lanes; orders their memory accesses
+  void barrier_warp();               ///< all lanes; orders their memory accesses
   void barrier_cluster_arrive();     ///< release
   void barrier_cluster_arrive_relaxed();
   void barrier_cluster_wait(); ///< acquire
@@ -256,8 +253,8 @@ public:
   void ldmatrix(std::span<const B32> d, SharedAddress from, bool transposed = false);
   /// A fragment of an 8×8 matrix of 16-bit elements, transposed ("movmatrix").
   B32 transpose(B32 a);
-  /// Another lane's value ("shfl.sync"): of the lane whose number differs in the bits of `mask`, or of lane 0, which the
-  /// assembler then knows to be the same in all lanes.
+  /// Another lane's value ("shfl.sync"): of the lane whose number differs in the bits of `mask`, or of lane 0, which
+  /// the assembler then knows to be the same in all lanes.
   B32 shuffle_xor(B32 a, int mask);
   B32 uniform(B32 a);
 
@@ -282,8 +279,8 @@ public:
   // ---- "cp.async.bulk.tensor": the copy engine, sm_90
   /// A box of a 2-dimensional tensor at element (x, y) into shared memory, counted by the mbarrier.
   void copy_tensor_2d(SharedAddress to, B64 tensor_map, I32 x, I32 y, SharedAddress mbarrier, Guard guard = {});
-  /// Of a 3-dimensional one. `blocks`: bits of the cluster's blocks that get it, each at the same address and counted by
-  /// its own mbarrier; 0: this block alone.
+  /// Of a 3-dimensional one. `blocks`: bits of the cluster's blocks that get it, each at the same address and counted
+  /// by its own mbarrier; 0: this block alone.
   void copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress mbarrier, int blocks = 0);
   void prefetch_tensor_map(B64 tensor_map);
 
