@@ -36,8 +36,6 @@ struct Config {
   int split = 1;             ///< blocks of a cluster that take turns along K
   Share share = Share::none; ///< by a cluster of two; none with a split
   int group = 8;             ///< tiles along M that run side by side; 0: M is within one
-  bool pipelined =
-      false; ///< a warpgroup starts a step before it scales the sums of the one before; one wave, no copying warp
   bool copying_warp =
       true; ///< one more warp fills the ring; else the multiplying warps do, which leaves them more registers
 
@@ -52,7 +50,8 @@ struct Config {
   int units() const { return waves * columns / (swapped ? 8 : 16); } ///< 16 × 8 or 16 sums of a warp
   int rank_units() const { return (units() + split - 1) / split; }   ///< that one block of a split adds up
   std::int64_t shared_bytes() const;
-  /// `x2v2n128s4k1rg8`: x or, swapped, y; warpgroups, waves, columns, stages, split, what is shared, group, order.
+  /// `x2v2n128s4k1g8r`: x or, swapped, y; warpgroups, waves, columns, stages, split, group; r or c for what is shared,
+  /// w for a copying warp.
   std::string text() const;
   /// Of what text() gives.
   static std::optional<Config> parse(std::string_view text);

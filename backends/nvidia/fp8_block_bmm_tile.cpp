@@ -14,7 +14,6 @@ using namespace ptx;
 
 constexpr int kRow = 128;     // k, and bytes, of a row in one stage: what one scale is for
 constexpr int kHeader = 1024; // bytes of mbarriers
-constexpr int kUnrolled = 8;  // steps of a pipelined loop
 /// Descriptor ("wgmma, matrix descriptor"), all over 16: 8 rows apart 1024 bytes, 128-byte swizzle.
 constexpr int kDescriptorLow = 1 << 16, kDescriptorHigh = 1024 / 16 | 1 << 30;
 
@@ -304,8 +303,7 @@ private:
       return w_.compare_u32(Compare::lt, i, stages_ahead());
     });
   }
-  /// All but that in use and, where its release is awaited in the middle of the products, the one before.
-  int stages_ahead() const { return c_.stages - (c_.pipelined ? 2 : 1); }
+  int stages_ahead() const { return c_.stages - 1; }
   void place_copies() {
     const Place place = locate(ahead_.tile);
     w_.mov_to(ahead_.place.row, place.row);
@@ -361,9 +359,12 @@ private:
     for (int wave = 0; wave < c_.waves; ++wave)
       for (int e = 0; e < columns() / 2; ++e)
         sums_.push_back(w_.f32());
-    for (std::vector<F32>& part : parts_)
-      for (int e = 0; e < columns() / 2; ++e)
-        part.push_back(w_.f32());
+    for (int e = 0; e < columns() / 2; ++e)
+      part_.push_back(w_.f32());
+    for (int i = 0; i < (c_.swapped ? columns() / 4 : 2 * c_.waves); ++i)
+      x_scales_.push_back(w_.f32());
+    for (int i = 0; i < (c_.swapped ? c_.waves : c_.y_chunks()); ++i)
+      y_scales_.push_back(w_.f32());
     if (!c_.copying_warp)
       start_copies();
     const Slot slot{w_.mov(0), w_.mov(0)};
@@ -372,10 +373,10 @@ private:
     for_tiles([&](const Place& place) {
       for (const F32 sum : sums_)
         w_.mov_to(sum, 0.0f);
-      if (c_.pipelined)
-        multiply_pipelined(slot);
+      if (k_blocks() >= c_.split)
+        multiply(slot);
       else
-        for_steps([&](B32) { multiply(slot); });
+        w_.if_(w_.compare_u32(Compare::ne, steps_, 0), [&] { multiply(slot); });
       if (c_.split > 1) {
         w_.if_(w_.compare_u32(Compare::eq, waited, 0), [&] { w_.barrier_cluster_wait(); });
         w_.mov_to(waited, 1);
@@ -389,88 +390,56 @@ private:
       w_.mbarrier_wait({shared_, sums_read_offset()}, w_.xor_(sums_parity_, 1));
   }
 
-  /// Waits for a stage and returns the scales of its rows and columns.
-  struct Scales {
-    std::vector<F32> x, y;
-  };
-  Scales await_stage(const Slot& slot) {
-    w_.mbarrier_wait({w_.mad(slot.index, 8, shared_)}, slot.parity);
+  void await_stage(const Slot& slot) { w_.mbarrier_wait({w_.mad(slot.index, 8, shared_)}, slot.parity); }
+  /// Of a stage that has come, into x_scales_ and y_scales_.
+  void load_scales(const Slot& slot) {
     if (!c_.copying_warp) {
       w_.cp_async_wait(stages_ahead() - 1);
       w_.barrier_warp();
     }
     const B32 scales = warp_scales(slot);
-    return {load_x_scales(scales), load_y_scales(scales)};
+    load_x_scales(scales);
+    load_y_scales(scales);
   }
   /// part = 64 rows of the stage times its columns, not awaited.
-  void start_products(const Slot& slot, int wave, const std::vector<F32>& part) {
+  void start_products(const Slot& slot, int wave) {
     const B32 stage = w_.mad(slot.index, stage_bytes(), w_.add(shared_, kHeader));
     const B32 rows = w_.add(w_.mad(warpgroup_, c_.waves * 64 * kRow, stage), wave * 64 * kRow);
     const B32 row_low = w_.or_(w_.shr(rows, 4), kDescriptorLow);
     const B32 column_low = w_.or_(w_.shr(w_.add(stage, row_bytes()), 4), kDescriptorLow);
     w_.wgmma_fence();
     for (int i = 0; i < kRow / 32; ++i)
-      w_.wgmma_fp8(part, w_.combine(w_.add(row_low, 2 * i), kDescriptorHigh),
+      w_.wgmma_fp8(part_, w_.combine(w_.add(row_low, 2 * i), kDescriptorHigh),
                    w_.combine(w_.add(column_low, 2 * i), kDescriptorHigh), columns(), i == 0 ? no_ : yes_,
                    c_.swapped ? shape_.y_e5m2 : shape_.x_e5m2, c_.swapped ? shape_.x_e5m2 : shape_.y_e5m2);
     w_.wgmma_commit();
   }
+  /// All steps of a tile. While the last products of one run, the next stage is awaited and its scales fetched.
   void multiply(const Slot& slot) {
-    const Scales scales = await_stage(slot);
-    for (int wave = 0; wave < c_.waves; ++wave) {
-      start_products(slot, wave, parts_[0]);
-      const std::vector<F32> factors = scale_factors(scales.x, scales.y, wave);
-      if (!c_.copying_warp && wave + 1 == c_.waves)
-        copy_ahead();
-      w_.wgmma_wait(0);
-      if (wave + 1 == c_.waves)
-        release(slot.index);
-      add_scaled(parts_[0], factors, wave);
-    }
-    advance(slot);
-  }
-
-  /// A step's products run while the sums of the one before are scaled: two sets of sums take turns.
-  struct Started {
-    int part = 0;
-    B32 slot;
-    std::vector<F32> factors;
-  };
-  Started start_step(const Slot& slot, int part) {
-    const Scales scales = await_stage(slot);
-    start_products(slot, 0, parts_[static_cast<std::size_t>(part)]);
-    Started started{part, w_.mov(slot.index), scale_factors(scales.x, scales.y, 0)};
-    copy_ahead();
-    advance(slot);
-    return started;
-  }
-  void finish_step(const Started& started, int steps_left) {
-    w_.wgmma_wait(steps_left);
-    release(started.slot);
-    add_scaled(parts_[static_cast<std::size_t>(started.part)], started.factors, 0);
-  }
-  /// `steps` of them; none runs when they are over: ptxas serialises products that outlive a loop's body (C7514).
-  void multiply_steps(const Slot& slot, int steps) {
-    Started before = start_step(slot, 0);
-    for (int step = 1; step < steps; ++step) {
-      Started next = start_step(slot, step % 2);
-      finish_step(before, 1);
-      before = std::move(next);
-    }
-    finish_step(before, 0);
-  }
-  void multiply_pipelined(const Slot& slot) {
-    const std::int64_t bodies = k_blocks() / kUnrolled;
-    if (bodies > 0) {
-      const B32 i = w_.mov(0);
-      w_.loop("steps along K", [&] {
-        multiply_steps(slot, kUnrolled);
-        w_.add_to(i, i, 1);
-        return w_.compare_u32(Compare::lt, i, bodies);
-      });
-    }
-    if (k_blocks() % kUnrolled != 0)
-      multiply_steps(slot, static_cast<int>(k_blocks() % kUnrolled));
+    await_stage(slot);
+    load_scales(slot);
+    const B32 step = w_.mov(0);
+    w_.loop("steps along K", [&] {
+      w_.add_to(step, step, 1);
+      const Pred more = w_.compare_u32(Compare::lt, step, steps_);
+      for (int wave = 0; wave < c_.waves; ++wave) {
+        start_products(slot, wave);
+        const std::vector<F32> factors = scale_factors(wave);
+        const B32 used = w_.mov(slot.index);
+        if (wave + 1 == c_.waves) {
+          if (!c_.copying_warp)
+            copy_ahead();
+          advance(slot);
+          w_.if_(more, [&] { await_stage(slot); });
+          load_scales(slot); // of no use after the last step
+        }
+        w_.wgmma_wait(0);
+        if (wave + 1 == c_.waves)
+          release(used);
+        add_scaled(factors, wave);
+      }
+      return more;
+    });
   }
   void release(B32 slot) {
     w_.barrier_warp();
@@ -482,57 +451,45 @@ private:
   }
 
   /// Of this lane's rows of X, two a wave; swapped, of its columns, two of eight.
-  std::vector<F32> load_x_scales(B32 scales) {
-    std::vector<F32> x;
+  void load_x_scales(B32 scales) {
     if (c_.swapped) {
       const B32 from = w_.mad(quad_, 8, scales);
-      for (int j = 0; j < columns() / 8; ++j) {
-        const std::array<F32, 2> v = w_.make<F32, 2>();
-        w_.load_shared(std::span<const F32>(v), {from, 32 * j});
-        x.insert(x.end(), v.begin(), v.end());
-      }
-      return x;
+      for (int j = 0; j < columns() / 8; ++j)
+        w_.load_shared(std::span<const F32>(x_scales_).subspan(static_cast<std::size_t>(2 * j), 2), {from, 32 * j});
+      return;
     }
     B32 row = w_.shr(lane_, 2);
     if (c_.copying_warp)
       row = w_.add(w_.mad(warpgroup_, c_.waves * 64, w_.mul(w_.and_(warp_, 3), 16)), row);
     const B32 from = w_.mad(row, 4, scales);
-    for (int i = 0; i < 2 * c_.waves; ++i) {
-      const F32 v = w_.f32();
-      w_.load_shared(std::span<const F32>(&v, 1), {from, i / 2 * (c_.copying_warp ? 256 : 64) + i % 2 * 32});
-      x.push_back(v);
-    }
-    return x;
+    for (int i = 0; i < 2 * c_.waves; ++i)
+      w_.load_shared(std::span<const F32>(x_scales_).subspan(static_cast<std::size_t>(i), 1),
+                     {from, i / 2 * (c_.copying_warp ? 256 : 64) + i % 2 * 32});
   }
   /// Of the column chunks; swapped, of this warpgroup's waves.
-  std::vector<F32> load_y_scales(B32 scales) {
-    std::vector<F32> y;
+  void load_y_scales(B32 scales) {
     const B32 from = c_.swapped ? w_.mad(warpgroup_, c_.waves * 4, scales) : scales;
-    for (int i = 0; i < (c_.swapped ? c_.waves : c_.y_chunks()); ++i) {
-      const F32 v = w_.f32();
-      w_.load_shared(std::span<const F32>(&v, 1), {from, 4 * (x_rows() + i)});
-      y.push_back(v);
-    }
-    return y;
+    for (std::size_t i = 0; i < y_scales_.size(); ++i)
+      w_.load_shared(std::span<const F32>(y_scales_).subspan(i, 1), {from, 4 * (x_rows() + static_cast<int>(i))});
   }
   /// Swapped: of each pair of columns. Else of each chunk of columns, for both rows.
-  std::vector<F32> scale_factors(const std::vector<F32>& x, const std::vector<F32>& y, int wave) {
+  std::vector<F32> scale_factors(int wave) {
     std::vector<F32> factors;
     if (c_.swapped)
-      for (const F32 v : x)
-        factors.push_back(w_.mul(v, y[static_cast<std::size_t>(wave)]));
+      for (const F32 v : x_scales_)
+        factors.push_back(w_.mul(v, y_scales_[static_cast<std::size_t>(wave)]));
     else
-      for (const F32 v : y)
+      for (const F32 v : y_scales_)
         for (int half = 0; half < 2; ++half)
-          factors.push_back(w_.mul(v, x[static_cast<std::size_t>(2 * wave + half)]));
+          factors.push_back(w_.mul(v, x_scales_[static_cast<std::size_t>(2 * wave + half)]));
     return factors;
   }
-  void add_scaled(const std::vector<F32>& part, const std::vector<F32>& factors, int wave) {
+  void add_scaled(const std::vector<F32>& factors, int wave) {
     for (int e = 0; e < columns() / 2; ++e) {
       const int j = e / 4, half = e / 2 % 2;
       const int f = c_.swapped ? 2 * j + e % 2 : 2 * (8 * j / c_.y_chunk()) + half;
       const F32 sum = sums_[static_cast<std::size_t>(wave * columns() / 2 + e)];
-      w_.fma_to(sum, part[static_cast<std::size_t>(e)], factors[static_cast<std::size_t>(f)], sum);
+      w_.fma_to(sum, part_[static_cast<std::size_t>(e)], factors[static_cast<std::size_t>(f)], sum);
     }
   }
 
@@ -678,8 +635,8 @@ private:
   Pred leads_;
   B64 scale_step_;
   B32 warpgroup_, quad_, empty_, sums_parity_;
-  std::vector<F32> sums_;                 ///< of all waves, scaled
-  std::array<std::vector<F32>, 2> parts_; ///< of 128 k
+  std::vector<F32> sums_, part_; ///< of all waves, scaled; of 128 k
+  std::vector<F32> x_scales_, y_scales_;
   B32 warp_row_, column_, odd_;
   B64 z_matrix_;
 };
