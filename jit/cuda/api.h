@@ -62,6 +62,14 @@ inline constexpr int CU_STREAM_CAPTURE_STATUS_NONE = 0;
 inline constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
 // CUlaunchAttributeID
 inline constexpr int CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = 4;
+// CUtensorMapDataType
+inline constexpr int CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0;
+inline constexpr int CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6;
+inline constexpr int CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7;
+inline constexpr int CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9;
+// CUtensorMapInterleave, CUtensorMapFloatOOBfill
+inline constexpr int CU_TENSOR_MAP_INTERLEAVE_NONE = 0;
+inline constexpr int CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0; ///< zeros
 // Special streams
 inline const CUstream CU_STREAM_LEGACY = reinterpret_cast<CUstream>(std::uintptr_t{1});
 inline const CUstream CU_STREAM_PER_THREAD = reinterpret_cast<CUstream>(std::uintptr_t{2});
@@ -88,6 +96,13 @@ struct LaunchConfig {
   LaunchAttribute* attributes = nullptr;
   unsigned attribute_count = 0;
 };
+
+/// CUtensorMap: opaque.
+struct alignas(64) TensorMap {
+  static constexpr std::size_t kWords = 16;
+  std::uint64_t words[kWords] = {};
+};
+static_assert(sizeof(TensorMap) == 128);
 
 /// The entry points: name, CUDA version whose ABI is declared, result and parameters. Those of KILN_CUDA_OPTIONAL are
 /// null with drivers older than that version.
@@ -151,7 +166,12 @@ struct LaunchConfig {
   X(cuKernelGetFunction, 12000, (CUfunction * function, CUkernel kernel))                                              \
   X(cuKernelSetAttribute, 12000, (int attribute, int value, CUkernel kernel, CUdevice device))                         \
   X(cuStreamGetId, 12000, (CUstream stream, unsigned long long* id))                                                   \
-  X(cuFuncLoad, 12040, (CUfunction function))
+  X(cuFuncLoad, 12040, (CUfunction function))                                                                          \
+  /* "Tensor Map Object Management": for the tensor memory accelerator of sm_90 and later */                           \
+  X(cuTensorMapEncodeTiled, 12000,                                                                                     \
+    (TensorMap * map, int type, unsigned rank, void* address, const std::uint64_t* extents,                            \
+     const std::uint64_t* strides, const std::uint32_t* box, const std::uint32_t* element_strides, int interleave,     \
+     int swizzle, int l2_promotion, int fill))
 
 struct Api {
 #define KILN_CUDA_DECLARE(name, version, parameters) CUresult(*name) parameters = nullptr;
