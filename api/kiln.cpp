@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "api/c_boundary.h"
+#include "api/c_fp8_block_bmm.h"
 #include "api/c_int4_mm.h"
 #include "api/c_int8_linear.h"
 #include "api/c_int8_mm.h"
@@ -25,7 +26,7 @@ struct kiln_engine {
 namespace kiln {
 
 const COp* find_c_op(std::int32_t op) {
-  static const COp table[] = {c_int8_mm(), c_int8_linear(), c_int4_mm()};
+  static const COp table[] = {c_int8_mm(), c_int8_linear(), c_int4_mm(), c_fp8_block_bmm()};
   for (const COp& row : table)
     if (static_cast<std::int32_t>(row.op) == op)
       return &row;
@@ -70,7 +71,7 @@ Status known_op(std::int32_t op, const COp*& row) {
   if (row == nullptr)
     return Status::error(Code::invalid_argument,
                          fmt::format("unknown op {}: known are KILN_OP_INT8_MM (1), KILN_OP_INT8_LINEAR (2), "
-                                     "KILN_OP_INT4_MM (3)",
+                                     "KILN_OP_INT4_MM (3), KILN_OP_FP8_BLOCK_BMM (4)",
                                      op));
   return {};
 }

@@ -116,7 +116,7 @@ typedef enum kiln_op {
   KILN_OP_INT8_MM = 1,
   KILN_OP_INT8_LINEAR = 2,
   KILN_OP_INT4_MM = 3,
-  KILN_OP_FP8_BLOCK_BMM = 4, /* reserved */
+  KILN_OP_FP8_BLOCK_BMM = 4,
   KILN_OP_ATTENTION = 5      /* reserved */
 } kiln_op;
 
@@ -131,7 +131,7 @@ typedef struct kiln_desc {
   int32_t reserved; /* 0 */
 } kiln_desc;
 
-typedef enum kiln_dtype { KILN_S8 = 0, KILN_U8 = 1, KILN_S32 = 2, KILN_F32 = 3, KILN_BF16 = 4, KILN_F16 = 5 } kiln_dtype;
+typedef enum kiln_dtype { KILN_S8 = 0, KILN_U8 = 1, KILN_S32 = 2, KILN_F32 = 3, KILN_BF16 = 4, KILN_F16 = 5, KILN_E4M3 = 6, KILN_E5M2 = 7 } kiln_dtype;
 typedef enum kiln_b_layout {
   KILN_B_KN = 0, /* B is [K][N] */
   KILN_B_NK = 1  /* B is [N][K], as linear layers keep their weights */
@@ -250,6 +250,25 @@ typedef struct kiln_int4_mm_desc {
   int32_t reserved;        /* 0 */
 } kiln_int4_mm_desc;
 #define KILN_INT4_MM_DESC_INIT {{sizeof(kiln_int4_mm_desc), KILN_OP_INT4_MM, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, 128, 0, 0, 0}
+
+/* fp8_block_bmm: Z[b] = Σ_j (X[b,:,j] · Y[b,:,j]ᵀ) · xs[b,m,j] · ys[b,⌊n/128⌋,j], a batched product of 8-bit floats (OCP E4M3 and E5M2) scaled in blocks: j counts
+ * blocks of 128 of K, the last one as short as it comes; xs has a scale for each row of X and block, ys one for 128 rows of Y and block. Each block's sum of products
+ * is promoted to f32 before it is scaled. n is a multiple of 8, k of 16; b from 0 to 65535. Y is [b][n][k] and ys [b][⌈n/128⌉][⌈k/128⌉], both contiguous; X, xs and Z
+ * have strides (kiln_fp8_block_bmm_args). Nothing is packed.
+ * m: the rows of the calls to come. One kernel serves a class of m (up to 8; 16; 32; 64; 128; 256; 512; more), so that a host compiles at most eight per (b, n, k).
+ * KILN_ANY stands for the last class. batch_invariant: a row's bits do not depend on m (one kernel for all m). Results are equal from run to run in any case.
+ * A NaN makes its outputs NaN and no others; beyond F16's range they are infinite. Within 4e-3 of the exact product (norm of the difference over the norm), plus
+ * 2^-12 · |X| · |Y| for the tensor cores' own sums. GPUs of compute capability 9.0 (sm_90a) only; CPUs have the reference only. */
+typedef struct kiln_fp8_block_bmm_desc {
+  kiln_desc base;
+  int64_t b, m, n, k;
+  int32_t x_dtype;         /* KILN_E4M3 or KILN_E5M2 */
+  int32_t y_dtype;         /* likewise */
+  int32_t z_dtype;         /* KILN_BF16, KILN_F16 or KILN_F32 */
+  int32_t batch_invariant; /* 0 or 1 */
+} kiln_fp8_block_bmm_desc;
+#define KILN_FP8_BLOCK_BMM_DESC_INIT \
+  {{sizeof(kiln_fp8_block_bmm_desc), KILN_OP_FP8_BLOCK_BMM, KILN_DEVICE_CPU, 0, 0}, 1, 0, 0, 0, KILN_E4M3, KILN_E4M3, KILN_BF16, 0}
 
 /* ---------------------------------------------------------------- kernels */
 
@@ -416,6 +435,24 @@ typedef struct kiln_int4_mm_args {
   uint64_t workspace_bytes; /* ≥ what kiln_workspace_bytes tells for the same args */
 } kiln_int4_mm_args;
 #define KILN_INT4_MM_ARGS_INIT {{sizeof(kiln_int4_mm_args), KILN_OP_INT4_MM, 0}, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+
+/* Z[b,m,n] = X[b,m,k] · Y[b,n,k]ᵀ, scaled. Buffers are read and written within b, m, n, k exactly and must not overlap. Strides of b mean nothing while the desc's b is 1.
+ * On a GPU x, y and z are 16-byte aligned, x_stride_b and ldx multiples of 16, z_stride_b and ldz of 8 (F32: 4); xs and ys are aligned to their elements everywhere. */
+typedef struct kiln_fp8_block_bmm_args {
+  kiln_args base;
+  int64_t m; /* rows of this call, one of those that the kernel serves; m = 0 does nothing */
+  const void* x; /* of x_dtype */
+  int64_t x_stride_b, ldx; /* ≥ k, in either order: [m][b][k] has x_stride_b = k and ldx = b·k */
+  const void* y; /* of y_dtype, contiguous */
+  const float* xs;
+  int64_t xs_stride_b, xs_stride_m, xs_stride_k; /* ≥ 0; 0 repeats one scale. Read as they lie: no transposed copy is needed */
+  const float* ys; /* contiguous */
+  void* z; /* of z_dtype */
+  int64_t z_stride_b, ldz; /* ≥ n, in either order, without overlap */
+  void* stream; /* CUstream of a GPU kernel; NULL is CUDA's default stream */
+} kiln_fp8_block_bmm_args;
+#define KILN_FP8_BLOCK_BMM_ARGS_INIT \
+  {{sizeof(kiln_fp8_block_bmm_args), KILN_OP_FP8_BLOCK_BMM, 0}, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
 /* Runs; returns when the output is complete (a GPU kernel: when it is on the stream). No lock, lookup or allocation (the first call of a thread may grow its arena).
  * KILN_OUT_OF_MEMORY, when a thread's arena cannot grow, may leave part of the output written; with a workspace it does not occur. */
