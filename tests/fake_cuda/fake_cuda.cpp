@@ -10,6 +10,7 @@
 using namespace kiln::cuda;
 using kiln::test::fake_cuda::Launch;
 using kiln::test::fake_cuda::State;
+using kiln::test::fake_cuda::TensorMapContent;
 
 // The handles of the real API are opaque; these are what lies behind them here.
 struct kiln::cuda::CUctx_st {
@@ -458,6 +459,38 @@ static CUresult cuKernelGetFunction(CUfunction* function, CUkernel kernel) {
 }
 static CUresult cuKernelSetAttribute(int, int, CUkernel, CUdevice) {
   ENTER(cuKernelSetAttribute)
+  return CUDA_SUCCESS;
+}
+static CUresult cuTensorMapEncodeTiled(TensorMap* map, int type, unsigned rank, void* address,
+                                       const std::uint64_t* extents, const std::uint64_t* strides,
+                                       const std::uint32_t* box, const std::uint32_t* element_strides, int interleave,
+                                       int swizzle, int l2_promotion, int fill) {
+  ENTER(cuTensorMapEncodeTiled)
+  // As the manual has it, for the maps that Kiln makes.
+  constexpr unsigned element_bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2};
+  if (type < 0 || type >= static_cast<int>(std::size(element_bytes)) || rank != 3 || interleave != 0 || fill != 0 ||
+      swizzle < 0 || swizzle > 3 || l2_promotion < 0 || l2_promotion > 3)
+    return CUDA_ERROR_INVALID_VALUE;
+  TensorMapContent content = {.address = reinterpret_cast<std::uintptr_t>(address)};
+  if (content.address % 16 != 0 || (box[0] * element_bytes[type]) % 16 != 0 ||
+      (swizzle != 0 && box[0] * element_bytes[type] > 16u << swizzle))
+    return CUDA_ERROR_INVALID_VALUE;
+  for (unsigned i = 0; i < 3; ++i) {
+    content.extents[i] = extents[i];
+    content.box[i] = box[i];
+    if (extents[i] == 0 || extents[i] > std::uint64_t{1} << 32 || box[i] == 0 || box[i] > 256 ||
+        element_strides[i] != 1)
+      return CUDA_ERROR_INVALID_VALUE;
+  }
+  for (unsigned i = 0; i < 2; ++i) {
+    content.strides[i] = strides[i];
+    if (strides[i] % 16 != 0 || strides[i] >= std::uint64_t{1} << 40)
+      return CUDA_ERROR_INVALID_VALUE;
+  }
+  content.element = static_cast<std::uint8_t>(type);
+  content.swizzle = static_cast<std::uint8_t>(swizzle);
+  content.l2_promotion = static_cast<std::uint8_t>(l2_promotion);
+  std::memcpy(map->words, &content, sizeof content);
   return CUDA_SUCCESS;
 }
 
