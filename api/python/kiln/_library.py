@@ -7,8 +7,10 @@ from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_size_t, c_u
 CPU, CUDA = 0, 1
 ANY = -1
 S8, S32, F32, BF16 = 0, 2, 3, 4
+F16, E4M3, E5M2 = 5, 6, 7
 B_KN, B_NK = 0, 1
 OP_INT8_MM, OP_INT4_MM = 1, 3
+OP_FP8_BLOCK_BMM = 4
 SOURCES = ("memory", "disk", "compiled", "builtin")
 
 
@@ -48,6 +50,11 @@ class Int4MmDesc(Structure):
                 ("batch_invariant", c_int32), ("reserved", c_int32)]
 
 
+class Fp8BlockBmmDesc(Structure):
+    _fields_ = [("base", Desc), ("b", c_int64), ("m", c_int64), ("n", c_int64), ("k", c_int64), ("x_dtype", c_int32), ("y_dtype", c_int32),
+                ("z_dtype", c_int32), ("batch_invariant", c_int32)]
+
+
 class Int4MmWeights(Sized):
     _fields_ = [("size", c_size_t), ("w", c_void_p), ("sz", c_void_p), ("device", c_int32), ("reserved", c_int32), ("stream", c_void_p)]
 
@@ -65,6 +72,12 @@ class Int8MmArgs(Structure):
 class Int4MmArgs(Structure):
     _fields_ = [("base", Args), ("m", c_int64), ("x", c_void_p), ("ldx", c_int64), ("w_pack", c_void_p), ("y", c_void_p), ("ldy", c_int64),
                 ("stream", c_void_p), ("workspace", c_void_p), ("workspace_bytes", c_uint64)]
+
+
+class Fp8BlockBmmArgs(Structure):
+    _fields_ = [("base", Args), ("m", c_int64), ("x", c_void_p), ("x_stride_b", c_int64), ("ldx", c_int64), ("y", c_void_p), ("xs", c_void_p),
+                ("xs_stride_b", c_int64), ("xs_stride_m", c_int64), ("xs_stride_k", c_int64), ("ys", c_void_p), ("z", c_void_p),
+                ("z_stride_b", c_int64), ("ldz", c_int64), ("stream", c_void_p)]
 
 
 class KernelInfo(Sized):
