@@ -277,6 +277,8 @@ kiln_status kiln_kernel_get_info(const kiln_kernel* kernel, kiln_kernel_info* in
     out.m_max = k.m_range().max;
     out.compile_us = k.compile_us;
     out.load_us = k.load_us;
+    out.configuration = k.code().configuration.c_str();
+    out.tuned_for = k.code().tuned_for.c_str();
     return write_sized("info", out, info);
   });
 }
@@ -455,6 +457,33 @@ kiln_status kiln_warmup(kiln_engine* engine, const kiln_desc* const* descs, size
       } else {
         ++(*warmed == Engine::Warmed::hit ? counts.hit : counts.compiled);
       }
+    }
+    if (result != nullptr)
+      if (Status s = write_sized("result", counts, result); !s)
+        return s;
+    return first_failure;
+  });
+}
+
+kiln_status kiln_tune(kiln_engine* engine, const kiln_desc* const* descs, size_t count, kiln_tune_result* result) {
+  return guarded([&]() -> Status {
+    if (engine == nullptr)
+      return null_argument("engine");
+    std::vector<KernelDesc> list;
+    if (Status s = read_descs(descs, count, list); !s)
+      return s;
+    kiln_tune_result counts = KILN_TUNE_RESULT_INIT;
+    Status first_failure;
+    for (const KernelDesc& desc : list) {
+      const Result<bool> can = engine->engine->can_tune(desc);
+      if (can && !*can) {
+        ++counts.without;
+        continue;
+      }
+      const Status tuned = can ? engine->engine->tune(desc).status() : can.status();
+      ++(tuned ? counts.tuned : counts.failed);
+      if (!tuned && first_failure.is_ok())
+        first_failure = tuned;
     }
     if (result != nullptr)
       if (Status s = write_sized("result", counts, result); !s)

@@ -308,8 +308,10 @@ typedef struct kiln_kernel_info {
   int64_t m_min, m_max; /* the m it serves */
   int64_t compile_us;   /* by the process that compiled it */
   int64_t load_us;
+  const char* configuration; /* of a kernel that can be made in several, as `kiln explain` shows it; else "" */
+  const char* tuned_for;     /* the name of the GPU whose timing chose it (kiln_tune); "" for the heuristic's choice */
 } kiln_kernel_info;
-#define KILN_KERNEL_INFO_INIT {sizeof(kiln_kernel_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+#define KILN_KERNEL_INFO_INIT {sizeof(kiln_kernel_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 KILN_API kiln_status kiln_kernel_get_info(const kiln_kernel* kernel, kiln_kernel_info* info);
 
 /* ---------------------------------------------------------------- packed weights */
@@ -477,6 +479,21 @@ typedef struct kiln_warmup_result {
 /* Makes sure that the cache on disk holds the kernels of these descs for `target` (NULL: this machine; else what `kiln info --target`
  * prints or a name it lists), without loading them. Goes on after a failure; then returns the first failure's status and message. */
 KILN_API kiln_status kiln_warmup(kiln_engine* engine, const kiln_desc* const* descs, size_t count, const char* target, kiln_warmup_result* result);
+
+typedef struct kiln_tune_result {
+  size_t size;
+  uint64_t tuned;   /* kernels whose fastest configuration is now in the cache */
+  uint64_t without; /* descs whose kernel has but one configuration: nothing is done with them */
+  uint64_t failed;
+} kiln_tune_result;
+#define KILN_TUNE_RESULT_INIT {sizeof(kiln_tune_result), 0, 0, 0}
+/* GPU kernels that can be made in several configurations (tiles, stages, how K is split) are made in the one that a heuristic picks, without timing. This call times
+ * the likely ones on the GPU that each desc names, at its m (KILN_ANY: 4096 rows), with the L2 cache flushed, and keeps the fastest kernel in the cache on disk, for
+ * this GPU's name: every engine made later gets it there as any other, without timing; kernels that are in memory stay. Takes some tenths of a second for each
+ * configuration, most of it in the driver's compiler, and leaves their code loaded; wants the GPU for itself. A tuned kernel's results are as equal from run to
+ * run as any other's, and with batch_invariant as independent of m, but may differ in their last bits from those of another configuration.
+ * Goes on after a failure; then returns the first failure's status and message. Needs a cache that may be written (else KILN_UNSUPPORTED). */
+KILN_API kiln_status kiln_tune(kiln_engine* engine, const kiln_desc* const* descs, size_t count, kiln_tune_result* result);
 
 /* ---------------------------------------------------------------- statistics */
 

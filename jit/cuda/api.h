@@ -17,6 +17,7 @@ using CUlibrary = struct CUlib_st*;
 using CUkernel = struct CUkern_st*;
 using CUstream = struct CUstream_st*;
 using CUlinkState = struct CUlinkState_st*;
+using CUevent = struct CUevent_st*;
 
 inline constexpr CUresult CUDA_SUCCESS = 0;
 inline constexpr CUresult CUDA_ERROR_INVALID_VALUE = 1;
@@ -57,6 +58,8 @@ inline constexpr int CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES = 4;
 inline constexpr int CU_JIT_ERROR_LOG_BUFFER = 5;
 inline constexpr int CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES = 6;
 inline constexpr int CU_JIT_LOG_VERBOSE = 12;
+// CUstream_flags
+inline constexpr unsigned CU_STREAM_NON_BLOCKING = 1;
 // CUstreamCaptureStatus, CUstreamCaptureMode
 inline constexpr int CU_STREAM_CAPTURE_STATUS_NONE = 0;
 inline constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
@@ -156,6 +159,13 @@ static_assert(sizeof(TensorMap) == 128);
   /* "Stream Ordered Memory Allocator" */                                                                              \
   X(cuMemAllocAsync, 11020, (CUdeviceptr * address, std::size_t bytes, CUstream stream))                               \
   X(cuMemFreeAsync, 11020, (CUdeviceptr address, CUstream stream))                                                     \
+  /* "Event Management" */                                                                                             \
+  X(cuEventCreate, 2000, (CUevent * event, unsigned flags))                                                            \
+  X(cuEventDestroy, 4000, (CUevent event))                                                                             \
+  X(cuEventRecord, 2000, (CUevent event, CUstream stream))                                                             \
+  X(cuEventElapsedTime, 2000, (float* milliseconds, CUevent start, CUevent end))                                       \
+  X(cuStreamCreate, 2000, (CUstream * stream, unsigned flags))                                                         \
+  X(cuStreamDestroy, 4000, (CUstream stream))                                                                          \
   X(cuLaunchKernelEx, 11060, (const LaunchConfig* config, CUfunction function, void** parameters, void** extra))       \
   /* "Library Management": needs no context, serves every one */                                                       \
   X(cuLibraryLoadData, 12000,                                                                                          \

@@ -185,7 +185,8 @@ const OpSpec& op() {
                               .pack_layout = nullptr,
                               .pack_desc = nullptr,
                               .operations = operations,
-                              .bytes = bytes};
+                              .bytes = bytes,
+                              .timing_problem = timing_problem};
   return spec;
 }
 

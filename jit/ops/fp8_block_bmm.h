@@ -1,6 +1,7 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -37,6 +38,8 @@ inline constexpr std::int64_t blocks_of(std::int64_t size) {
 }
 
 const OpSpec& op();
+/// OpSpec::timing_problem; of an m of kAny with 4096 rows.
+Result<std::unique_ptr<TimingProblem>> timing_problem(const KernelDesc& desc, Runtime& runtime);
 KernelDesc make_desc(std::int64_t b, std::int64_t m, std::int64_t n, std::int64_t k, Float8 x = Float8::e4m3,
                      Float8 y = Float8::e4m3, ZDtype z = ZDtype::bf16, bool batch_invariant = false);
 inline Float8 x_of(const KernelDesc& desc) {

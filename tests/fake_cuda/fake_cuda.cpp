@@ -34,6 +34,9 @@ struct kiln::cuda::CUlib_st {
   std::string image;
   std::vector<std::unique_ptr<CUkern_st>> kernels;
 };
+struct kiln::cuda::CUevent_st {
+  double microseconds; ///< of the device's clock, when it was recorded
+};
 struct kiln::cuda::CUlinkState_st {
   std::string ptx, cubin;
   char *info = nullptr, *error = nullptr;
@@ -459,6 +462,37 @@ static CUresult cuKernelGetFunction(CUfunction* function, CUkernel kernel) {
 }
 static CUresult cuKernelSetAttribute(int, int, CUkernel, CUdevice) {
   ENTER(cuKernelSetAttribute)
+  return CUDA_SUCCESS;
+}
+static CUresult cuEventCreate(CUevent* event, unsigned) {
+  ENTER(cuEventCreate)
+  *event = new CUevent_st{0};
+  return CUDA_SUCCESS;
+}
+static CUresult cuEventDestroy(CUevent event) {
+  ENTER(cuEventDestroy)
+  delete event;
+  return CUDA_SUCCESS;
+}
+static CUresult cuEventRecord(CUevent event, CUstream) {
+  ENTER(cuEventRecord)
+  event->microseconds = state().clock_us;
+  return CUDA_SUCCESS;
+}
+static CUresult cuEventElapsedTime(float* milliseconds, CUevent start, CUevent end) {
+  ENTER(cuEventElapsedTime)
+  *milliseconds = static_cast<float>((end->microseconds - start->microseconds) / 1e3);
+  return CUDA_SUCCESS;
+}
+static CUresult cuStreamCreate(CUstream* stream, unsigned) {
+  ENTER(cuStreamCreate)
+  if (current() == nullptr)
+    return CUDA_ERROR_INVALID_CONTEXT;
+  *stream = made(streams, CUstream_st{current(), 100 + streams.size()});
+  return CUDA_SUCCESS;
+}
+static CUresult cuStreamDestroy(CUstream) {
+  ENTER(cuStreamDestroy)
   return CUDA_SUCCESS;
 }
 static CUresult cuTensorMapEncodeTiled(TensorMap* map, int type, unsigned rank, void* address,

@@ -62,6 +62,8 @@ struct State {
   /// In place of every kernel: the launch and its parameters.
   std::function<void(const Launch&, void** parameters)> kernel;
 
+  double clock_us = 0; ///< what events see; a kernel advances it by what it takes
+
   std::uint64_t bytes_left = std::uint64_t{1} << 32; ///< beyond: CUDA_ERROR_OUT_OF_MEMORY
   std::set<cuda::CUstream> capturing;
   int capture_mode = 0; ///< of the thread: global
