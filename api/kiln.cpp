@@ -480,10 +480,10 @@ kiln_status kiln_tune(kiln_engine* engine, const kiln_desc* const* descs, size_t
         ++counts.without;
         continue;
       }
-      const Status tuned = can ? engine->engine->tune(desc).status() : can.status();
+      const Result<Engine::Tuned> tuned = can ? engine->engine->tune(desc) : Result<Engine::Tuned>(can.status());
       ++(tuned ? counts.tuned : counts.failed);
       if (!tuned && first_failure.is_ok())
-        first_failure = tuned;
+        first_failure = tuned.status();
     }
     if (result != nullptr)
       if (Status s = write_sized("result", counts, result); !s)

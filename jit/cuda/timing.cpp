@@ -5,8 +5,8 @@
 namespace kiln::cuda {
 namespace {
 
-/// More than any L2 cache there is: of an H200 50 MiB, of a B200 126 MiB.
-constexpr std::uint64_t kFlushBytes = std::uint64_t{256} << 20;
+/// Times the L2 cache: then what is left of it after as many bytes were written is little.
+constexpr std::uint64_t kFlushes = 3;
 
 /// What one measurement holds of the driver.
 class Stopwatch {
@@ -31,7 +31,17 @@ public:
     for (CUevent* event : {&begin_, &end_})
       if (Status s = driver_.status(api_.cuEventCreate(event, 0), "cuEventCreate"); !s)
         return s;
-    Result<Buffer> flush = Buffer::allocate(driver_, device_index, kFlushBytes);
+    const Result<const DeviceInfo*> info = driver_.device(device_index);
+    if (!info)
+      return info.status();
+    int l2_bytes = 0;
+    if (Status s =
+            driver_.status(api_.cuDeviceGetAttribute(&l2_bytes, CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, (*info)->device),
+                           "cuDeviceGetAttribute");
+        !s)
+      return s;
+    Result<Buffer> flush =
+        Buffer::allocate(driver_, device_index, kFlushes * static_cast<std::uint64_t>(std::max(l2_bytes, 1)));
     if (!flush)
       return flush.status();
     flush_ = std::move(*flush);

@@ -202,7 +202,7 @@ static CUresult cuDeviceGetName(char* name, int length, CUdevice device) {
 static CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
   ENTER(cuDeviceGetAttribute)
   const auto& d = state().devices[static_cast<std::size_t>(device)];
-  const std::map<int, int> values = {{16, d.sms}, {75, d.major}, {76, d.minor}, {97, d.shared_optin}};
+  const std::map<int, int> values = {{16, d.sms}, {38, 1 << 16}, {75, d.major}, {76, d.minor}, {97, d.shared_optin}};
   const auto found = values.find(attribute);
   if (found == values.end())
     return CUDA_ERROR_INVALID_VALUE;

@@ -66,7 +66,8 @@ class Kernel:
     def info(self):
         info = c.KernelInfo()
         _lib().call("kiln_kernel_get_info", self._handle, byref(info))
-        text = {name: getattr(info, name).decode() for name in ("op", "desc", "isa", "backend", "generator", "key", "pack_layout")}
+        text = {name: getattr(info, name).decode() for name in ("op", "desc", "isa", "backend", "generator", "key", "pack_layout",
+                                                                 "configuration", "tuned_for")}
         return {**text, "source": c.SOURCES[info.source], "code_bytes": info.code_bytes, "m_min": info.m_min, "m_max": info.m_max,
                 "compile_us": info.compile_us, "load_us": info.load_us}
 

@@ -84,7 +84,8 @@ class KernelInfo(Sized):
     _fields_ = [("size", c_size_t), ("op", c_char_p), ("desc", c_char_p), ("isa", c_char_p), ("backend", c_char_p),
                 ("generator", c_char_p), ("features", c_char_p), ("key", c_char_p), ("pack_layout", c_char_p), ("source", c_int32),
                 ("vector_registers", c_uint32), ("general_registers", c_uint32), ("reserved", c_uint32), ("code_bytes", c_uint64),
-                ("m_min", c_int64), ("m_max", c_int64), ("compile_us", c_int64), ("load_us", c_int64)]
+                ("m_min", c_int64), ("m_max", c_int64), ("compile_us", c_int64), ("load_us", c_int64),
+                ("configuration", c_char_p), ("tuned_for", c_char_p)]
 
 
 class PackInfo(Sized):
