@@ -36,22 +36,18 @@ struct Config {
   int split = 1;             ///< blocks of a cluster that take turns along K
   Share share = Share::none; ///< by a cluster of two; none with a split
   int group = 8;             ///< tiles along M that run side by side; 0: M is within one
-  bool copying_warp =
-      true; ///< one more warp fills the ring; else the multiplying warps do, which leaves them more registers
 
   int rows() const { return 64 * warpgroups * waves; }
   int sharing() const { return share == Share::none ? 1 : 2; }
   int cluster() const { return split * sharing(); }
-  int threads() const { return 128 * warpgroups + (copying_warp ? 32 : 0); }
-  /// Rows of X whose scales a stage has, of one warp if each has its own.
-  int x_scales() const { return swapped ? columns : copying_warp ? rows() : 16 * waves; }
+  int threads() const { return 128 * warpgroups + 32; }
+  int x_rows() const { return swapped ? columns : rows(); }
   int y_chunk() const { return swapped ? 64 : std::gcd(columns, 128); } ///< rows of Y that have one scale for sure
   int y_chunks() const { return (swapped ? rows() : columns) / y_chunk(); }
   int units() const { return waves * columns / (swapped ? 8 : 16); } ///< 16 × 8 or 16 sums of a warp
   int rank_units() const { return (units() + split - 1) / split; }   ///< that one block of a split adds up
   std::int64_t shared_bytes() const;
-  /// `x2v2n128s4k1g8r`: x or, swapped, y; warpgroups, waves, columns, stages, split, group; r or c for what is shared,
-  /// w for a copying warp.
+  /// `x2v2n128s4k1g8r`: x or, swapped, y; warpgroups, waves, columns, stages, split, group; r or c for what is shared.
   std::string text() const;
   /// Of what text() gives.
   static std::optional<Config> parse(std::string_view text);

@@ -45,15 +45,15 @@ int register_limit(int threads) {
 } // namespace
 
 std::int64_t Config::shared_bytes() const {
-  const std::int64_t scales = (x_scales() + y_chunks() + 3) / 4 * 16 * (copying_warp ? 1 : 4 * warpgroups);
+  const std::int64_t scales = (x_rows() + y_chunks() + 3) / 4 * 16 + 16;
   const std::int64_t stage = (rows() + columns) * 128 + scales;
   return 1024 + stages * stage + (split > 1 ? split * rank_units() * 64 * warpgroups * (swapped ? 32 : 64) : 0);
 }
 
 std::string Config::text() const {
   constexpr std::string_view kShare[] = {"", "r", "c"};
-  return fmt::format("{}{}v{}n{}s{}k{}g{}{}{}", swapped ? 'y' : 'x', warpgroups, waves, columns, stages, split, group,
-                     kShare[static_cast<std::size_t>(share)], copying_warp ? "w" : "");
+  return fmt::format("{}{}v{}n{}s{}k{}g{}{}", swapped ? 'y' : 'x', warpgroups, waves, columns, stages, split, group,
+                     kShare[static_cast<std::size_t>(share)]);
 }
 
 std::optional<Config> Config::parse(std::string_view text) {
@@ -79,7 +79,6 @@ std::optional<Config> Config::parse(std::string_view text) {
       !number(config.group))
     return std::nullopt;
   config.share = takes('r') ? Share::rows : takes('c') ? Share::columns : Share::none;
-  config.copying_warp = takes('w');
   return config.text() == whole ? std::optional(config) : std::nullopt;
 }
 
@@ -99,8 +98,6 @@ Status check(const Shape& shape, std::int64_t m_class, bool batch_invariant, con
     return refuse("K is not to be split that way");
   if (c.share == Share::columns && c.columns % (c.swapped ? 16 : 32) != 0)
     return refuse("half of the columns is not a multiple of eight");
-  if (!c.copying_warp && (c.swapped || c.split > 1 || c.waves > 2))
-    return refuse("needs a warp that copies");
   const bool m_is_shared = c.share != Share::none && (c.share == Share::rows) == c.swapped;
   const std::int64_t tile_m = c.swapped ? c.columns : c.rows();
   if (c.group == 0 && (m_class == kAny || m_class > tile_m * (m_is_shared ? 2 : 1)))
@@ -161,11 +158,11 @@ std::vector<Config> some_rows(const Shape& shape) {
 
 /// Tiles of 256 × 128 and 128 × 128, and higher bands where there is more of M than L2 holds at a time.
 std::vector<Config> many_rows(const Shape& shape, std::int64_t m_class) {
-  const Config high{.warpgroups = 2, .waves = 2, .columns = 128, .share = Share::rows, .copying_warp = false};
+  const Config high{.warpgroups = 2, .waves = 2, .columns = 128, .share = Share::rows};
   const Config low{.warpgroups = 2, .waves = 1, .columns = 128, .share = Share::columns};
   std::vector<Config> all = {high, low};
   all.push_back({.warpgroups = 2, .waves = 1, .columns = 128, .share = Share::rows});
-  all.push_back({.warpgroups = 2, .waves = 1, .columns = 192, .share = Share::columns, .copying_warp = false});
+  all.push_back({.warpgroups = 2, .waves = 1, .columns = 192, .share = Share::columns});
   all.push_back({.warpgroups = 2, .waves = 1, .columns = 64, .share = Share::rows});
   if (m_class == kAny)
     return all;

@@ -31,17 +31,13 @@ public:
 
   Result<std::string> emit() {
     prologue();
-    if (c_.copying_warp) {
-      const Label consumers = w_.label(), end = w_.label();
-      w_.branch(consumers, w_.compare_u32(Compare::lt, warp_, consumer_warps()));
-      produce();
-      w_.branch(end);
-      w_.bind(consumers, "consumers");
-      consume();
-      w_.bind(end, "end");
-    } else {
-      consume();
-    }
+    const Label consumers = w_.label(), end = w_.label();
+    w_.branch(consumers, w_.compare_u32(Compare::lt, warp_, consumer_warps()));
+    produce();
+    w_.branch(end);
+    w_.bind(consumers, "consumers");
+    consume();
+    w_.bind(end, "end");
     return w_.finish();
   }
 
@@ -56,11 +52,10 @@ private:
   // A stage: the 64-row operand, the other one.
   int row_bytes() const { return c_.rows() * kRow; }
   int stage_bytes() const { return (c_.rows() + columns()) * kRow; }
-  // Its scales: X's rows, then those that the tile's part of Y needs.
-  // Without a copying warp each warp fetches its own, apart from the others'.
-  int x_rows() const { return c_.x_scales(); }
-  int warp_scale_bytes() const { return (x_rows() + c_.y_chunks() + 3) / 4 * 16; }
-  int scale_bytes() const { return warp_scale_bytes() * (c_.copying_warp ? 1 : consumer_warps()); }
+  // Its scales: X's rows, then those that the tile's part of Y needs; then, of a tile's first stage, where it lies.
+  int x_rows() const { return c_.x_rows(); }
+  int place_offset() const { return (x_rows() + c_.y_chunks() + 3) / 4 * 16; }
+  int scale_bytes() const { return place_offset() + 16; }
   int scales_offset() const { return kHeader + c_.stages * stage_bytes(); }
   int sums_offset() const { return scales_offset() + c_.stages * scale_bytes(); }
   int empty_offset() const { return 8 * c_.stages; }
@@ -104,7 +99,7 @@ private:
     });
     w_.if_(w_.compare_u32(Compare::lt, thread_, c_.stages), [&] {
       const B32 at = w_.mad(thread_, 8, shared_);
-      w_.mbarrier_init({at}, c_.copying_warp ? 1 + 32 : 1);
+      w_.mbarrier_init({at}, 1 + 32);
       w_.mbarrier_init({at, empty_offset()}, consumer_warps() * c_.sharing());
       if (c_.split > 1)
         w_.if_(w_.compare_u32(Compare::eq, thread_, 0), [&] {
@@ -168,7 +163,7 @@ private:
     const B32 tile = w_.mov(cluster_);
     w_.if_(w_.compare_u32(Compare::lt, tile, all_tiles_), [&] {
       w_.loop("tiles", [&] {
-        body(locate(tile));
+        body(tile);
         w_.add_to(tile, tile, clusters_);
         return w_.compare_u32(Compare::lt, tile, all_tiles_);
       });
@@ -206,7 +201,8 @@ private:
     const Slot slot{w_.mov(0), w_.mov(1)};
     const Pred leads = w_.compare_u32(Compare::eq, lane_, 0);
     const int row_parts = (x_rows() + 31) / 32;
-    for_tiles([&](const Place& place) {
+    for_tiles([&](B32 tile) {
+      const Place place = locate(tile);
       const B32 x_row = c_.swapped ? place.column : place.row, y_row = c_.swapped ? place.row : place.column;
       w_.comment("this lane's scales");
       const B64 first = w_.mad_wide(k_first_, xs_stride_k_, w_.mul64(xs_stride_b_, w_.widen(place.batch)));
@@ -225,7 +221,14 @@ private:
       for_steps([&](B32 step) {
         const B32 full = w_.mad(slot.index, 8, shared_);
         w_.mbarrier_wait({full, empty_offset()}, slot.parity);
-        w_.if_(leads, [&] { copy_operands(slot, step, place); });
+        w_.if_(leads, [&] {
+          if (c_.split == 1) {
+            const std::array<B32, 4> v = {place.row, place.column, place.batch, place.batch};
+            w_.store_shared({scales_of(slot), place_offset()}, std::span<const B32>(v),
+                            w_.compare_u32(Compare::eq, step, 0));
+          }
+          copy_operands(slot, step, place);
+        });
         const B32 scales = w_.mad(slot.index, scale_bytes(), w_.mad(lane_, 4, shared_));
         for (int i = 0; i < row_parts; ++i) {
           const bool partial = i + 1 == row_parts && x_rows() % 32 != 0;
@@ -275,77 +278,6 @@ private:
     });
   }
 
-  // ---- copies by the multiplying warps
-
-  /// The copies run ahead of the products: their own tile and step.
-  struct Ahead {
-    Slot slot;
-    B32 tile, step;
-    Place place;
-    B64 x_scale, y_scale;
-    B32 x_bytes;
-  };
-  void start_copies() {
-    ahead_.slot = {w_.mov(0), w_.mov(1)};
-    ahead_.tile = w_.mov(cluster_);
-    ahead_.step = w_.mov(0);
-    ahead_.place = {w_.b32(), w_.b32(), w_.b32()};
-    ahead_.x_scale = w_.b64();
-    ahead_.y_scale = w_.b64();
-    ahead_.x_bytes = w_.b32();
-    leads_ = w_.compare_u32(Compare::eq, thread_, 0);
-    scale_step_ = w_.mul_wide(xs_stride_k_, 4);
-    w_.if_(w_.compare_u32(Compare::lt, ahead_.tile, all_tiles_), [&] { place_copies(); });
-    const B32 i = w_.mov(0);
-    w_.loop("the ring's first stages", [&] {
-      copy_ahead();
-      w_.add_to(i, i, 1);
-      return w_.compare_u32(Compare::lt, i, stages_ahead());
-    });
-  }
-  int stages_ahead() const { return c_.stages - 1; }
-  void place_copies() {
-    const Place place = locate(ahead_.tile);
-    w_.mov_to(ahead_.place.row, place.row);
-    w_.mov_to(ahead_.place.column, place.column);
-    w_.mov_to(ahead_.place.batch, place.batch);
-    const B32 row = w_.add(w_.add(place.row, w_.mad(warpgroup_, 64 * c_.waves, w_.mul(w_.and_(warp_, 3), 16))),
-                           w_.mad(w_.shr(lane_, 4), 64, w_.and_(lane_, 15)));
-    const B64 first = w_.mul64(xs_stride_b_, w_.widen(place.batch));
-    w_.mov_to(ahead_.x_scale, w_.add64(xs_, w_.mul64(w_.mad_wide(row, xs_stride_m_, first), 4)));
-    w_.mov_to(ahead_.x_bytes, w_.select(w_.compare_u32(Compare::lt, row, m_), 4, 0));
-    const B32 block = w_.min_u32(w_.shr(w_.mad(lane_, c_.y_chunk(), place.column), 7), n_blocks() - 1);
-    w_.mov_to(ahead_.y_scale, w_.mad_wide(w_.mul(w_.mad(place.batch, n_blocks(), block), k_blocks()), 4, ys_));
-  }
-  /// The next stage, if one is left; a group of copies even if not.
-  void copy_ahead() {
-    w_.if_(w_.compare_u32(Compare::lt, ahead_.tile, all_tiles_), [&] {
-      w_.if_(leads_, [&] {
-        w_.mbarrier_wait({w_.mad(ahead_.slot.index, 8, shared_), empty_offset()}, ahead_.slot.parity);
-        copy_operands(ahead_.slot, ahead_.step, ahead_.place);
-      });
-      const B32 to = w_.mad(lane_, 4, warp_scales(ahead_.slot));
-      w_.cp_async_word({to}, {ahead_.x_scale}, ahead_.x_bytes,
-                       c_.waves == 2 ? Guard() : Guard(w_.compare_u32(Compare::lt, lane_, x_rows())));
-      w_.cp_async_word({to, 4 * x_rows()}, {ahead_.y_scale}, w_.mov(4),
-                       w_.compare_u32(Compare::lt, lane_, c_.y_chunks()));
-      w_.add64_to(ahead_.x_scale, ahead_.x_scale, scale_step_);
-      w_.add64_to(ahead_.y_scale, ahead_.y_scale, 4);
-      advance(ahead_.slot);
-      w_.add_to(ahead_.step, ahead_.step, 1);
-      w_.if_(w_.compare_u32(Compare::eq, ahead_.step, k_blocks()), [&] {
-        w_.mov_to(ahead_.step, 0);
-        w_.add_to(ahead_.tile, ahead_.tile, clusters_);
-        w_.if_(w_.compare_u32(Compare::lt, ahead_.tile, all_tiles_), [&] { place_copies(); });
-      });
-    });
-    w_.cp_async_commit();
-  }
-  B32 warp_scales(const Slot& slot) {
-    const B32 stage = w_.mad(slot.index, scale_bytes(), w_.add(shared_, scales_offset()));
-    return c_.copying_warp ? stage : w_.mad(warp_, warp_scale_bytes(), stage);
-  }
-
   // ---- the multiplying warpgroups
 
   void consume() {
@@ -365,48 +297,92 @@ private:
       x_scales_.push_back(w_.f32());
     for (int i = 0; i < (c_.swapped ? c_.waves : c_.y_chunks()); ++i)
       y_scales_.push_back(w_.f32());
-    if (!c_.copying_warp)
-      start_copies();
     const Slot slot{w_.mov(0), w_.mov(0)};
-    sums_parity_ = w_.mov(0);
-    const B32 waited = w_.mov(0);
-    for_tiles([&](const Place& place) {
-      for (const F32 sum : sums_)
-        w_.mov_to(sum, 0.0f);
-      if (k_blocks() >= c_.split)
-        multiply(slot);
-      else
-        w_.if_(w_.compare_u32(Compare::ne, steps_, 0), [&] { multiply(slot); });
-      if (c_.split > 1) {
-        w_.if_(w_.compare_u32(Compare::eq, waited, 0), [&] { w_.barrier_cluster_wait(); });
-        w_.mov_to(waited, 1);
-        store_shares(place);
-      } else
-        store_all(place);
-    });
-    if (!c_.copying_warp)
-      await_release(ahead_.slot);
+    row_descriptor_ = w_.b32();
+    column_descriptor_ = w_.b32();
+    describe(slot);
     if (c_.split > 1)
-      w_.mbarrier_wait({shared_, sums_read_offset()}, w_.xor_(sums_parity_, 1));
+      multiply_split(slot);
+    else
+      multiply_all(slot);
   }
 
+  /// The tiles of this block. A tile is stored while the first products of the next run.
+  void multiply_all(const Slot& slot) {
+    const B32 tile = w_.mov(cluster_);
+    Place place{w_.b32(), w_.b32(), w_.b32()};
+    w_.if_(w_.compare_u32(Compare::lt, tile, all_tiles_), [&] {
+      await_stage(slot);
+      w_.loop("tiles", [&] {
+        const Place next = load_place(slot);
+        load_scales(slot);
+        start_products(0);
+        w_.if_(w_.compare_u32(Compare::ne, tile, cluster_), [&] { store_all(place); });
+        w_.mov_to(place.row, next.row);
+        w_.mov_to(place.column, next.column);
+        w_.mov_to(place.batch, next.batch);
+        w_.add_to(tile, tile, clusters_);
+        finish_step(slot, w_.always(k_blocks() > 1), true);
+        if (k_blocks() > 1)
+          multiply_others(slot);
+        const Pred more = w_.compare_u32(Compare::lt, tile, all_tiles_);
+        w_.if_(more, [&] { await_stage(slot); });
+        return more;
+      });
+      store_all(place);
+    });
+  }
+  /// With K split over the cluster.
+  void multiply_split(const Slot& slot) {
+    sums_parity_ = w_.mov(0);
+    const B32 waited = w_.mov(0);
+    for_tiles([&](B32 tile) {
+      const auto steps = [&] {
+        await_stage(slot);
+        load_scales(slot);
+        start_products(0);
+        const Pred more = w_.compare_u32(Compare::lt, 1, steps_);
+        finish_step(slot, more, true);
+        w_.if_(more, [&] { multiply_others(slot); });
+      };
+      if (k_blocks() >= c_.split) {
+        steps();
+      } else {
+        for (const F32 sum : sums_)
+          w_.mov_to(sum, 0.0f);
+        w_.if_(w_.compare_u32(Compare::ne, steps_, 0), steps);
+      }
+      w_.if_(w_.compare_u32(Compare::eq, waited, 0), [&] { w_.barrier_cluster_wait(); });
+      w_.mov_to(waited, 1);
+      store_shares(locate(tile));
+    });
+    w_.mbarrier_wait({shared_, sums_read_offset()}, w_.xor_(sums_parity_, 1));
+  }
+
+  /// As the copying warp left it with a tile's first stage.
+  Place load_place(const Slot& slot) {
+    const std::array<B32, 4> v = w_.make<B32, 4>();
+    w_.load_shared(std::span<const B32>(v), {scales_of(slot), place_offset()});
+    return {v[0], v[1], v[2]};
+  }
   void await_stage(const Slot& slot) { w_.mbarrier_wait({w_.mad(slot.index, 8, shared_)}, slot.parity); }
+  B32 scales_of(const Slot& slot) { return w_.mad(slot.index, scale_bytes(), w_.add(shared_, scales_offset())); }
+  /// The low words of the descriptors of a stage's operands, for start_products.
+  void describe(const Slot& slot) {
+    const B32 rows = w_.add(shared_, kHeader), columns = w_.add(rows, row_bytes());
+    const B32 stage = w_.mad(slot.index, stage_bytes() / 16, kDescriptorLow);
+    w_.mov_to(row_descriptor_, w_.add(stage, w_.shr(w_.mad(warpgroup_, c_.waves * 64 * kRow, rows), 4)));
+    w_.mov_to(column_descriptor_, w_.add(stage, w_.shr(columns, 4)));
+  }
   /// Of a stage that has come, into x_scales_ and y_scales_.
   void load_scales(const Slot& slot) {
-    if (!c_.copying_warp) {
-      w_.cp_async_wait(stages_ahead() - 1);
-      w_.barrier_warp();
-    }
-    const B32 scales = warp_scales(slot);
+    const B32 scales = scales_of(slot);
     load_x_scales(scales);
     load_y_scales(scales);
   }
   /// part = 64 rows of the stage times its columns, not awaited.
-  void start_products(const Slot& slot, int wave) {
-    const B32 stage = w_.mad(slot.index, stage_bytes(), w_.add(shared_, kHeader));
-    const B32 rows = w_.add(w_.mad(warpgroup_, c_.waves * 64 * kRow, stage), wave * 64 * kRow);
-    const B32 row_low = w_.or_(w_.shr(rows, 4), kDescriptorLow);
-    const B32 column_low = w_.or_(w_.shr(w_.add(stage, row_bytes()), 4), kDescriptorLow);
+  void start_products(int wave) {
+    const B32 row_low = w_.add(row_descriptor_, wave * 64 * kRow / 16), column_low = column_descriptor_;
     w_.wgmma_fence();
     for (int i = 0; i < kRow / 32; ++i)
       w_.wgmma_fp8(part_, w_.combine(w_.add(row_low, 2 * i), kDescriptorHigh),
@@ -414,30 +390,34 @@ private:
                    c_.swapped ? shape_.y_e5m2 : shape_.x_e5m2, c_.swapped ? shape_.x_e5m2 : shape_.y_e5m2);
     w_.wgmma_commit();
   }
-  /// All steps of a tile. While the last products of one run, the next stage is awaited and its scales fetched.
-  void multiply(const Slot& slot) {
-    await_stage(slot);
-    load_scales(slot);
-    const B32 step = w_.mov(0);
+  /// A step whose first products have been started. While its last ones run, the next stage is awaited, if there is
+  /// `more` of the tile, and its scales are fetched.
+  void finish_step(const Slot& slot, Pred more, bool is_first) {
+    for (int wave = 0; wave < c_.waves; ++wave) {
+      if (wave > 0)
+        start_products(wave);
+      const std::vector<F32> factors = scale_factors(wave);
+      const B32 used = w_.mov(slot.index);
+      if (wave + 1 == c_.waves) {
+        advance(slot);
+        describe(slot);
+        w_.if_(more, [&] { await_stage(slot); });
+        load_scales(slot); // of no use after a tile's last step
+      }
+      w_.wgmma_wait(0);
+      if (wave + 1 == c_.waves)
+        release(used);
+      add_scaled(factors, wave, is_first);
+    }
+  }
+  /// All steps of a tile but the first. Returns with nothing in flight.
+  void multiply_others(const Slot& slot) {
+    const B32 step = w_.mov(1);
     w_.loop("steps along K", [&] {
+      start_products(0);
       w_.add_to(step, step, 1);
       const Pred more = w_.compare_u32(Compare::lt, step, steps_);
-      for (int wave = 0; wave < c_.waves; ++wave) {
-        start_products(slot, wave);
-        const std::vector<F32> factors = scale_factors(wave);
-        const B32 used = w_.mov(slot.index);
-        if (wave + 1 == c_.waves) {
-          if (!c_.copying_warp)
-            copy_ahead();
-          advance(slot);
-          w_.if_(more, [&] { await_stage(slot); });
-          load_scales(slot); // of no use after the last step
-        }
-        w_.wgmma_wait(0);
-        if (wave + 1 == c_.waves)
-          release(used);
-        add_scaled(factors, wave);
-      }
+      finish_step(slot, more, false);
       return more;
     });
   }
@@ -458,13 +438,11 @@ private:
         w_.load_shared(std::span<const F32>(x_scales_).subspan(static_cast<std::size_t>(2 * j), 2), {from, 32 * j});
       return;
     }
-    B32 row = w_.shr(lane_, 2);
-    if (c_.copying_warp)
-      row = w_.add(w_.mad(warpgroup_, c_.waves * 64, w_.mul(w_.and_(warp_, 3), 16)), row);
+    const B32 row = w_.add(w_.mad(warpgroup_, c_.waves * 64, w_.mul(w_.and_(warp_, 3), 16)), w_.shr(lane_, 2));
     const B32 from = w_.mad(row, 4, scales);
     for (int i = 0; i < 2 * c_.waves; ++i)
       w_.load_shared(std::span<const F32>(x_scales_).subspan(static_cast<std::size_t>(i), 1),
-                     {from, i / 2 * (c_.copying_warp ? 256 : 64) + i % 2 * 32});
+                     {from, i / 2 * 256 + i % 2 * 32});
   }
   /// Of the column chunks; swapped, of this warpgroup's waves.
   void load_y_scales(B32 scales) {
@@ -484,12 +462,17 @@ private:
           factors.push_back(w_.mul(v, x_scales_[static_cast<std::size_t>(2 * wave + half)]));
     return factors;
   }
-  void add_scaled(const std::vector<F32>& factors, int wave) {
+  /// sums += factors · part; of a tile's first step =.
+  void add_scaled(const std::vector<F32>& factors, int wave, bool is_first) {
     for (int e = 0; e < columns() / 2; ++e) {
       const int j = e / 4, half = e / 2 % 2;
       const int f = c_.swapped ? 2 * j + e % 2 : 2 * (8 * j / c_.y_chunk()) + half;
       const F32 sum = sums_[static_cast<std::size_t>(wave * columns() / 2 + e)];
-      w_.fma_to(sum, part_[static_cast<std::size_t>(e)], factors[static_cast<std::size_t>(f)], sum);
+      const F32 part = part_[static_cast<std::size_t>(e)], factor = factors[static_cast<std::size_t>(f)];
+      if (is_first)
+        w_.mov_to(sum, w_.mul(part, factor));
+      else
+        w_.fma_to(sum, part, factor, sum);
     }
   }
 
@@ -557,70 +540,77 @@ private:
   int part_bytes() const { return 16 * 128 * c_.warpgroups; }
   int unit_bytes() const { return unit_sums() / 4 * part_bytes(); }
 
-  /// This warp's first row and the tile's first column, in Z's terms.
+  /// Where in Z this lane stores what it has of its warp's first row and column, and how the rows go on.
   void prepare_store(const Place& place) {
-    warp_row_ = w_.add(w_.mad(warpgroup_, c_.waves * 64, place.row), w_.mul(w_.and_(warp_, 3), 16));
-    column_ = place.column;
-    z_matrix_ = w_.add64(z_, w_.mul64(w_.mul64(z_stride_b_, w_.widen(place.batch)), z_bytes()));
-    odd_ = w_.and_(lane_, 1);
-    is_odd_ = w_.compare_u32(Compare::ne, odd_, 0);
+    const B32 warp_row = w_.add(w_.mad(warpgroup_, c_.waves * 64, place.row), w_.mul(w_.and_(warp_, 3), 16));
+    const B32 eighth = w_.shr(lane_, 2), pair = w_.mul(quad_, 2);
+    // Pairs of 16-bit elements change lanes (store_pairs), so that a lane has four neighbours of one of two eights.
+    const B32 four = w_.mad(w_.and_(quad_, 1), 8, w_.mul(w_.shr(quad_, 1), 4));
+    is_odd_ = w_.compare_u32(Compare::ne, w_.and_(lane_, 1), 0);
+    if (c_.swapped) {
+      first_m_ = w_.add(place.column, f32_out() ? pair : eighth);
+      first_n_ = w_.add(warp_row, f32_out() ? eighth : four);
+    } else {
+      first_m_ = w_.add(warp_row, eighth);
+      first_n_ = w_.add(place.column, f32_out() ? pair : four);
+    }
+    const B64 matrix = w_.add64(z_, w_.mul64(w_.mul64(z_stride_b_, w_.widen(place.batch)), z_bytes()));
+    z_row_bytes_ = w_.mul64(w_.widen(z_stride_m_), z_bytes());
+    z_first_ = w_.mad_wide(first_n_, z_bytes(), w_.add64(matrix, w_.mul64(z_row_bytes_, w_.widen(first_m_))));
   }
-  B64 row_of_z(B32 m, B32 n) {
-    return w_.mad_wide(n, z_bytes(), w_.add64(z_matrix_, w_.mul64(w_.mul_wide(m, z_stride_m_), z_bytes())));
+  /// `rows` below and `columns` beside the lane's first element: a constant or, where K was split, a register.
+  GlobalAddress z_at(I32 rows, I32 columns) {
+    const B64 row = rows.is_immediate ? w_.add64(z_first_, w_.mul64(z_row_bytes_, rows.immediate))
+                                      : w_.add64(z_first_, w_.mul64(z_row_bytes_, w_.widen(rows.reg)));
+    if (columns.is_immediate)
+      return {row, columns.immediate * z_bytes()};
+    return {w_.mad_wide(columns, z_bytes(), row)};
   }
-  /// Whether a row and eight columns exist. `n_below`: how far columns go beyond the tile's first.
-  Pred exists(Pred row_exists, B32 n, bool ragged) {
-    return ragged ? w_.both(row_exists, w_.compare_u32(Compare::lt, n, shape_.n)) : row_exists;
+  Pred z_exists(I32 rows, I32 columns) {
+    const Pred row_exists = w_.compare_u32(Compare::lt, w_.add(first_m_, rows), m_);
+    if (shape_.n % n_step() == 0)
+      return row_exists;
+    return w_.both(row_exists, w_.compare_u32(Compare::lt, w_.add(first_n_, columns), shape_.n));
   }
-  bool ragged() const { return shape_.n % n_step() != 0; }
+  I32 plus(I32 a, int b) { return a.is_immediate ? I32(a.immediate + b) : I32(w_.add(a, b)); }
+  I32 times(I32 a, int b) { return a.is_immediate ? I32(a.immediate * b) : I32(w_.mul(a, b)); }
 
   /// Sums of 16 rows and 16 columns (swapped: 8) that this warp has, by wgmma's layout of D: row l/4 (+8), columns
   /// 2·(l mod 4) + {0, 1} of each eight.
   void store_unit(std::span<const F32> v, I32 wave, I32 unit) {
-    const B32 rows = w_.mad(w_.mov(wave), 64, warp_row_), eighth = w_.shr(lane_, 2);
-    if (f32_out() && c_.swapped) {
-      const B32 n = w_.add(rows, eighth);
-      for (int e = 0; e < 2; ++e) {
-        const B32 m = w_.add(w_.mad(w_.mov(unit), 8, column_), w_.add(w_.mul(quad_, 2), e));
-        const Pred row_exists = w_.compare_u32(Compare::lt, m, m_);
-        const B64 at = row_of_z(m, n);
-        for (int half = 0; half < 2; ++half)
-          w_.store_global({at, 32 * half}, v.subspan(static_cast<std::size_t>(2 * half + e), 1),
-                          exists(row_exists, w_.add(n, 8 * half), ragged()));
-      }
-      return;
-    }
     if (c_.swapped) {
-      const B32 m = w_.add(w_.mad(w_.mov(unit), 8, column_), eighth);
-      store_row(w_.transpose(pack(v[1], v[0])), w_.transpose(pack(v[3], v[2])), m, rows);
+      const I32 m = times(unit, 8), n = times(wave, 64);
+      if (!f32_out()) {
+        store_pairs(w_.transpose(pack(v[1], v[0])), w_.transpose(pack(v[3], v[2])), m, n);
+        return;
+      }
+      for (int e = 0; e < 2; ++e)
+        for (int half = 0; half < 2; ++half)
+          w_.store_global(z_at(plus(m, e), plus(n, 8 * half)), v.subspan(static_cast<std::size_t>(2 * half + e), 1),
+                          z_exists(plus(m, e), plus(n, 8 * half)));
       return;
     }
-    const B32 first = w_.mad(w_.mov(unit), 16, column_);
-    for (std::size_t half = 0; half < 2; ++half) {
-      const B32 m = w_.add(w_.add(rows, eighth), static_cast<int>(8 * half));
+    for (int half = 0; half < 2; ++half) {
+      const I32 m = plus(times(wave, 64), 8 * half), n = times(unit, 16);
+      const auto h = static_cast<std::size_t>(2 * half);
       if (!f32_out()) {
-        store_row(pack(v[2 * half + 1], v[2 * half]), pack(v[2 * half + 5], v[2 * half + 4]), m, first);
+        store_pairs(pack(v[h + 1], v[h]), pack(v[h + 5], v[h + 4]), m, n);
         continue;
       }
-      const B32 n = w_.mad(quad_, 2, first);
-      const Pred row_exists = w_.compare_u32(Compare::lt, m, m_);
-      const B64 at = row_of_z(m, n);
-      for (std::size_t group = 0; group < 2; ++group)
-        w_.store_global({at, static_cast<int>(32 * group)}, v.subspan(4 * group + 2 * half, 2),
-                        exists(row_exists, w_.add(n, static_cast<int>(8 * group)), ragged()));
+      for (int eight = 0; eight < 2; ++eight)
+        w_.store_global(z_at(m, plus(n, 8 * eight)), v.subspan(static_cast<std::size_t>(4 * eight) + h, 2),
+                        z_exists(m, plus(n, 8 * eight)));
     }
   }
   B32 pack(F32 high, F32 low) {
     return shape_.z == fp8_block_bmm::ZDtype::f16 ? w_.to_f16x2(high, low) : w_.to_bf16x2(high, low);
   }
-  /// 16 columns of row m, of which this lane has 2·(l mod 4) + {0, 1} and eight further. Neighbours exchange a pair, so
-  /// that each has four in a row.
-  void store_row(B32 low, B32 high, B32 m, B32 first_column) {
+  /// 16 columns of a row, of which this lane has 2·(l mod 4) + {0, 1} and eight further. Neighbours exchange a pair:
+  /// whole sectors of 32 bytes are written.
+  void store_pairs(B32 low, B32 high, I32 m, I32 n) {
     const B32 theirs = w_.shuffle_xor(w_.select(is_odd_, low, high), 1);
     const std::array<B32, 2> four = {w_.select(is_odd_, theirs, low), w_.select(is_odd_, high, theirs)};
-    const B32 eight = w_.mad(odd_, 8, first_column);
-    w_.store_global({row_of_z(m, w_.mad(w_.shr(quad_, 1), 4, eight))}, std::span<const B32>(four),
-                    exists(w_.compare_u32(Compare::lt, m, m_), eight, ragged()));
+    w_.store_global(z_at(m, n), std::span<const B32>(four), z_exists(m, n));
   }
 
   const Shape shape_;
@@ -631,14 +621,12 @@ private:
   B32 thread_, lane_, warp_, rank_, cluster_, clusters_, shared_;
   B32 m_tiles_, matrix_tiles_, all_tiles_, k_first_, steps_;
   Pred yes_, no_, first_lane_, is_odd_;
-  Ahead ahead_;
-  Pred leads_;
-  B64 scale_step_;
+  B32 row_descriptor_, column_descriptor_;
   B32 warpgroup_, quad_, empty_, sums_parity_;
   std::vector<F32> sums_, part_; ///< of all waves, scaled; of 128 k
   std::vector<F32> x_scales_, y_scales_;
-  B32 warp_row_, column_, odd_;
-  B64 z_matrix_;
+  B32 first_m_, first_n_;
+  B64 z_first_, z_row_bytes_;
 };
 
 } // namespace
