@@ -46,6 +46,8 @@ struct Config {
   int y_chunks() const { return (swapped ? rows() : columns) / y_chunk(); }
   int units() const { return waves * columns / (swapped ? 8 : 16); } ///< 16 × 8 or 16 sums of a warp
   int rank_units() const { return (units() + split - 1) / split; }   ///< that one block of a split adds up
+  /// Whether tiles of 16-bit elements leave through shared memory and the copy engine.
+  bool stages_output() const { return !swapped && split == 1 && columns % 64 == 0; }
   std::int64_t shared_bytes() const;
   /// `x2v2n128s4k1g8r`: x or, swapped, y; warpgroups, waves, columns, stages, split, group; r or c for what is shared.
   std::string text() const;

@@ -47,7 +47,8 @@ int register_limit(int threads) {
 std::int64_t Config::shared_bytes() const {
   const std::int64_t scales = (x_rows() + y_chunks() + 3) / 4 * 16 + 16;
   const std::int64_t stage = (rows() + columns) * 128 + scales;
-  return 1024 + stages * stage + (split > 1 ? split * rank_units() * 64 * warpgroups * (swapped ? 32 : 64) : 0);
+  return 1024 + stages * stage + (stages_output() ? rows() * columns * 2 : 0) +
+         (split > 1 ? split * rank_units() * 64 * warpgroups * (swapped ? 32 : 64) : 0);
 }
 
 std::string Config::text() const {
@@ -156,14 +157,13 @@ std::vector<Config> some_rows(const Shape& shape) {
   return all;
 }
 
-/// Tiles of 256 × 128 and 128 × 128, and higher bands where there is more of M than L2 holds at a time.
+/// Tiles of 128 × 128, in bands whose operands L2 holds; narrower ones where they fill the SMs better.
 std::vector<Config> many_rows(const Shape& shape, std::int64_t m_class) {
-  const Config high{.warpgroups = 2, .waves = 2, .columns = 128, .share = Share::rows};
-  const Config low{.warpgroups = 2, .waves = 1, .columns = 128, .share = Share::columns};
-  std::vector<Config> all = {high, low};
-  all.push_back({.warpgroups = 2, .waves = 1, .columns = 128, .share = Share::rows});
-  all.push_back({.warpgroups = 2, .waves = 1, .columns = 192, .share = Share::columns});
-  all.push_back({.warpgroups = 2, .waves = 1, .columns = 64, .share = Share::rows});
+  std::vector<Config> all;
+  for (const int columns : {128, 64})
+    for (const Share share : {Share::columns, Share::rows})
+      for (const int group : {16, 8, 32})
+        all.push_back({.warpgroups = 2, .waves = 1, .columns = columns, .share = share, .group = group});
   if (m_class == kAny)
     return all;
   const auto cost = [&](const Config& c) {

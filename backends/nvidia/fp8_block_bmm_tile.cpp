@@ -56,7 +56,8 @@ private:
   int x_rows() const { return c_.x_rows(); }
   int place_offset() const { return (x_rows() + c_.y_chunks() + 3) / 4 * 16; }
   int scale_bytes() const { return place_offset() + 16; }
-  int scales_offset() const { return kHeader + c_.stages * stage_bytes(); }
+  int output_offset() const { return kHeader + c_.stages * stage_bytes(); }
+  int scales_offset() const { return output_offset() + (c_.stages_output() ? c_.rows() * columns() * 2 : 0); }
   int sums_offset() const { return scales_offset() + c_.stages * scale_bytes(); }
   int empty_offset() const { return 8 * c_.stages; }
   int sums_ready_offset() const { return 16 * c_.stages; }
@@ -70,7 +71,7 @@ private:
   void prologue() {
     x_map_ = w_.parameter_tensor_map("x_map");
     y_map_ = w_.parameter_tensor_map("y_map");
-    w_.parameter_tensor_map("z_map");
+    z_map_ = w_.parameter_tensor_map("z_map");
     w_.parameter_b64("x");
     w_.parameter_b64("y");
     xs_ = w_.parameter_b64("xs");
@@ -93,20 +94,26 @@ private:
     cluster_ = c_.cluster() > 1 ? w_.div_u32(w_.block_x(), c_.cluster()) : w_.block_x();
     clusters_ = c_.cluster() > 1 ? w_.div_u32(w_.blocks_x(), c_.cluster()) : w_.blocks_x();
     shared_ = w_.shared_memory();
-    w_.if_(w_.compare_u32(Compare::eq, thread_, 32), [&] {
-      w_.prefetch_tensor_map(c_.swapped ? y_map_ : x_map_);
-      w_.prefetch_tensor_map(c_.swapped ? x_map_ : y_map_);
-    });
-    w_.if_(w_.compare_u32(Compare::lt, thread_, c_.stages), [&] {
-      const B32 at = w_.mad(thread_, 8, shared_);
-      w_.mbarrier_init({at}, 1 + 32);
-      w_.mbarrier_init({at, empty_offset()}, consumer_warps() * c_.sharing());
-      if (c_.split > 1)
-        w_.if_(w_.compare_u32(Compare::eq, thread_, 0), [&] {
-          w_.mbarrier_init({shared_, sums_ready_offset()}, 1);
-          w_.mbarrier_init({shared_, sums_read_offset()}, consumer_warps() * c_.split);
-        });
+    // One thread each, by its number: the assembler makes a loop over the lanes of anything that may be several.
+    const auto one_thread = [&](int thread, auto body) { w_.if_(w_.compare_u32(Compare::eq, thread_, thread), body); };
+    one_thread(0, [&] {
+      for (int s = 0; s < c_.stages; ++s)
+        w_.mbarrier_init({shared_, 8 * s}, 1 + 32);
       w_.fence_mbarrier_init();
+    });
+    one_thread(32, [&] {
+      for (int s = 0; s < c_.stages; ++s)
+        w_.mbarrier_init({shared_, empty_offset() + 8 * s}, consumer_warps() * c_.sharing());
+      w_.fence_mbarrier_init();
+    });
+    one_thread(64, [&] {
+      w_.prefetch_tensor_map(x_map_);
+      w_.prefetch_tensor_map(y_map_);
+      if (c_.split > 1) {
+        w_.mbarrier_init({shared_, sums_ready_offset()}, 1);
+        w_.mbarrier_init({shared_, sums_read_offset()}, consumer_warps() * c_.split);
+        w_.fence_mbarrier_init();
+      }
     });
     w_.barrier();
     if (c_.cluster() > 1)
@@ -199,7 +206,7 @@ private:
 
   void produce() {
     const Slot slot{w_.mov(0), w_.mov(1)};
-    const Pred leads = w_.compare_u32(Compare::eq, lane_, 0);
+    const Pred leads = w_.compare_u32(Compare::eq, thread_, 32 * consumer_warps());
     const int row_parts = (x_rows() + 31) / 32;
     for_tiles([&](B32 tile) {
       const Place place = locate(tile);
@@ -314,9 +321,9 @@ private:
     w_.if_(w_.compare_u32(Compare::lt, tile, all_tiles_), [&] {
       await_stage(slot);
       w_.loop("tiles", [&] {
+        start_products(0);
         const Place next = load_place(slot);
         load_scales(slot);
-        start_products(0);
         w_.if_(w_.compare_u32(Compare::ne, tile, cluster_), [&] { store_all(place); });
         w_.mov_to(place.row, next.row);
         w_.mov_to(place.column, next.column);
@@ -331,6 +338,7 @@ private:
       });
       store_all(place);
     });
+    w_.bulk_wait_read(0); // the block's memory is read until then
   }
   /// With K split over the cluster.
   void multiply_split(const Slot& slot) {
@@ -479,12 +487,43 @@ private:
   // ---- the way out
 
   void store_all(const Place& place) {
+    if (c_.stages_output() && !f32_out()) {
+      store_staged(place);
+      return;
+    }
     prepare_store(place);
     for (int wave = 0; wave < c_.waves; ++wave)
       for (int u = 0; u < wave_units(); ++u) {
         const auto begin = static_cast<std::size_t>((wave * wave_units() + u) * unit_sums());
         store_unit(std::span<const F32>(sums_).subspan(begin, static_cast<std::size_t>(unit_sums())), wave, u);
       }
+  }
+
+  /// Each warp's 16 rows a wave, 64 columns a box, whose 16-byte chunks are exchanged (128-byte swizzle).
+  void store_staged(const Place& place) {
+    constexpr int kBox = 16 * 128;
+    const int wave_bytes = columns() / 64 * kBox;
+    const B32 buffer = w_.add(w_.mad(warp_, c_.waves * wave_bytes, shared_), output_offset());
+    const B32 row = w_.and_(lane_, 7); // of the matrix lane / 8: rows 0 to 7 and 8 to 15, of eight columns and the next
+    const B32 chunk = w_.xor_(row, w_.shr(lane_, 4));
+    const B32 at = w_.mad(w_.and_(lane_, 15), 128, w_.mad(chunk, 16, buffer));
+    w_.bulk_wait_read(0);
+    w_.barrier_warp();
+    for (int wave = 0; wave < c_.waves; ++wave)
+      for (int u = 0; u < wave_units(); ++u) {
+        const auto v = std::span<const F32>(sums_).subspan(static_cast<std::size_t>((wave * wave_units() + u) * 8), 8);
+        w_.stmatrix({w_.xor_(at, u % 4 * 32), wave * wave_bytes + u / 4 * kBox},
+                    std::array<B32, 4>{pack(v[1], v[0]), pack(v[3], v[2]), pack(v[5], v[4]), pack(v[7], v[6])});
+      }
+    w_.fence_proxy_async();
+    w_.barrier_warp();
+    const Pred leads = w_.compare_u32(Compare::eq, lane_, 0);
+    const B32 first = w_.add(w_.mad(warpgroup_, c_.waves * 64, place.row), w_.mul(w_.and_(warp_, 3), 16));
+    for (int wave = 0; wave < c_.waves; ++wave)
+      for (int box = 0; box < columns() / 64; ++box)
+        w_.store_tensor_3d(z_map_, w_.add(place.column, 64 * box), w_.add(first, 64 * wave), place.batch,
+                           {buffer, wave * wave_bytes + box * kBox}, leads);
+    w_.bulk_commit();
   }
 
   /// K was split over the cluster: block r gets everybody's sums of the units r, r + split, … of each warp, adds them
@@ -616,7 +655,7 @@ private:
   const Shape shape_;
   const Config c_;
   Writer w_;
-  B64 x_map_, y_map_, xs_, ys_, z_, z_stride_b_, xs_stride_b_;
+  B64 x_map_, y_map_, z_map_, xs_, ys_, z_, z_stride_b_, xs_stride_b_;
   B32 m_, z_stride_m_, xs_stride_m_, xs_stride_k_;
   B32 thread_, lane_, warp_, rank_, cluster_, clusters_, shared_;
   B32 m_tiles_, matrix_tiles_, all_tiles_, k_first_, steps_;
@@ -647,6 +686,8 @@ Result<Emitted> emit(Sm sm, const Shape& shape, const Config& config) {
   const int row_box = config.rows() / (config.share == Share::rows ? config.sharing() : 1);
   const int column_box = config.columns / (config.share == Share::columns ? config.sharing() : 1);
   emitted.boxes.x = {.inner = kRow, .rows = config.swapped ? column_box : row_box, .swizzle = 128};
+  if (config.stages_output() && shape.z != fp8_block_bmm::ZDtype::f32)
+    emitted.boxes.z = {.inner = 64, .rows = 16, .swizzle = 128};
   emitted.boxes.y = {.inner = kRow, .rows = config.swapped ? row_box : column_box, .swizzle = 128};
   return emitted;
 }

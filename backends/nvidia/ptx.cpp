@@ -630,6 +630,10 @@ void Writer::ldmatrix(std::span<const B32> d, SharedAddress from, bool transpose
   emit(fmt::format("ldmatrix.sync.aligned.m8n8.x{}{}.shared.b16", d.size(), transposed ? ".trans" : ""),
        {Operand(d), from});
 }
+void Writer::stmatrix(SharedAddress to, std::span<const B32, 4> a) {
+  require(90, 78, "stmatrix");
+  emit("stmatrix.sync.aligned.m8n8.x4.shared.b16", {to, Operand(std::span<const B32>(a))});
+}
 B32 Writer::transpose(B32 a) {
   require(80, 78, "movmatrix");
   return result<B32>("movmatrix.sync.aligned.m8n8.trans.b16", a);
@@ -754,6 +758,31 @@ void Writer::copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 
     append(mask);
   }
   body_ += ";\n";
+}
+void Writer::store_tensor_3d(B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress from, Guard guard) {
+  require(90, 80, "cp.async.bulk.tensor");
+  if (from.offset % 128 != 0)
+    fail(fmt::format("cp.async.bulk.tensor: shared offset {} is not a multiple of 128", from.offset));
+  begin(guard);
+  body_ += "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [";
+  append(tensor_map);
+  body_ += ", {";
+  append(x);
+  body_ += ", ";
+  append(y);
+  body_ += ", ";
+  append(z);
+  body_ += "}], ";
+  append(from);
+  body_ += ";\n";
+}
+void Writer::bulk_commit() {
+  require(90, 80, "cp.async.bulk.commit_group");
+  emit("cp.async.bulk.commit_group", {});
+}
+void Writer::bulk_wait_read(int groups_left) {
+  require(90, 80, "cp.async.bulk.wait_group");
+  emit("cp.async.bulk.wait_group.read", {I32(groups_left)});
 }
 void Writer::prefetch_tensor_map(B64 tensor_map) {
   require(90, 80, "prefetch.tensormap");

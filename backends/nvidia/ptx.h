@@ -251,6 +251,8 @@ public:
               std::span<const B32, 4> c);
   /// One, two or four 8×8 matrices of 16-bit elements ("ldmatrix").
   void ldmatrix(std::span<const B32> d, SharedAddress from, bool transposed = false);
+  /// Four of them, back ("stmatrix"): lane l gives the address of row l mod 8 of matrix l / 8.
+  void stmatrix(SharedAddress to, std::span<const B32, 4> a);
   /// A fragment of an 8×8 matrix of 16-bit elements, transposed ("movmatrix").
   B32 transpose(B32 a);
   /// Another lane's value ("shfl.sync"): of the lane whose number differs in the bits of `mask`, or of lane 0, which
@@ -282,6 +284,11 @@ public:
   /// Of a 3-dimensional one. `blocks`: bits of the cluster's blocks that get it, each at the same address and counted
   /// by its own mbarrier; 0: this block alone.
   void copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress mbarrier, int blocks = 0);
+  /// A box out of shared memory; what lies outside of the tensor is not written. Part of this thread's next group.
+  void store_tensor_3d(B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress from, Guard guard = {});
+  void bulk_commit();
+  /// Until all but `groups_left` of this thread's groups have read their shared memory.
+  void bulk_wait_read(int groups_left);
   void prefetch_tensor_map(B64 tensor_map);
 
   // ---- "Control Flow Instructions"
