@@ -47,8 +47,12 @@ struct Config {
   int units() const { return waves * columns / (swapped ? 8 : 16); } ///< 16 × 8 or 16 sums of a warp
   int rank_units() const { return (units() + split - 1) / split; }   ///< that one block of a split adds up
   /// Whether tiles of 16-bit elements leave through shared memory and the copy engine.
-  bool stages_output() const { return !swapped && split == 1 && columns % 64 == 0; }
+  bool stages_output() const { return split == 1 && (swapped || columns % 64 == 0); }
   std::int64_t shared_bytes() const;
+  /// Of a thread, at most: sums, factors, and what addresses take besides.
+  int registers() const { return columns / 2 * (waves + 1) + (swapped ? columns / 2 : 0) + 40; }
+  /// That run at one time, as their memory and registers allow.
+  int blocks_per_sm() const;
   /// `x2v2n128s4k1g8r`: x or, swapped, y; warpgroups, waves, columns, stages, split, group; r or c for what is shared.
   std::string text() const;
   /// Of what text() gives.

@@ -11,8 +11,10 @@
 namespace kiln::nvidia::fp8 {
 namespace {
 
-constexpr std::int64_t kSharedBytes = 227 * 1024; // that a block of sm_90 may have ("Technical Specifications")
-constexpr int kMaxStages = 32;                    // one lane makes the barriers of each
+// Of sm_90 ("Technical Specifications"): what an SM has, what each block takes besides its own, what one may have.
+constexpr std::int64_t kSmSharedBytes = 228 * 1024, kReservedBytes = 1024;
+constexpr std::int64_t kSharedBytes = kSmSharedBytes - kReservedBytes;
+constexpr int kMaxStages = 32; // one lane makes the barriers of each
 constexpr int kRegisters = 65536;
 
 std::int64_t k_blocks(const Shape& shape) {
@@ -49,6 +51,14 @@ std::int64_t Config::shared_bytes() const {
   const std::int64_t stage = (rows() + columns) * 128 + scales;
   return 1024 + stages * stage + (stages_output() ? rows() * columns * 2 : 0) +
          (split > 1 ? split * rank_units() * 64 * warpgroups * (swapped ? 32 : 64) : 0);
+}
+
+int Config::blocks_per_sm() const {
+  int blocks = 1;
+  while (blocks < 4 && (blocks + 1) * (shared_bytes() + kReservedBytes) <= kSmSharedBytes &&
+         registers() <= register_limit((blocks + 1) * threads()))
+    ++blocks;
+  return blocks;
 }
 
 std::string Config::text() const {
@@ -103,23 +113,34 @@ Status check(const Shape& shape, std::int64_t m_class, bool batch_invariant, con
   const std::int64_t tile_m = c.swapped ? c.columns : c.rows();
   if (c.group == 0 && (m_class == kAny || m_class > tile_m * (m_is_shared ? 2 : 1)))
     return refuse(fmt::format("a tile has {} rows, the class {}", tile_m, m_class));
-  // Sums, and what scales and addresses take besides.
-  const int registers = c.columns / 2 * (c.waves + 1) + (c.swapped ? c.columns / 2 : 0) + 40;
-  if (registers > register_limit(c.threads()))
-    return refuse(fmt::format("about {} registers, a block of {} threads can have {}", registers, c.threads(),
+  if (c.registers() > register_limit(c.threads()))
+    return refuse(fmt::format("about {} registers, a block of {} threads can have {}", c.registers(), c.threads(),
                               register_limit(c.threads())));
   return {};
 }
 
 namespace {
 
-/// X's rows are few: weights on the 64-row side, and as many blocks as there are SMs by splits of K.
+/// What the slowest SM reads, in rows of 128 bytes: tiles in turns, and for each what a block's ring sees of it.
+std::int64_t reads(const Shape& shape, const Config& c) {
+  const std::int64_t blocks = n_tiles(shape, c.swapped ? c.rows() : c.columns) * c.split, turns = (blocks + 131) / 132;
+  const std::int64_t shared = c.share == Share::rows ? c.rows() : c.share == Share::columns ? c.columns : 0;
+  return turns * (c.rows() + c.columns - shared / 2) * ((k_blocks(shape) + c.split - 1) / c.split);
+}
+void order_by_reads(const Shape& shape, std::vector<Config>& configs) {
+  std::stable_sort(configs.begin(), configs.end(),
+                   [&](const Config& a, const Config& b) { return reads(shape, a) < reads(shape, b); });
+}
+
+/// X's rows are few: weights on the 64-row side; splits of K where that leaves SMs without work. Clusters of more than
+/// two find no place on some SMs: only where few of them are needed.
 std::vector<Config> few_rows(const Shape& shape, std::int64_t m_class) {
   std::vector<Config> all;
   for (const int warpgroups : {1, 2, 3}) {
     Config c{.swapped = true, .warpgroups = warpgroups, .waves = 1, .columns = static_cast<int>(m_class), .group = 0};
     const std::int64_t tiles = n_tiles(shape, c.rows());
-    while (c.split < 8 && 2 * c.split * tiles <= kManyBlocks + 4 && 2 * c.split <= k_blocks(shape))
+    while (c.split < 8 && 2 * c.split * tiles <= (c.split == 1 ? kManyBlocks + 4 : kManyBlocks / 2) &&
+           2 * c.split <= k_blocks(shape))
       c.split *= 2;
     all.push_back(c);
     if (c.split == 1 && m_class >= 32) {
@@ -127,12 +148,11 @@ std::vector<Config> few_rows(const Shape& shape, std::int64_t m_class) {
       all.push_back(c);
     }
   }
-  // Least time: turns of the SMs, each of what a block reads for a tile.
-  const auto cost = [&](const Config& c) {
-    const std::int64_t blocks = n_tiles(shape, c.rows()) * c.split, turns = (blocks + 131) / 132;
-    return turns * (c.rows() + c.columns / c.sharing()) * ((k_blocks(shape) + c.split - 1) / c.split);
-  };
-  std::stable_sort(all.begin(), all.end(), [&](const Config& a, const Config& b) { return cost(a) < cost(b); });
+  if (m_class == 64)
+    for (const int columns : {64, 128, 192})
+      for (const Share share : {Share::none, Share::rows})
+        all.push_back({.warpgroups = 1, .waves = 1, .columns = columns, .share = share, .group = 0});
+  order_by_reads(shape, all);
   return all;
 }
 
@@ -148,12 +168,7 @@ std::vector<Config> some_rows(const Shape& shape) {
   all.push_back(split);
   all.push_back({.swapped = true, .warpgroups = 1, .waves = 1, .columns = 128, .group = 0});
   all.push_back({.swapped = true, .warpgroups = 2, .waves = 1, .columns = 128, .share = Share::columns, .group = 0});
-  const auto cost = [&](const Config& c) {
-    const int tile_n = c.swapped ? c.rows() : c.columns;
-    const std::int64_t blocks = n_tiles(shape, tile_n) * c.split, turns = (blocks + 131) / 132;
-    return turns * (tile_n + 128 / c.sharing()) * ((k_blocks(shape) + c.split - 1) / c.split);
-  };
-  std::stable_sort(all.begin(), all.end(), [&](const Config& a, const Config& b) { return cost(a) < cost(b); });
+  order_by_reads(shape, all);
   return all;
 }
 

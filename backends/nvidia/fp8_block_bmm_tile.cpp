@@ -27,7 +27,7 @@ struct Place {
 class Tile {
 public:
   Tile(Sm sm, const Shape& shape, const Config& config)
-      : shape_(shape), c_(config), w_(sm, "main", config.threads(), config.cluster()) {}
+      : shape_(shape), c_(config), w_(sm, "main", config.threads(), config.cluster(), config.blocks_per_sm()) {}
 
   Result<std::string> emit() {
     prologue();
@@ -499,31 +499,57 @@ private:
       }
   }
 
-  /// Each warp's 16 rows a wave, 64 columns a box, whose 16-byte chunks are exchanged (128-byte swizzle).
+  /// Through shared memory, each warp what it has: boxes of 16 rows by 64 columns whose 16-byte chunks are exchanged
+  /// (128-byte swizzle); swapped, of all rows by 16 columns.
   void store_staged(const Place& place) {
-    constexpr int kBox = 16 * 128;
-    const int wave_bytes = columns() / 64 * kBox;
-    const B32 buffer = w_.add(w_.mad(warp_, c_.waves * wave_bytes, shared_), output_offset());
-    const B32 row = w_.and_(lane_, 7); // of the matrix lane / 8: rows 0 to 7 and 8 to 15, of eight columns and the next
-    const B32 chunk = w_.xor_(row, w_.shr(lane_, 4));
-    const B32 at = w_.mad(w_.and_(lane_, 15), 128, w_.mad(chunk, 16, buffer));
+    const int box_bytes = c_.swapped ? columns() * 32 : 16 * 128, boxes = c_.swapped ? 1 : columns() / 64;
+    const B32 buffer = w_.add(w_.mad(warp_, c_.waves * boxes * box_bytes, shared_), output_offset());
     w_.bulk_wait_read(0);
     w_.barrier_warp();
     for (int wave = 0; wave < c_.waves; ++wave)
-      for (int u = 0; u < wave_units(); ++u) {
-        const auto v = std::span<const F32>(sums_).subspan(static_cast<std::size_t>((wave * wave_units() + u) * 8), 8);
-        w_.stmatrix({w_.xor_(at, u % 4 * 32), wave * wave_bytes + u / 4 * kBox},
-                    std::array<B32, 4>{pack(v[1], v[0]), pack(v[3], v[2]), pack(v[5], v[4]), pack(v[7], v[6])});
-      }
+      if (c_.swapped)
+        stage_transposed(buffer, wave, box_bytes);
+      else
+        stage(buffer, wave, box_bytes);
     w_.fence_proxy_async();
     w_.barrier_warp();
     const Pred leads = w_.compare_u32(Compare::eq, lane_, 0);
     const B32 first = w_.add(w_.mad(warpgroup_, c_.waves * 64, place.row), w_.mul(w_.and_(warp_, 3), 16));
     for (int wave = 0; wave < c_.waves; ++wave)
-      for (int box = 0; box < columns() / 64; ++box)
-        w_.store_tensor_3d(z_map_, w_.add(place.column, 64 * box), w_.add(first, 64 * wave), place.batch,
-                           {buffer, wave * wave_bytes + box * kBox}, leads);
+      for (int box = 0; box < boxes; ++box) {
+        const B32 row = w_.add(first, 64 * wave), column = w_.add(place.column, 64 * box);
+        w_.store_tensor_3d(z_map_, c_.swapped ? row : column, c_.swapped ? column : row, place.batch,
+                           {buffer, (wave * boxes + box) * box_bytes}, leads);
+      }
     w_.bulk_commit();
+  }
+  std::span<const F32> unit_of(int wave, int unit) {
+    return std::span<const F32>(sums_).subspan(static_cast<std::size_t>((wave * wave_units() + unit) * unit_sums()),
+                                               static_cast<std::size_t>(unit_sums()));
+  }
+  void stage(B32 buffer, int wave, int box_bytes) {
+    const B32 row = w_.and_(lane_, 7); // of the matrix lane / 8: rows 0 to 7 and 8 to 15, of eight columns and the next
+    const B32 chunk = w_.xor_(row, w_.shr(lane_, 4));
+    const B32 at = w_.mad(w_.and_(lane_, 15), 128, w_.mad(chunk, 16, buffer));
+    for (int u = 0; u < wave_units(); ++u) {
+      const std::span<const F32> v = unit_of(wave, u);
+      const std::array<B32, 4> matrices = {pack(v[1], v[0]), pack(v[3], v[2]), pack(v[5], v[4]), pack(v[7], v[6])};
+      w_.stmatrix({w_.xor_(at, u % 4 * 32), (wave * columns() / 64 + u / 4) * box_bytes}, matrices);
+    }
+  }
+  void stage_transposed(B32 buffer, int wave, int box_bytes) {
+    // Row of the matrix lane / 8: columns of Z 0 to 7 and 8 to 15, of eight rows and the next.
+    const B32 row = w_.mad(w_.shr(lane_, 4), 8, w_.and_(lane_, 7)), chunk = w_.and_(w_.shr(lane_, 3), 1);
+    const B32 at = w_.mad(row, 32, w_.mad(chunk, 16, buffer));
+    for (int u = 0; u < wave_units(); u += 2) {
+      std::vector<B32> matrices;
+      for (int i = u; i < std::min(u + 2, wave_units()); ++i) {
+        const std::span<const F32> v = unit_of(wave, i);
+        matrices.push_back(pack(v[1], v[0]));
+        matrices.push_back(pack(v[3], v[2]));
+      }
+      w_.stmatrix({at, wave * box_bytes + u * 8 * 32}, matrices, true);
+    }
   }
 
   /// K was split over the cluster: block r gets everybody's sums of the units r, r + split, … of each warp, adds them
@@ -682,12 +708,13 @@ Result<Emitted> emit(Sm sm, const Shape& shape, const Config& config) {
   emitted.launch.cluster_x = config.cluster() > 1 ? config.cluster() : 0;
   emitted.launch.threads = config.threads();
   emitted.launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes());
-  emitted.launch.blocks_per_sm = 1;
+  emitted.launch.blocks_per_sm = config.blocks_per_sm();
   const int row_box = config.rows() / (config.share == Share::rows ? config.sharing() : 1);
   const int column_box = config.columns / (config.share == Share::columns ? config.sharing() : 1);
   emitted.boxes.x = {.inner = kRow, .rows = config.swapped ? column_box : row_box, .swizzle = 128};
   if (config.stages_output() && shape.z != fp8_block_bmm::ZDtype::f32)
-    emitted.boxes.z = {.inner = 64, .rows = 16, .swizzle = 128};
+    emitted.boxes.z = config.swapped ? cuda::TensorBox{.inner = 16, .rows = config.columns}
+                                     : cuda::TensorBox{.inner = 64, .rows = 16, .swizzle = 128};
   emitted.boxes.y = {.inner = kRow, .rows = config.swapped ? row_box : column_box, .swizzle = 128};
   return emitted;
 }

@@ -630,9 +630,14 @@ void Writer::ldmatrix(std::span<const B32> d, SharedAddress from, bool transpose
   emit(fmt::format("ldmatrix.sync.aligned.m8n8.x{}{}.shared.b16", d.size(), transposed ? ".trans" : ""),
        {Operand(d), from});
 }
-void Writer::stmatrix(SharedAddress to, std::span<const B32, 4> a) {
+void Writer::stmatrix(SharedAddress to, std::span<const B32> a, bool transposed) {
   require(90, 78, "stmatrix");
-  emit("stmatrix.sync.aligned.m8n8.x4.shared.b16", {to, Operand(std::span<const B32>(a))});
+  if (a.size() != 1 && a.size() != 2 && a.size() != 4) {
+    fail(fmt::format("stmatrix of {} matrices: allowed are 1, 2 and 4", a.size()));
+    return;
+  }
+  emit(fmt::format("stmatrix.sync.aligned.m8n8.x{}{}.shared.b16", a.size(), transposed ? ".trans" : ""),
+       {to, Operand(a)});
 }
 B32 Writer::transpose(B32 a) {
   require(80, 78, "movmatrix");

@@ -251,8 +251,8 @@ public:
               std::span<const B32, 4> c);
   /// One, two or four 8×8 matrices of 16-bit elements ("ldmatrix").
   void ldmatrix(std::span<const B32> d, SharedAddress from, bool transposed = false);
-  /// Four of them, back ("stmatrix"): lane l gives the address of row l mod 8 of matrix l / 8.
-  void stmatrix(SharedAddress to, std::span<const B32, 4> a);
+  /// One, two or four of them, back ("stmatrix"): lane l gives the address of row l mod 8 of matrix l / 8.
+  void stmatrix(SharedAddress to, std::span<const B32> a, bool transposed = false);
   /// A fragment of an 8×8 matrix of 16-bit elements, transposed ("movmatrix").
   B32 transpose(B32 a);
   /// Another lane's value ("shfl.sync"): of the lane whose number differs in the bits of `mask`, or of lane 0, which
