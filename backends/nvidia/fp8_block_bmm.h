@@ -33,7 +33,7 @@ struct Config {
   int waves = 2;             ///< of 64 rows, that a warpgroup multiplies one after the other
   int columns = 128;         ///< of one wgmma: a multiple of 8, unless swapped 16, to 256
   int stages = 4;            ///< of 128 k in the ring
-  int split = 1;             ///< blocks of a cluster that take turns along K
+  int split = 1;             ///< blocks of a cluster that share a tile, each with a part of K
   Share share = Share::none; ///< by a cluster of two; none with a split
   int group = 8;             ///< tiles along M that run side by side; 0: M is within one
 

@@ -124,14 +124,16 @@ private:
     m_tiles_ = c_.group == 0 ? w_.mov(1) : w_.div_u32(w_.add(m_, m_step() - 1), m_step());
     matrix_tiles_ = w_.mul(m_tiles_, n_tiles());
     all_tiles_ = w_.mul(matrix_tiles_, shape_.b);
+    k_first_ = w_.mov(0);
+    steps_ = w_.mov(k_blocks());
     if (c_.split > 1) {
-      k_first_ = rank_;
-      steps_ = w_.div_u32(w_.sub(k_blocks() + c_.split - 1, rank_), c_.split);
-    } else {
-      k_first_ = w_.mov(0);
-      steps_ = w_.mov(k_blocks());
+      k_first_ = w_.mul(rank_, rank_steps());
+      steps_ = w_.max_s32(w_.min_s32(w_.sub(k_blocks(), k_first_), rank_steps()), 0);
     }
   }
+  /// Of 128 k that each block of a split takes, but the last ones fewer.
+  int rank_steps() const { return static_cast<int>((k_blocks() + c_.split - 1) / c_.split); }
+  bool every_rank_has_steps() const { return (c_.split - 1) * rank_steps() < k_blocks(); }
   /// Rows of the 64-row operand, and of the other, that a cluster's tiles take.
   int cluster_rows() const { return c_.rows() * (c_.share == Share::columns ? c_.sharing() : 1); }
   int cluster_columns() const { return columns() * (c_.share == Share::rows ? c_.sharing() : 1); }
@@ -186,7 +188,7 @@ private:
         return w_.compare_u32(Compare::lt, step, steps_);
       });
     };
-    if (k_blocks() >= c_.split)
+    if (every_rank_has_steps())
       loop();
     else
       w_.if_(w_.compare_u32(Compare::ne, steps_, 0), loop);
@@ -224,7 +226,7 @@ private:
       const Pred has_row = w_.compare_u32(Compare::lt, lane_, x_rows() - 32 * (row_parts - 1));
       const B32 block = w_.min_u32(w_.shr(w_.mad(lane_, c_.y_chunk(), y_row), 7), n_blocks() - 1);
       const B64 y_from = w_.mad_wide(w_.mad(w_.mad(place.batch, n_blocks(), block), k_blocks(), k_first_), 4, ys_);
-      const B64 step_bytes = w_.mul_wide(xs_stride_k_, 4 * c_.split);
+      const B64 step_bytes = w_.mul_wide(xs_stride_k_, 4);
       for_steps([&](B32 step) {
         const B32 full = w_.mad(slot.index, 8, shared_);
         w_.mbarrier_wait({full, empty_offset()}, slot.parity);
@@ -244,7 +246,7 @@ private:
           w_.add64_to(from[static_cast<std::size_t>(i)], from[static_cast<std::size_t>(i)], step_bytes);
         }
         w_.cp_async_word({scales, scales_offset() + 4 * x_rows()}, {y_from}, w_.mov(4), has_y);
-        w_.add64_to(y_from, y_from, 4 * c_.split);
+        w_.add64_to(y_from, y_from, 4);
         w_.cp_async_mbarrier_arrive({full});
         advance(slot);
       });
@@ -256,7 +258,7 @@ private:
   void copy_operands(const Slot& slot, B32 step, const Place& place) {
     const B32 full = w_.mad(slot.index, 8, shared_);
     const B32 stage = w_.mad(slot.index, stage_bytes(), w_.add(shared_, kHeader));
-    const B32 k = w_.mul(c_.split > 1 ? w_.mad(step, c_.split, k_first_) : step, kRow);
+    const B32 k = w_.mul(w_.add(step, k_first_), kRow);
     w_.mbarrier_expect_bytes({full}, stage_bytes());
     copy(stage, c_.swapped ? y_map_ : x_map_, k, place.row, c_.rows(), c_.share == Share::rows, place.batch, full);
     copy(w_.add(stage, row_bytes()), c_.swapped ? x_map_ : y_map_, k, place.column, columns(),
@@ -353,7 +355,7 @@ private:
         finish_step(slot, more, true);
         w_.if_(more, [&] { multiply_others(slot); });
       };
-      if (k_blocks() >= c_.split) {
+      if (every_rank_has_steps()) {
         steps();
       } else {
         for (const F32 sum : sums_)
