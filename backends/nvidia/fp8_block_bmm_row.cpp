@@ -54,8 +54,7 @@ Result<CodeObject> compile_configured(const KernelDesc& desc, const Target& targ
                                       std::string_view configuration) {
   const std::optional<fp8::Config> config = fp8::Config::parse(configuration);
   if (!config)
-    return Status::error(Code::invalid_argument,
-                         fmt::format("fp8_block_bmm: '{}' is no configuration", configuration));
+    return Status::error(Code::invalid_argument, fmt::format("fp8_block_bmm: '{}' is no configuration", configuration));
   if (Status s = fp8::check(shape_of(desc), desc.value[kM], is_batch_invariant(desc), *config); !s)
     return s;
   return compile_config(desc, target, *config);
