@@ -584,7 +584,13 @@ static void test_ahead_of_time(kiln_engine* engine) {
   CHECK_ERROR(kiln_prefetch_wait(engine, -1), KILN_INVALID_ARGUMENT, "timeout_ms is -1");
   CHECK_ERROR(kiln_warmup(engine, list, 2, "vax", &result), KILN_INVALID_ARGUMENT, "vax");
   CHECK_ERROR(kiln_warmup(engine, NULL, 2, NULL, &result), KILN_INVALID_ARGUMENT, "descs is null");
+  kiln_tune_result tuned = KILN_TUNE_RESULT_INIT;
+  CHECK(kiln_tune(engine, list, 2, &tuned) == KILN_OK); /* CPU kernels have one configuration */
+  CHECK(tuned.tuned == 0 && tuned.without == 2 && tuned.failed == 0);
+  CHECK_ERROR(kiln_tune(NULL, list, 2, &tuned), KILN_INVALID_ARGUMENT, "engine is null");
+  CHECK_ERROR(kiln_tune(engine, NULL, 2, &tuned), KILN_INVALID_ARGUMENT, "descs is null");
   two.n = -1;
+  CHECK_ERROR(kiln_tune(engine, list, 2, &tuned), KILN_INVALID_ARGUMENT, "descs[1]");
   CHECK_ERROR(kiln_prefetch(engine, list, 2), KILN_INVALID_ARGUMENT, "descs[1]");
   kiln_stats stats = KILN_STATS_INIT;
   CHECK(kiln_get_stats(engine, &stats) == KILN_OK);

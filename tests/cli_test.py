@@ -322,6 +322,9 @@ class Warmup(CommandTest):
             self.assertEqual((0, 8, {op}), (report["failed"], report["kernels"], {row["desc"].split()[0] for row in report["results"]}))
 
     def test_deepseek_layers(self):
+        report = self.json("warmup", "--model", MODELS / "deepseek-v3.json", "--scheme", "fp8-block", "--tokens", "1,8", "--target", "sm_90a")
+        self.assertEqual((24, 12, 0), (report["descs"], report["compiled"], report["failed"]))  # one class of m
+        self.assertIn("fp8_block_bmm b=1 m=8 n=24576 k=1536 ", " ".join(row["desc"] for row in report["results"]))
         results = self.json("warmup", "--model", MODELS / "deepseek-v3.json", "--scheme", "w8a8", "--tokens", "1")["results"]
         shapes = {tuple(map(int, re.search(r" n=(\d+) k=(\d+) ", row["desc"]).groups())) for row in results}
         self.assertEqual({(1536, 7168), (24576, 1536), (576, 7168), (32768, 512), (7168, 16384), (18432, 7168), (36864, 7168), (7168, 18432),

@@ -7,6 +7,7 @@
 
 #include "api/cli/json_file.h"
 #include "jit/op.h"
+#include "jit/ops/fp8_block_bmm.h"
 #include "jit/ops/int8_linear.h"
 #include "jit/ops/int8_mm.h"
 
@@ -133,6 +134,13 @@ constexpr SchemeRow kSchemes[] = {
     // As linear layers of language models have it: bf16 activations, no bias.
     {"w8a8-dynamic",
      [](std::int64_t tokens, const Linear& linear) { return int8_linear::make_desc(tokens, linear.n, linear.k); }},
+    // Weights in blocks of 128 × 128, as DeepSeek-V3 has them: on the GPUs that compute with them.
+    {"fp8-block",
+     [](std::int64_t tokens, const Linear& linear) {
+       KernelDesc desc = fp8_block_bmm::make_desc(1, tokens, linear.n, linear.k);
+       desc.device = {DeviceKind::cuda, 0};
+       return desc;
+     }},
 };
 
 } // namespace

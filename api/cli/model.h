@@ -10,7 +10,7 @@
 namespace kiln::cli {
 
 /// The kernels that a model's linear layers need, for each number of tokens: `path` is a Hugging Face config.json,
-/// `scheme` a row of the table of schemes (`w8a8`: int8_mm with weights as [N][K], `w8a8-dynamic`: int8_linear).
+/// `scheme` a row of the table of schemes (`w8a8`: int8_mm with weights as [N][K], `w8a8-dynamic`: int8_linear, `fp8-block`: fp8_block_bmm on cuda:0).
 /// Projections that hosts often fuse (q, k, v; gate and up) are there in both forms. Each desc once.
 /// Code::invalid_argument names file, line and field.
 Result<std::vector<KernelDesc>> model_kernels(const std::string& path, const std::string& scheme,

@@ -261,7 +261,7 @@ Command warmup_command(CLI::App& kiln) {
   app->add_option("WHAT", options->words, "A manifest (MANIFEST.json), or an op, then field=value");
   app->add_option("--model", options->model, "A model's config.json (Hugging Face): the kernels of its linear layers");
   app->add_option("--scheme", options->scheme,
-                  "How the model is quantised: w8a8 (int8_mm) or w8a8-dynamic (int8_linear)");
+                  "How the model is quantised: w8a8 (int8_mm), w8a8-dynamic (int8_linear) or fp8-block (fp8_block_bmm)");
   app->add_option("--tokens", options->tokens, "Numbers of tokens per call, as 1,16,128")
       ->delimiter(',')
       ->allow_extra_args(false)
