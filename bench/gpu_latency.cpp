@@ -317,9 +317,11 @@ void launch(Report& report, const Gpu& gpu) {
   check(kiln_get(engine.get(), &desc.base, &made), "kiln_get");
   const KernelHandle kernel(made);
   const Fp8Product product(gpu, desc);
-  const Contender fp8[] = {batched("fp8", [&] { check(kiln_run(kernel.get(), &product.args.base), "kiln_run"); })};
-  at_most(report, "launch", "kiln_run, fp8_block_bmm 16×128×128, tensor maps kept, p50",
-          race(fp8, {.rounds = 51, .sample_seconds = 2e-3})[0].median() * 1e6, "µs", 3, "the whole call on the host");
+  const Contender fp8[] = {contenders[0],
+                           batched("fp8", [&] { check(kiln_run(kernel.get(), &product.args.base), "kiln_run"); })};
+  const std::vector<Series> both = race(fp8, {.rounds = 51, .sample_seconds = 2e-3});
+  at_most(report, "launch", "kiln_run, fp8_block_bmm 16×128×128, tensor maps kept, p50", both[1].median() * 1e6, "µs",
+          3, fmt::format("of which cuLaunchKernel {:.2f} µs", both[0].median() * 1e6));
 }
 
 int run(bool smoke, const std::string& json) {
