@@ -5,7 +5,6 @@
 #include <charconv>
 
 #include "backends/nvidia/fp8_block_bmm.h"
-#include "backends/nvidia/row_parts.h"
 
 /// Which configuration serves a shape: what one may be, the one taken without timing, those worth timing.
 namespace kiln::nvidia::fp8 {
@@ -20,11 +19,6 @@ constexpr int kRegisters = 65536;
 std::int64_t k_blocks(const Shape& shape) {
   return (shape.k + 127) / 128;
 }
-/// Tiles of a batch of few rows: all lie along N.
-std::int64_t n_tiles(const Shape& shape, int rows) {
-  return (shape.n + rows - 1) / rows * shape.b;
-}
-
 /// As many stages as fit, but no more than K has use for.
 Config with_stages(Config config, const Shape& shape) {
   config.stages = 1;
@@ -121,86 +115,69 @@ Status check(const Shape& shape, std::int64_t m_class, bool batch_invariant, con
 
 namespace {
 
-/// What the slowest SM reads, in rows of 128 bytes: tiles in turns, and for each what a block's ring sees of it.
-std::int64_t reads(const Shape& shape, const Config& c) {
-  const std::int64_t blocks = n_tiles(shape, c.swapped ? c.rows() : c.columns) * c.split, turns = (blocks + 131) / 132;
-  const std::int64_t shared = c.share == Share::rows ? c.rows() : c.share == Share::columns ? c.columns : 0;
-  return turns * (c.rows() + c.columns - shared / 2) * ((k_blocks(shape) + c.split - 1) / c.split);
-}
-void order_by_reads(const Shape& shape, std::vector<Config>& configs) {
-  std::stable_sort(configs.begin(), configs.end(),
-                   [&](const Config& a, const Config& b) { return reads(shape, a) < reads(shape, b); });
+constexpr int kSms = 132;              // of the H100 and H200; others get along with what suits these
+constexpr std::int64_t kUsualM = 4096; // of the class without bound
+constexpr std::size_t kCandidates = 16;
+
+/// About how many cycles the busiest SM needs. Constants are fits to times on an H200: per 128 of k 1.35 of what the
+/// tensor cores alone take (4096 products a cycle), or 40 bytes a cycle of what comes from L2; what a tile costs
+/// besides its steps, hidden where an SM has several blocks; the sums over a cluster.
+double cycles(const Shape& shape, std::int64_t m, const Config& c) {
+  const std::int64_t tile_m = c.swapped ? c.columns : c.rows(), tile_n = c.swapped ? c.rows() : c.columns;
+  const std::int64_t blocks = (m + tile_m - 1) / tile_m * ((shape.n + tile_n - 1) / tile_n) * shape.b * c.split;
+  const double turns = static_cast<double>((blocks + kSms - 1) / kSms);
+  const double steps = static_cast<double>((k_blocks(shape) + c.split - 1) / c.split);
+  const int halved = c.share == Share::rows ? c.rows() : c.share == Share::columns ? c.columns : 0;
+  const double products = 1.35 * c.rows() * c.columns / 32, reads = 128.0 / 40 * (c.rows() + c.columns - halved / 2);
+  return turns * (steps * std::max(products, reads) + 1000.0 / c.blocks_per_sm()) + (c.split > 1 ? 1500 : 0);
 }
 
-/// X's rows are few: weights on the 64-row side; splits of K where that leaves SMs without work. Clusters of more than
-/// two find no place on some SMs: only where few of them are needed.
-std::vector<Config> few_rows(const Shape& shape, std::int64_t m_class) {
+/// Whatever may be good for a class.
+std::vector<Config> pool(const Shape& shape, std::int64_t m_class) {
   std::vector<Config> all;
-  for (const int warpgroups : {1, 2, 3}) {
-    Config c{.swapped = true, .warpgroups = warpgroups, .waves = 1, .columns = static_cast<int>(m_class), .group = 0};
-    const std::int64_t tiles = n_tiles(shape, c.rows());
-    while (c.split < 8 && 2 * c.split * tiles <= (c.split == 1 ? kManyBlocks + 4 : kManyBlocks / 2) &&
-           2 * c.split <= k_blocks(shape))
-      c.split *= 2;
-    all.push_back(c);
-    if (c.split == 1 && m_class >= 32) {
-      c.share = Share::columns;
+  const bool unbounded = m_class == kAny;
+  const auto add = [&](Config c) {
+    const std::int64_t tile_m = c.swapped ? c.columns : c.rows();
+    const bool one_high = !unbounded && m_class <= tile_m;
+    const std::int64_t tiles = (shape.n + (c.swapped ? c.rows() : c.columns) - 1) / (c.swapped ? c.rows() : c.columns) *
+                               shape.b * (unbounded ? 1 : (m_class + tile_m - 1) / tile_m);
+    for (const Share share : {Share::columns, Share::rows, Share::none})
+      for (const int group : {16, 8}) {
+        c.share = share;
+        c.group = one_high ? 0 : group;
+        const bool along_m = (share == Share::rows) == c.swapped, pays = !c.swapped || c.columns >= 32;
+        if (share == Share::none || (pays && !(one_high && along_m)))
+          if (!one_high || group == 16)
+            all.push_back(c);
+      }
+    c.share = Share::none;
+    c.group = one_high ? 0 : 16;
+    // Clusters of more than two find no place on some SMs: only where few of them are needed.
+    for (c.split = 2; !unbounded && c.split <= 8 && c.split * tiles <= (c.split == 2 ? kSms : kSms / 2); c.split *= 2)
       all.push_back(c);
-    }
-  }
-  if (m_class == 64)
-    for (const int columns : {64, 128, 192})
-      for (const Share share : {Share::none, Share::rows})
-        all.push_back({.warpgroups = 1, .waves = 1, .columns = columns, .share = share, .group = 0});
-  order_by_reads(shape, all);
-  return all;
-}
-
-/// One tile's height of X, and weights in narrow ones.
-std::vector<Config> some_rows(const Shape& shape) {
-  std::vector<Config> all;
-  for (const int columns : {64, 128, 32})
-    all.push_back({.warpgroups = 2, .waves = 1, .columns = columns, .share = Share::rows, .group = 0});
-  Config split{.warpgroups = 2, .waves = 1, .columns = 128, .group = 0};
-  while (split.split < 4 && 2 * split.split * n_tiles(shape, 128) <= kManyBlocks + 4 &&
-         2 * split.split <= k_blocks(shape))
-    split.split *= 2;
-  all.push_back(split);
-  all.push_back({.swapped = true, .warpgroups = 1, .waves = 1, .columns = 128, .group = 0});
-  all.push_back({.swapped = true, .warpgroups = 2, .waves = 1, .columns = 128, .share = Share::columns, .group = 0});
-  order_by_reads(shape, all);
-  return all;
-}
-
-/// Tiles of 128 × 128, in bands whose operands L2 holds; narrower ones where they fill the SMs better.
-std::vector<Config> many_rows(const Shape& shape, std::int64_t m_class) {
-  std::vector<Config> all;
-  for (const int columns : {128, 64})
-    for (const Share share : {Share::columns, Share::rows})
-      for (const int group : {16, 8, 32})
-        all.push_back({.warpgroups = 2, .waves = 1, .columns = columns, .share = share, .group = group});
-  if (m_class == kAny)
-    return all;
-  const auto cost = [&](const Config& c) {
-    const std::int64_t tiles = (m_class + c.rows() - 1) / c.rows() * n_tiles(shape, c.columns);
-    return (tiles + 131) / 132 * (c.rows() * c.columns + 8 * (c.rows() + c.columns));
   };
-  std::stable_sort(all.begin(), all.end(), [&](const Config& a, const Config& b) { return cost(a) < cost(b); });
+  if (unbounded || m_class >= 64)
+    for (const int columns : {128, 64, 192, 32})
+      add({.warpgroups = m_class == 64 ? 1 : 2, .waves = 1, .columns = columns});
+  if (!unbounded && m_class <= 128)
+    for (const int warpgroups : {1, 2, 3})
+      add({.swapped = true, .warpgroups = warpgroups, .waves = 1, .columns = static_cast<int>(m_class)});
   return all;
 }
 
 } // namespace
 
 std::vector<Config> candidates(const Shape& shape, std::int64_t m_class, bool batch_invariant) {
-  std::vector<Config> all = m_class == kAny || m_class > 128 ? many_rows(shape, m_class)
-                            : m_class > 64                   ? some_rows(shape)
-                                                             : few_rows(shape, m_class);
   std::vector<Config> good;
-  for (const Config& c : all) {
+  for (const Config& c : pool(shape, m_class)) {
     const Config config = with_stages(c, shape);
-    if (check(shape, m_class, batch_invariant, config) && std::find(good.begin(), good.end(), config) == good.end())
+    if (check(shape, m_class, batch_invariant, config))
       good.push_back(config);
   }
+  const std::int64_t m = m_class == kAny ? kUsualM : m_class;
+  std::stable_sort(good.begin(), good.end(),
+                   [&](const Config& a, const Config& b) { return cycles(shape, m, a) < cycles(shape, m, b); });
+  good.resize(std::min(good.size(), kCandidates));
   return good;
 }
 
