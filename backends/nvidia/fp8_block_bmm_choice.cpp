@@ -141,7 +141,7 @@ std::vector<Config> pool(const Shape& shape, std::int64_t m_class) {
     const bool one_high = !unbounded && m_class <= tile_m;
     const std::int64_t tiles = (shape.n + (c.swapped ? c.rows() : c.columns) - 1) / (c.swapped ? c.rows() : c.columns) *
                                shape.b * (unbounded ? 1 : (m_class + tile_m - 1) / tile_m);
-    for (const Share share : {Share::columns, Share::rows, Share::none})
+    for (const Share share : {Share::rows, Share::columns, Share::none})
       for (const int group : {16, 8}) {
         c.share = share;
         c.group = one_high ? 0 : group;
