@@ -9,6 +9,7 @@
 
 #include "api/c_attention.h"
 #include "api/c_boundary.h"
+#include "api/c_fp8_block_bmm.h"
 #include "api/c_int4_mm.h"
 #include "api/c_int8_linear.h"
 #include "api/c_int8_mm.h"
@@ -26,7 +27,7 @@ struct kiln_engine {
 namespace kiln {
 
 const COp* find_c_op(std::int32_t op) {
-  static const COp table[] = {c_int8_mm(), c_int8_linear(), c_int4_mm(), c_attention()};
+  static const COp table[] = {c_int8_mm(), c_int8_linear(), c_int4_mm(), c_fp8_block_bmm(), c_attention()};
   for (const COp& row : table)
     if (static_cast<std::int32_t>(row.op) == op)
       return &row;
@@ -71,7 +72,7 @@ Status known_op(std::int32_t op, const COp*& row) {
   if (row == nullptr)
     return Status::error(Code::invalid_argument,
                          fmt::format("unknown op {}: known are KILN_OP_INT8_MM (1), KILN_OP_INT8_LINEAR (2), "
-                                     "KILN_OP_INT4_MM (3), KILN_OP_ATTENTION (5)",
+                                     "KILN_OP_INT4_MM (3), KILN_OP_FP8_BLOCK_BMM (4), KILN_OP_ATTENTION (5)",
                                      op));
   return {};
 }
@@ -277,6 +278,8 @@ kiln_status kiln_kernel_get_info(const kiln_kernel* kernel, kiln_kernel_info* in
     out.m_max = k.m_range().max;
     out.compile_us = k.compile_us;
     out.load_us = k.load_us;
+    out.configuration = k.code().configuration.c_str();
+    out.tuned_for = k.code().tuned_for.c_str();
     return write_sized("info", out, info);
   });
 }
@@ -455,6 +458,33 @@ kiln_status kiln_warmup(kiln_engine* engine, const kiln_desc* const* descs, size
       } else {
         ++(*warmed == Engine::Warmed::hit ? counts.hit : counts.compiled);
       }
+    }
+    if (result != nullptr)
+      if (Status s = write_sized("result", counts, result); !s)
+        return s;
+    return first_failure;
+  });
+}
+
+kiln_status kiln_tune(kiln_engine* engine, const kiln_desc* const* descs, size_t count, kiln_tune_result* result) {
+  return guarded([&]() -> Status {
+    if (engine == nullptr)
+      return null_argument("engine");
+    std::vector<KernelDesc> list;
+    if (Status s = read_descs(descs, count, list); !s)
+      return s;
+    kiln_tune_result counts = KILN_TUNE_RESULT_INIT;
+    Status first_failure;
+    for (const KernelDesc& desc : list) {
+      const Result<bool> can = engine->engine->can_tune(desc);
+      if (can && !*can) {
+        ++counts.without;
+        continue;
+      }
+      const Result<Engine::Tuned> tuned = can ? engine->engine->tune(desc) : Result<Engine::Tuned>(can.status());
+      ++(tuned ? counts.tuned : counts.failed);
+      if (!tuned && first_failure.is_ok())
+        first_failure = tuned.status();
     }
     if (result != nullptr)
       if (Status s = write_sized("result", counts, result); !s)

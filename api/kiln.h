@@ -116,7 +116,7 @@ typedef enum kiln_op {
   KILN_OP_INT8_MM = 1,
   KILN_OP_INT8_LINEAR = 2,
   KILN_OP_INT4_MM = 3,
-  KILN_OP_FP8_BLOCK_BMM = 4, /* reserved */
+  KILN_OP_FP8_BLOCK_BMM = 4,
   KILN_OP_ATTENTION = 5
 } kiln_op;
 
@@ -131,7 +131,7 @@ typedef struct kiln_desc {
   int32_t reserved; /* 0 */
 } kiln_desc;
 
-typedef enum kiln_dtype { KILN_S8 = 0, KILN_U8 = 1, KILN_S32 = 2, KILN_F32 = 3, KILN_BF16 = 4, KILN_F16 = 5 } kiln_dtype;
+typedef enum kiln_dtype { KILN_S8 = 0, KILN_U8 = 1, KILN_S32 = 2, KILN_F32 = 3, KILN_BF16 = 4, KILN_F16 = 5, KILN_E4M3 = 6, KILN_E5M2 = 7 } kiln_dtype;
 typedef enum kiln_b_layout {
   KILN_B_KN = 0, /* B is [K][N] */
   KILN_B_NK = 1  /* B is [N][K], as linear layers keep their weights */
@@ -251,6 +251,25 @@ typedef struct kiln_int4_mm_desc {
 } kiln_int4_mm_desc;
 #define KILN_INT4_MM_DESC_INIT {{sizeof(kiln_int4_mm_desc), KILN_OP_INT4_MM, KILN_DEVICE_CPU, 0, 0}, 0, 0, 0, 128, 0, 0, 0}
 
+/* fp8_block_bmm: Z[b] = Σ_j (X[b,:,j] · Y[b,:,j]ᵀ) · xs[b,m,j] · ys[b,⌊n/128⌋,j], a batched product of 8-bit floats (OCP E4M3 and E5M2) scaled in blocks: j counts
+ * blocks of 128 of K, the last one as short as it comes; xs has a scale for each row of X and block, ys one for 128 rows of Y and block. Each block's sum of products
+ * is promoted to f32 before it is scaled. n is a multiple of 8, k of 16; b from 0 to 65535. Y is [b][n][k] and ys [b][⌈n/128⌉][⌈k/128⌉], both contiguous; X, xs and Z
+ * have strides (kiln_fp8_block_bmm_args). Nothing is packed.
+ * m: the rows of the calls to come. One kernel serves a class of m (up to 8; 16; 32; 64; 128; 256; 512; more), so that a host compiles at most eight per (b, n, k).
+ * KILN_ANY stands for the last class. batch_invariant: a row's bits do not depend on m (one kernel for all m). Results are equal from run to run in any case.
+ * A NaN makes its outputs NaN and no others; beyond F16's range they are infinite. Within 4e-3 of the exact product (norm of the difference over the norm), plus
+ * 2^-12 · |X| · |Y| for the tensor cores' own sums. GPUs of compute capability 9.0 (sm_90a) only; CPUs have the reference only. */
+typedef struct kiln_fp8_block_bmm_desc {
+  kiln_desc base;
+  int64_t b, m, n, k;
+  int32_t x_dtype;         /* KILN_E4M3 or KILN_E5M2 */
+  int32_t y_dtype;         /* likewise */
+  int32_t z_dtype;         /* KILN_BF16, KILN_F16 or KILN_F32 */
+  int32_t batch_invariant; /* 0 or 1 */
+} kiln_fp8_block_bmm_desc;
+#define KILN_FP8_BLOCK_BMM_DESC_INIT \
+  {{sizeof(kiln_fp8_block_bmm_desc), KILN_OP_FP8_BLOCK_BMM, KILN_DEVICE_CPU, 0, 0}, 1, 0, 0, 0, KILN_E4M3, KILN_E4M3, KILN_BF16, 0}
+
 /* Which keys a query sees, both counted from 0. */
 typedef enum kiln_causal {
   KILN_CAUSAL_NONE = 0,        /* all */
@@ -321,8 +340,10 @@ typedef struct kiln_kernel_info {
   int64_t m_min, m_max; /* the m it serves */
   int64_t compile_us;   /* by the process that compiled it */
   int64_t load_us;
+  const char* configuration; /* of a kernel that can be made in several, as `kiln explain` shows it; else "" */
+  const char* tuned_for;     /* the name of the GPU whose timing chose it (kiln_tune); "" for the heuristic's choice */
 } kiln_kernel_info;
-#define KILN_KERNEL_INFO_INIT {sizeof(kiln_kernel_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+#define KILN_KERNEL_INFO_INIT {sizeof(kiln_kernel_info), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 KILN_API kiln_status kiln_kernel_get_info(const kiln_kernel* kernel, kiln_kernel_info* info);
 
 /* ---------------------------------------------------------------- packed weights */
@@ -449,6 +470,24 @@ typedef struct kiln_int4_mm_args {
 } kiln_int4_mm_args;
 #define KILN_INT4_MM_ARGS_INIT {{sizeof(kiln_int4_mm_args), KILN_OP_INT4_MM, 0}, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
+/* Z[b,m,n] = X[b,m,k] · Y[b,n,k]ᵀ, scaled. Buffers are read and written within b, m, n, k exactly and must not overlap. Strides of b mean nothing while the desc's b is 1.
+ * On a GPU x, y and z are 16-byte aligned, x_stride_b and ldx multiples of 16, z_stride_b and ldz of 8 (F32: 4); xs and ys are aligned to their elements everywhere. */
+typedef struct kiln_fp8_block_bmm_args {
+  kiln_args base;
+  int64_t m; /* rows of this call, one of those that the kernel serves; m = 0 does nothing */
+  const void* x; /* of x_dtype */
+  int64_t x_stride_b, ldx; /* ≥ k, in either order: [m][b][k] has x_stride_b = k and ldx = b·k */
+  const void* y; /* of y_dtype, contiguous */
+  const float* xs;
+  int64_t xs_stride_b, xs_stride_m, xs_stride_k; /* ≥ 0; 0 repeats one scale. Read as they lie: no transposed copy is needed */
+  const float* ys; /* contiguous */
+  void* z; /* of z_dtype */
+  int64_t z_stride_b, ldz; /* ≥ n, in either order, without overlap */
+  void* stream; /* CUstream of a GPU kernel; NULL is CUDA's default stream */
+} kiln_fp8_block_bmm_args;
+#define KILN_FP8_BLOCK_BMM_ARGS_INIT \
+  {{sizeof(kiln_fp8_block_bmm_args), KILN_OP_FP8_BLOCK_BMM, 0}, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+
 /* In elements: from a batch, head or row of a tensor [b][heads][rows][columns] to the next. The columns of a row follow one another. Each is, where there is
  * more than one, at least the columns of a row; of q, k and v it may also be 0, which reads the same again. Any order: [b][rows][heads][columns] has a row
  * stride of heads·columns and a head stride of columns; a cache with room for more than n keys has the head stride of its capacity. */
@@ -506,6 +545,21 @@ typedef struct kiln_warmup_result {
 /* Makes sure that the cache on disk holds the kernels of these descs for `target` (NULL: this machine; else what `kiln info --target`
  * prints or a name it lists), without loading them. Goes on after a failure; then returns the first failure's status and message. */
 KILN_API kiln_status kiln_warmup(kiln_engine* engine, const kiln_desc* const* descs, size_t count, const char* target, kiln_warmup_result* result);
+
+typedef struct kiln_tune_result {
+  size_t size;
+  uint64_t tuned;   /* kernels whose fastest configuration is now in the cache */
+  uint64_t without; /* descs whose kernel has but one configuration: nothing is done with them */
+  uint64_t failed;
+} kiln_tune_result;
+#define KILN_TUNE_RESULT_INIT {sizeof(kiln_tune_result), 0, 0, 0}
+/* GPU kernels that can be made in several configurations (tiles, stages, how K is split) are made in the one that a heuristic picks, without timing. This call times
+ * the likely ones on the GPU that each desc names, at its m (KILN_ANY: 4096 rows), with the L2 cache flushed, and keeps the fastest kernel in the cache on disk, for
+ * this GPU's name: every engine made later gets it there as any other, without timing; kernels that are in memory stay. Takes some tenths of a second for each
+ * configuration, most of it in the driver's compiler, and leaves their code loaded; wants the GPU for itself. A tuned kernel's results are as equal from run to
+ * run as any other's, and with batch_invariant as independent of m, but may differ in their last bits from those of another configuration.
+ * Goes on after a failure; then returns the first failure's status and message. Needs a cache that may be written (else KILN_UNSUPPORTED). */
+KILN_API kiln_status kiln_tune(kiln_engine* engine, const kiln_desc* const* descs, size_t count, kiln_tune_result* result);
 
 /* ---------------------------------------------------------------- statistics */
 

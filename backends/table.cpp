@@ -41,6 +41,8 @@ std::span<const Implementation> implementation_table() {
       nvidia::int4_mm_wgmma(),
       nvidia::int4_mm_mma_sync(),
       reference::int4_mm(),
+      nvidia::fp8_block_bmm_wgmma(),
+      reference::fp8_block_bmm(),
       portable::attention_amx(),
       portable::attention_avx512bf16(),
       portable::attention_bf16mm(),

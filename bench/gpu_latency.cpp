@@ -156,6 +156,33 @@ struct Product {
   kiln_int4_mm_args args = KILN_INT4_MM_ARGS_INIT;
 };
 
+/// Likewise of an fp8_block_bmm.
+struct Fp8Product {
+  Fp8Product(const Gpu& gpu, const kiln_fp8_block_bmm_desc& desc) {
+    const std::int64_t blocks = (desc.k + 127) / 128;
+    const auto place = [&](std::int64_t bytes) {
+      buffers.push_back(take(cuda::Buffer::allocate(gpu.driver(), 0, static_cast<std::uint64_t>(bytes))));
+      return reinterpret_cast<void*>(buffers.back().address());
+    };
+    args.m = desc.m;
+    args.x = place(desc.b * desc.m * desc.k);
+    args.x_stride_b = desc.m * desc.k;
+    args.ldx = desc.k;
+    args.y = place(desc.b * desc.n * desc.k);
+    args.xs = static_cast<const float*>(place(desc.b * desc.m * blocks * 4));
+    args.xs_stride_b = desc.m * blocks;
+    args.xs_stride_m = blocks;
+    args.xs_stride_k = 1;
+    args.ys = static_cast<const float*>(place(desc.b * ((desc.n + 127) / 128) * blocks * 4));
+    args.z = place(desc.b * desc.m * desc.n * 2);
+    args.z_stride_b = desc.m * desc.n;
+    args.ldz = desc.n;
+    args.stream = gpu.stream();
+  }
+  std::vector<cuda::Buffer> buffers;
+  kiln_fp8_block_bmm_args args = KILN_FP8_BLOCK_BMM_ARGS_INIT;
+};
+
 /// Fills a cache in this process; a second one reads it.
 void compile_and_load(Report& report, const Gpu& gpu) {
   const TemporaryDirectory directory;
@@ -279,6 +306,22 @@ void launch(Report& report, const Gpu& gpu) {
           0.5, fmt::format("{:.2f} µs against {:.2f}", s[1].median() * 1e6, raw));
   at_most(report, "launch", "the same, 1×8192×8192", s[2].median() * 1e6 - raw, "µs", 0.5,
           fmt::format("{:.2f} µs against {:.2f}", s[2].median() * 1e6, raw));
+  if (gpu.sm() != 90)
+    return;
+  kiln_fp8_block_bmm_desc desc = KILN_FP8_BLOCK_BMM_DESC_INIT;
+  desc.base.device = KILN_DEVICE_CUDA;
+  desc.m = 16;
+  desc.n = 128;
+  desc.k = 128;
+  kiln_kernel* made = nullptr;
+  check(kiln_get(engine.get(), &desc.base, &made), "kiln_get");
+  const KernelHandle kernel(made);
+  const Fp8Product product(gpu, desc);
+  const Contender fp8[] = {contenders[0],
+                           batched("fp8", [&] { check(kiln_run(kernel.get(), &product.args.base), "kiln_run"); })};
+  const std::vector<Series> both = race(fp8, {.rounds = 51, .sample_seconds = 2e-3});
+  at_most(report, "launch", "kiln_run, fp8_block_bmm 16×128×128, tensor maps kept, p50", both[1].median() * 1e6, "µs",
+          3, fmt::format("of which cuLaunchKernel {:.2f} µs", both[0].median() * 1e6));
 }
 
 int run(bool smoke, const std::string& json) {

@@ -10,7 +10,8 @@ namespace kiln {
 namespace {
 
 constexpr std::uint32_t kMagic = 0x43'4e'4c'4b; // "KLNC" in the file
-constexpr std::uint32_t kFormatVersion = 2;
+/// An object is written in the lowest version that has what it needs: of one object there is one form.
+constexpr std::uint32_t kFormatVersion = 2, kFormatVersionConfigured = 3;
 
 // Bounds far above what any op needs: they keep damaged input from asking for memory or time.
 constexpr std::uint32_t kMaxEntries = 64;
@@ -61,6 +62,16 @@ Status check_format(const CodeObject& object) {
   return {};
 }
 
+bool is_configured(const CodeObject& object) {
+  return !object.configuration.empty() || !object.tuned_for.empty();
+}
+
+/// What is read by people, in keys and on terminals.
+bool is_printable(std::string_view text) {
+  return text.size() <= kMaxNameLength &&
+         std::all_of(text.begin(), text.end(), [](char c) { return c >= ' ' && c <= '~'; });
+}
+
 Status check(const CodeObject& object) {
   if (object.image.empty())
     return damaged("the image is empty");
@@ -76,6 +87,10 @@ Status check(const CodeObject& object) {
   if (object.vector_registers > kMaxRegisters || object.general_registers > kMaxRegisters)
     return damaged(fmt::format("{} vector and {} general registers, at most {} are allowed", object.vector_registers,
                                object.general_registers, kMaxRegisters));
+  if (!is_printable(object.configuration) || !is_printable(object.tuned_for) ||
+      (object.configuration.empty() && !object.tuned_for.empty()))
+    return damaged(fmt::format("a configuration of {} bytes, for a device's name of {}", object.configuration.size(),
+                               object.tuned_for.size()));
   if (object.entries.empty())
     return damaged("it has no entry");
   for (auto entry = object.entries.begin(); entry != object.entries.end(); ++entry) {
@@ -103,7 +118,7 @@ std::string_view name_of(CodeFormat format) {
 Bytes CodeObject::serialise() const {
   Writer out;
   out.u32(kMagic);
-  out.u32(kFormatVersion);
+  out.u32(is_configured(*this) ? kFormatVersionConfigured : kFormatVersion);
   out.u8(static_cast<std::uint8_t>(arch));
   out.string(features.text());
   out.i64(vector_bits);
@@ -112,6 +127,10 @@ Bytes CodeObject::serialise() const {
   out.string(compiler);
   out.u32(static_cast<std::uint32_t>(driver_version));
   out.raw(ptx_digest.bytes);
+  if (is_configured(*this)) {
+    out.string(configuration);
+    out.string(tuned_for);
+  }
   out.u32(vector_registers);
   out.u32(general_registers);
   out.u32(alignment);
@@ -134,8 +153,10 @@ Result<CodeObject> CodeObject::parse(ByteSpan bytes) {
   Reader in(bytes);
   if (const std::uint32_t magic = in.u32(); !in.ok() || magic != kMagic)
     return damaged("it does not begin with KLNC");
-  if (const std::uint32_t version = in.u32(); !in.ok() || version != kFormatVersion)
-    return damaged(fmt::format("format version {}, this is version {}", version, kFormatVersion));
+  const std::uint32_t version = in.u32();
+  if (!in.ok() || (version != kFormatVersion && version != kFormatVersionConfigured))
+    return damaged(
+        fmt::format("format version {}, known are {} and {}", version, kFormatVersion, kFormatVersionConfigured));
 
   CodeObject object;
   const std::uint8_t arch = in.u8();
@@ -163,6 +184,12 @@ Result<CodeObject> CodeObject::parse(ByteSpan bytes) {
   object.driver_version = static_cast<std::int32_t>(in.u32());
   if (const ByteSpan digest = in.raw(object.ptx_digest.bytes.size()); !digest.empty())
     std::copy(digest.begin(), digest.end(), object.ptx_digest.bytes.begin());
+  if (version == kFormatVersionConfigured) {
+    object.configuration = in.string();
+    object.tuned_for = in.string();
+    if (in.ok() && !is_configured(object))
+      return damaged("it has no configuration, in the format of those that have one");
+  }
   object.vector_registers = in.u32();
   object.general_registers = in.u32();
   object.alignment = in.u32();

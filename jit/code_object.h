@@ -38,6 +38,9 @@ struct CodeObject {
   std::string compiler;
   std::int32_t driver_version = 0;
   Digest ptx_digest;
+  /// Of a kernel whose tiles, stages and so on are one choice among several: the choice, as its row prints it
+  /// (`x2n128s4`); and, where timing made the choice (Engine::tune) and not the row, the name of the device timed on.
+  std::string configuration, tuned_for;
   std::uint32_t vector_registers = 0, general_registers = 0; ///< that the code touches: for the reader
   std::uint32_t plan_version = 1;
   std::vector<std::pair<std::string, std::int64_t>> plan; ///< launch plan: named integers, typed by the op

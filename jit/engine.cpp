@@ -8,6 +8,7 @@
 
 #include "jit/background.h"
 #include "jit/cuda/assemble.h"
+#include "jit/cuda/timing.h"
 #include "jit/dump.h"
 #include "jit/kernel_key.h"
 #include "jit/miss.h"
@@ -21,6 +22,10 @@ namespace {
 constexpr std::chrono::milliseconds kCompilePatience{2000};
 /// How long a warm-up waits for others to be done with the cache.
 constexpr std::chrono::seconds kWarmupPatience{5};
+/// Calls of each configuration that tuning times, and how much slower than the fastest the path's own choice may be and
+/// stay: less is noise.
+constexpr int kTuningRounds = 15;
+constexpr double kTuningMargin = 1.01;
 
 std::int64_t microseconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration_cast<std::chrono::microseconds>(std::chrono::steady_clock::now() - start).count();
@@ -108,8 +113,9 @@ std::string refusal(const Implementation& row, const KernelDesc& desc, const Tar
   return reason;
 }
 
-Choice choice_of(const Implementation& row, const KernelDesc& canonical, const Target& target,
-                 std::string pack_layout) {
+/// `tuning`: KeyFields::tuning.
+Choice choice_of(const Implementation& row, const KernelDesc& canonical, const Target& target, std::string pack_layout,
+                 std::string tuning = {}) {
   Choice choice;
   choice.implementation = &row;
   choice.pack_layout = std::move(pack_layout);
@@ -126,6 +132,7 @@ Choice choice_of(const Implementation& row, const KernelDesc& canonical, const T
   fields.vector_bits = row.vector_bits ? row.vector_bits(target) : 0;
   fields.sm = target.sm;
   fields.pack_layout = choice.pack_layout;
+  fields.tuning = std::move(tuning);
   choice.key_text = fields.text();
   choice.key = key_of(choice.key_text);
   return choice;
@@ -143,6 +150,14 @@ StoreRow row_of(const Choice& choice, const CodeObject& code, std::int64_t us) {
   row.code = code.serialise();
   row.compile_us = us;
   return row;
+}
+
+/// A device's name as a key and a code object have it.
+std::string tuning_name(const cuda::DeviceInfo& device) {
+  std::string name = device.name.substr(0, 64);
+  std::replace_if(
+      name.begin(), name.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
+  return name.empty() ? "?" : name;
 }
 
 Status may_not_compile(const KernelDesc& canonical, const Implementation& row) {
@@ -185,6 +200,8 @@ struct Engine::State {
   Status may_load(const KernelDesc& canonical, cuda::CUstream stream) const;
 
   Result<Choice> choose(const KernelDesc& canonical, const Target& for_target) const;
+  std::optional<Choice> tuned(const Choice& choice, const KernelDesc& canonical, const Target& for_target) const;
+  std::optional<CodeObject> tuned_code(const Choice& tuned) const;
   Result<KernelRef> lookup(const KernelDesc& canonical, MissPolicy on_miss);
   Result<KernelTable::Made> make(const KernelDesc& canonical, MissPolicy on_miss);
   Result<Kernel> from_disk(const Choice& choice, const KernelDesc& canonical, Store::Call call);
@@ -415,6 +432,15 @@ Result<KernelTable::Made> Engine::State::make(const KernelDesc& canonical, MissP
   }
   if (!on_gpu && has_no_executable_memory())
     return stand_in(*choice, canonical, Stay::resident);
+  if (const std::optional<Choice> by_timing = tuned(*choice, canonical, *target)) {
+    Result<Kernel> stored = from_disk(*by_timing, canonical, Store::Call::plain);
+    if (stored) {
+      ++disk_hits;
+      return resident(std::move(*stored));
+    }
+    if (stored.status().code() == Code::not_found)
+      count({.misses = -1}); // a lookup more than the call
+  }
   Status not_stored;
   const auto look = [&](Store::Call call) -> std::optional<KernelTable::Made> {
     Result<Kernel> stored = from_disk(*choice, canonical, call);
@@ -757,6 +783,28 @@ Result<Choice> Engine::State::choose(const KernelDesc& canonical, const Target& 
   return Status::error(Code::unsupported, fmt::format("nothing computes {} here{}", canonical.text(), reasons));
 }
 
+/// The same path with whatever configuration was the fastest on the desc's device; nothing where it has but one, or the
+/// target is not that device.
+std::optional<Choice> Engine::State::tuned(const Choice& choice, const KernelDesc& canonical,
+                                           const Target& for_target) const {
+  if (choice.implementation->configurations == nullptr || canonical.device.kind != DeviceKind::cuda)
+    return std::nullopt;
+  const Result<cuda::Driver*> driver = runtime.cuda();
+  if (!driver)
+    return std::nullopt;
+  const Result<const cuda::DeviceInfo*> device = (*driver)->device(canonical.device.index);
+  if (!device || !((*device)->target() == for_target))
+    return std::nullopt;
+  return choice_of(*choice.implementation, canonical, for_target, choice.pack_layout, tuning_name(**device));
+}
+
+/// What is stored of it, without being counted as a use.
+std::optional<CodeObject> Engine::State::tuned_code(const Choice& tuned) const {
+  const std::optional<StoreRow> row = seen(tuned.key);
+  Result<CodeObject> code = row ? CodeObject::parse(row->code) : Status::error(Code::not_found, "");
+  return code ? std::optional(std::move(*code)) : std::nullopt;
+}
+
 // ---------------------------------------------------------------- beside the path of a call
 
 Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* target) {
@@ -793,6 +841,10 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
     return Status::error(why.code(),
                          fmt::format("{} was {} but could not be stored: {}", canonical.text(), what, why.message()));
   };
+  if (target == nullptr)
+    if (const std::optional<Choice> by_timing = state_->tuned(*choice, canonical, *for_target))
+      if (const std::optional<StoreRow> row = state_->seen(by_timing->key); serves(row))
+        return there_already(*row);
   if (const std::optional<StoreRow> row = state_->stored(choice->key); serves(row))
     return there_already(*row);
   // Not within the turn: hosts may wait for it, and must not wait for a slow server.
@@ -824,6 +876,105 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
   return Warmed::compiled;
 }
 
+Result<bool> Engine::can_tune(const KernelDesc& desc) {
+  if (Status status = check_desc(desc); !status)
+    return status;
+  const OpSpec& op = *find_op(desc.op);
+  const KernelDesc canonical = op.canonical(desc);
+  const Result<Target> target = state_->target_of(canonical);
+  if (!target)
+    return target.status();
+  const Result<Choice> choice = state_->choose(canonical, *target);
+  if (!choice)
+    return choice.status();
+  return op.timing_problem != nullptr && state_->tuned(*choice, canonical, *target).has_value();
+}
+
+Result<Engine::Tuned> Engine::tune(const KernelDesc& desc) {
+  if (Status status = check_desc(desc); !status)
+    return status;
+  if (!state_->store || config().cache != CacheMode::read_write)
+    return Status::error(Code::unsupported, "tuning needs a cache on disk that may be written: see KILN_CACHE, "
+                                            "KILN_CACHE_DIR and KILN_DISABLE");
+  const OpSpec& op = *find_op(desc.op);
+  const KernelDesc canonical = op.canonical(desc);
+  const Result<Target> target = state_->target_of(canonical);
+  if (!target)
+    return target.status();
+  const Result<Choice> choice = state_->choose(canonical, *target);
+  if (!choice)
+    return choice.status();
+  const Implementation& row = *choice->implementation;
+  const std::optional<Choice> by_timing = state_->tuned(*choice, canonical, *target);
+  if (!by_timing || op.timing_problem == nullptr)
+    return Status::error(Code::unsupported, fmt::format("{} ({}) has but one configuration: there is nothing to tune",
+                                                        canonical.text(), name_of(row.isa)));
+  if (config().miss == MissPolicy::error)
+    return may_not_compile(canonical, row);
+  Tuned tuned;
+  tuned.device = by_timing->key_fields.tuning;
+  for (std::string& configuration : row.configurations(canonical, *target))
+    tuned.candidates.push_back({std::move(configuration), 0, {}});
+
+  struct Entry {
+    Tuned::Candidate* candidate;
+    StoreRow row;
+    Kernel kernel;
+  };
+  std::vector<Entry> entries;
+  const auto make = [&](Tuned::Candidate& candidate) -> Status {
+    const auto start = std::chrono::steady_clock::now();
+    const Result<LoadableCode> ptx =
+        LoadableCode::compile(row, canonical, *target, choice->pack_layout, candidate.configuration, tuned.device);
+    if (!ptx)
+      return ptx.status();
+    std::int64_t us = microseconds_since(start);
+    Result<LoadableCode> code = state_->assemble(*by_timing, canonical, *ptx, us);
+    if (!code)
+      return code.status();
+    StoreRow stored = row_of(*by_timing, **code, us);
+    Result<Kernel> kernel = Kernel::load(state_->runtime, row, canonical, by_timing->key, std::move(*code));
+    if (!kernel)
+      return kernel.status();
+    entries.push_back({&candidate, std::move(stored), std::move(*kernel)});
+    return {};
+  };
+  for (Tuned::Candidate& candidate : tuned.candidates)
+    if (candidate.status = make(candidate); !candidate.status)
+      log().warn(fmt::format("tuning {}: {} is left out: {}", canonical.text(), candidate.configuration,
+                             candidate.status.message()));
+  if (entries.empty())
+    return tuned.candidates.empty() ? Status::error(Code::internal, "a path without a configuration")
+                                    : tuned.candidates.back().status;
+  const Result<std::unique_ptr<TimingProblem>> problem = op.timing_problem(desc, state_->runtime);
+  if (!problem)
+    return problem.status();
+  std::vector<cuda::StreamWork> works;
+  for (const Entry& entry : entries)
+    works.push_back([&](cuda::CUstream stream) { return (*problem)->run(entry.kernel, stream); });
+  const Result<cuda::Driver*> driver = state_->runtime.cuda();
+  if (!driver)
+    return driver.status();
+  const Result<std::vector<double>> times =
+      cuda::time_on_device(**driver, canonical.device.index, works, kTuningRounds);
+  if (!times)
+    return Status::error(times.status().code(),
+                         fmt::format("timing {}: {}", canonical.text(), times.status().message()));
+  std::size_t fastest = 0;
+  for (std::size_t i = 0; i < entries.size(); ++i) {
+    entries[i].candidate->us = (*times)[i];
+    if ((*times)[i] < (*times)[fastest])
+      fastest = i;
+  }
+  if ((*times)[0] <= kTuningMargin * (*times)[fastest])
+    fastest = 0;
+  tuned.fastest = static_cast<std::size_t>(entries[fastest].candidate - tuned.candidates.data());
+  if (const Status kept = state_->keep_patiently(entries[fastest].row); !kept)
+    return Status::error(kept.code(),
+                         fmt::format("{} was tuned but could not be stored: {}", canonical.text(), kept.message()));
+  return tuned;
+}
+
 Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) {
   if (Status status = check_desc(desc); !status)
     return status;
@@ -847,7 +998,14 @@ Result<Engine::Made> Engine::code(const KernelDesc& desc, const Target* target) 
     if (state_->config().miss == MissPolicy::error && row.device == DeviceKind::cpu)
       return may_not_compile(canonical, row);
     std::int64_t us = 0;
-    Result<LoadableCode> compiled = state_->compile(*choice, canonical, *for_target, us);
+    const std::optional<Choice> by_timing =
+        target == nullptr ? state_->tuned(*choice, canonical, *for_target) : std::nullopt;
+    const std::optional<CodeObject> tuned = by_timing ? state_->tuned_code(*by_timing) : std::nullopt;
+    Result<LoadableCode> compiled = tuned ? LoadableCode::compile(row, canonical, *for_target, choice->pack_layout,
+                                                                  tuned->configuration, tuned->tuned_for)
+                                          : state_->compile(*choice, canonical, *for_target, us);
+    if (compiled && tuned)
+      return Made{&row, canonical, by_timing->key, std::move(*compiled).take()};
     code = compiled ? Result<CodeObject>(std::move(*compiled).take()) : Result<CodeObject>(compiled.status());
   }
   if (!code)
@@ -942,8 +1100,18 @@ Explanation Engine::explain(const KernelDesc& desc, const Target* target) {
   if (e.taken->assumes != nullptr)
     e.assumes = e.taken->assumes(for_target);
   Choice choice = choice_of(*e.taken, e.canonical, for_target, e.pack_layout);
+  if (e.taken->configurations != nullptr)
+    if (std::vector<std::string> all = e.taken->configurations(e.canonical, for_target); !all.empty())
+      e.configuration = std::move(all.front());
+  if (const std::optional<Choice> by_timing =
+          target == nullptr ? state_->tuned(choice, e.canonical, for_target) : std::nullopt)
+    if (std::optional<CodeObject> code = state_->tuned_code(*by_timing)) {
+      e.configuration = std::move(code->configuration);
+      e.tuned_for = std::move(code->tuned_for);
+      choice = *by_timing;
+    }
   e.key = choice.key;
-  e.key_text = std::move(choice.key_text);
+  e.key_text = choice.key_text;
   if (target == nullptr)
     if (KernelNode* hit = state_->table.find(e.canonical)) {
       KernelTable::release(hit);

@@ -68,7 +68,9 @@ struct Explanation {
   std::string key_text;    ///< what the key is the digest of, readable
   std::string pack_layout; ///< empty for ops without a pack
   std::string assumes;     ///< what the path taken takes for granted about the machine; may be empty
-  std::string tier;        ///< `memory`, `disk`, `system`, `remote` or `none` (a get would compile)
+  /// Of a path with several: CodeObject::configuration, and the device whose timing chose it; empty: the path itself.
+  std::string configuration, tuned_for;
+  std::string tier; ///< `memory`, `disk`, `system`, `remote` or `none` (a get would compile)
   /// On a miss, each may be empty: the stored kernel of this op that differs least, and in which key fields;
   std::string nearest;
   /// and why a hit that was expected is none: a toggle, a row that is there and refused, or was there and what became
@@ -100,6 +102,25 @@ public:
   /// Makes sure that the cache on disk, or the system's, holds the desc's kernel for `target` (null: this machine), and
   /// with a signing key the remote tier too, whose failures are logged only. Loads nothing.
   Result<Warmed> warmup(const KernelDesc& desc, const Target* target);
+
+  /// Times the configurations that the desc's path offers, on its GPU and at its m, and stores the fastest kernel: what
+  /// every later process gets there for this desc's class of m, while a kernel that this one has in memory stays. One
+  /// that is no faster than the path's own choice, within 1 %, does not replace it. Compiles all of them, and leaves
+  /// them loaded. Code::unsupported: nothing to choose from, no cache that may be written; Code::miss under
+  /// KILN_MISS=error; else what the last configuration failed with, when all did.
+  struct Tuned {
+    struct Candidate {
+      std::string configuration;
+      double us = 0; ///< median; of one that failed 0
+      Status status;
+    };
+    std::vector<Candidate> candidates; ///< the path's own choice first
+    std::size_t fastest = 0;
+    std::string device; ///< its name
+  };
+  Result<Tuned> tune(const KernelDesc& desc);
+  /// Whether the desc's path has more than one configuration, and its device is here to time them on.
+  Result<bool> can_tune(const KernelDesc& desc);
 
   /// What a get on `target` (null: this machine) would run, from where it is stored or compiled now, for whoever wants
   /// to read it: loads and stores nothing. A GPU kernel as PTX. Code::unsupported for a path that is part of the

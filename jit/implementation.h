@@ -70,6 +70,12 @@ struct Implementation {
   /// Pure: sees only what is in the key; any host, any thread. `pack_layout` is empty for ops without a pack, else one
   /// that this row reads. Null for `reference`.
   Result<CodeObject> (*compile)(const KernelDesc&, const Target&, std::string_view pack_layout) = nullptr;
+  /// Null, or the configurations (CodeObject::configuration) that may be the fastest for the desc, that of `compile`
+  /// first: for Engine::tune, which times them. Any of them gives results that are equal from run to run.
+  std::vector<std::string> (*configurations)(const KernelDesc&, const Target&) = nullptr;
+  /// Like compile, of one of these. Distrusts the text: Code::invalid_argument.
+  Result<CodeObject> (*compile_configured)(const KernelDesc&, const Target&, std::string_view pack_layout,
+                                           std::string_view configuration) = nullptr;
   /// A function of this library instead of generated code (`reference`): the entry that the op's driver calls.
   const void* builtin = nullptr;
   /// The launch plan of `builtin` for a pack of this layout (it reads every layout).

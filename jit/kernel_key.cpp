@@ -8,9 +8,10 @@
 namespace kiln {
 
 std::string KeyFields::text() const {
-  return fmt::format(
-      "format=3\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\nsm={}\npack_layout={}\n",
-      generator, desc, isa, name_of(arch), features.text(), vector_bits, sm, pack_layout);
+  return fmt::format("format=3\ngenerator={}\ndesc={}\nisa={}\narch={}\nfeatures={}\nvector_bits={}\nsm={}\n"
+                     "pack_layout={}\n{}",
+                     generator, desc, isa, name_of(arch), features.text(), vector_bits, sm, pack_layout,
+                     tuning.empty() ? "" : fmt::format("tuning={}\n", tuning));
 }
 
 Digest key_of(std::string_view key_text) {
@@ -33,6 +34,7 @@ std::vector<std::string> KeyFields::differences_from(const KeyFields& wanted) co
   compare("vector_bits", std::to_string(vector_bits), std::to_string(wanted.vector_bits));
   compare("sm", std::to_string(sm), std::to_string(wanted.sm));
   compare("pack_layout", pack_layout, wanted.pack_layout);
+  compare("tuning", tuning, wanted.tuning);
   return out;
 }
 
@@ -67,6 +69,7 @@ Result<KeyFields> key_fields_of(const StoreRow& row) {
   fields.features = code->features;
   fields.vector_bits = code->vector_bits;
   fields.sm = code->sm;
+  fields.tuning = code->tuned_for;
   if (op->pack_layout != nullptr)
     fields.pack_layout = op->pack_layout(plan->get());
   return fields;

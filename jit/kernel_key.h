@@ -21,6 +21,9 @@ struct KeyFields {
   std::int32_t vector_bits = 0;
   std::int32_t sm = 0;     ///< NVIDIA: of the target
   std::string pack_layout; ///< empty for an op without packs
+  /// Of a kernel whose configuration was chosen by timing: the device timed on. Its configuration is no part of the
+  /// key, so that a lookup finds whichever was the fastest. Empty where the row chose.
+  std::string tuning;
 
   std::string text() const; ///< one `name=value` a line, for people; the key is its digest
 

@@ -12,6 +12,18 @@ Result<LoadableCode> LoadableCode::compile(const Implementation& implementation,
   return LoadableCode(std::move(*code));
 }
 
+Result<LoadableCode> LoadableCode::compile(const Implementation& implementation, const KernelDesc& canonical,
+                                           const Target& target, std::string_view pack_layout,
+                                           std::string_view configuration, std::string_view tuned_for) {
+  if (implementation.compile_configured == nullptr)
+    return Status::error(Code::unsupported, "this implementation has but one configuration");
+  Result<CodeObject> code = implementation.compile_configured(canonical, target, pack_layout, configuration);
+  if (!code)
+    return code.status();
+  code->tuned_for = tuned_for;
+  return LoadableCode(std::move(*code));
+}
+
 Result<LoadableCode> LoadableCode::assemble(const LoadableCode& ptx, cuda::Driver& driver, int device_index,
                                             std::string& said) {
   Result<cuda::Assembled> made = cuda::assemble_with_driver(driver, device_index, *ptx);

@@ -20,6 +20,10 @@ class LoadableCode {
 public:
   static Result<LoadableCode> compile(const Implementation& implementation, const KernelDesc& canonical,
                                       const Target& target, std::string_view pack_layout);
+  /// One of the row's configurations, `tuned_for` a device (CodeObject).
+  static Result<LoadableCode> compile(const Implementation& implementation, const KernelDesc& canonical,
+                                      const Target& target, std::string_view pack_layout,
+                                      std::string_view configuration, std::string_view tuned_for);
   /// The cubin of PTX that was compiled just now, by the driver for its device, or by the program `ptxas`. `said`: what
   /// the assembler said. Errors as of cuda::assemble_with_driver and cuda::assemble_with_ptxas.
   static Result<LoadableCode> assemble(const LoadableCode& ptx, cuda::Driver& driver, int device_index,

@@ -6,6 +6,7 @@
 #include <fmt/ranges.h>
 
 #include "jit/ops/attention.h"
+#include "jit/ops/fp8_block_bmm.h"
 #include "jit/ops/int4_mm.h"
 #include "jit/ops/int8_linear.h"
 #include "jit/ops/int8_mm.h"
@@ -63,7 +64,7 @@ std::size_t size_of(Dtype dtype) {
 }
 
 std::span<const OpSpec> op_table() {
-  static const OpSpec table[] = {int8_mm::op(), int8_linear::op(), int4_mm::op(), attention::op()};
+  static const OpSpec table[] = {int8_mm::op(), int8_linear::op(), int4_mm::op(), fp8_block_bmm::op(), attention::op()};
   return table;
 }
 

@@ -12,6 +12,17 @@
 
 namespace kiln {
 
+class Kernel;
+struct Runtime;
+
+/// A problem of a desc's size in the memory of its device, to time kernels with. Any content that takes usual time.
+class TimingProblem {
+public:
+  virtual ~TimingProblem() = default;
+  /// Puts one call on the stream (a CUstream).
+  virtual Status run(const Kernel& kernel, void* stream) = 0;
+};
+
 /// One field of an op's desc, as named in OPS.md: the C API, the command, manifests and keys all use this table.
 struct FieldSpec {
   std::string_view name;
@@ -70,6 +81,8 @@ struct OpSpec {
   double (*operations)(const KernelDesc&);
   /// Compulsory traffic: each input and output once.
   double (*bytes)(const KernelDesc&);
+  /// Null for an op whose kernels cannot be tuned. An m of kAny is taken as some large one.
+  Result<std::unique_ptr<TimingProblem>> (*timing_problem)(const KernelDesc&, Runtime&) = nullptr;
 };
 
 std::span<const OpSpec> op_table();

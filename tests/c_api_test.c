@@ -684,6 +684,95 @@ static void test_attention(kiln_engine* engine) {
   CHECK(pack == NULL);
 }
 
+/* One row of two batches whose blocks of 128 have scales of their own: sums that can be told by hand. */
+static void test_fp8(kiln_engine* engine) {
+  enum { B = 2, M8 = 3, N8 = 136, K8 = 144, X_STRIDE = 160, Z_STRIDE = 144 };
+  static uint8_t x[B * M8 * X_STRIDE], y[B * N8 * K8];
+  static float xs[B * M8 * 2], ys[B * 2 * 2], z[B * M8 * Z_STRIDE];
+  kiln_fp8_block_bmm_desc desc = KILN_FP8_BLOCK_BMM_DESC_INIT;
+  kiln_kernel* kernel = NULL;
+  desc.b = B;
+  desc.m = M8;
+  desc.n = N8;
+  desc.k = K8;
+  desc.z_dtype = KILN_F32;
+  desc.y_dtype = KILN_E5M2;
+  CHECK(kiln_get(engine, &desc.base, &kernel) == KILN_OK);
+  kiln_kernel_info info = KILN_KERNEL_INFO_INIT;
+  CHECK(kiln_kernel_get_info(kernel, &info) == KILN_OK);
+  CHECK(strcmp(info.op, "fp8_block_bmm") == 0);
+  CHECK(strcmp(info.isa, "reference") == 0);
+  CHECK(strcmp(info.pack_layout, "") == 0);
+  CHECK(info.m_min == 0 && info.m_max == 8);
+
+  memset(x, 0x38, sizeof x); /* 1 in e4m3 */
+  memset(y, 0x40, sizeof y); /* 2 in e5m2 */
+  for (int i = 0; i < B * M8 * 2; ++i)
+    xs[i] = (float)(i + 1);
+  for (int i = 0; i < B * 2 * 2; ++i)
+    ys[i] = (float)(1 << i);
+  for (int i = 0; i < B * M8 * Z_STRIDE; ++i)
+    z[i] = -1;
+  kiln_fp8_block_bmm_args args = KILN_FP8_BLOCK_BMM_ARGS_INIT;
+  args.m = M8;
+  args.x = x;
+  args.ldx = B * X_STRIDE; /* [m][b][k] */
+  args.x_stride_b = X_STRIDE;
+  args.y = y;
+  args.xs = xs; /* [b][⌈k/128⌉][m] */
+  args.xs_stride_b = 2 * M8;
+  args.xs_stride_k = M8;
+  args.xs_stride_m = 1;
+  args.ys = ys;
+  args.z = z;
+  args.ldz = Z_STRIDE;
+  args.z_stride_b = M8 * Z_STRIDE;
+  uint64_t bytes = 1;
+  CHECK(kiln_workspace_bytes(kernel, &args.base, &bytes) == KILN_OK && bytes == 0);
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  int wrong = 0;
+  for (int batch = 0; batch < B; ++batch)
+    for (int i = 0; i < M8; ++i)
+      for (int j = 0; j < Z_STRIDE; ++j) {
+        const float* s = xs + batch * 2 * M8 + i;
+        const float* t = ys + (batch * 2 + j / 128) * 2;
+        const float want = j < N8 ? 256 * s[0] * t[0] + 32 * s[M8] * t[1] : -1;
+        wrong += z[(batch * M8 + i) * Z_STRIDE + j] != want;
+      }
+  CHECK(wrong == 0);
+  args.m = 0;
+  CHECK(kiln_run(kernel, &args.base) == KILN_OK);
+  args.m = 9;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "fp8_block_bmm: m is 9: allowed is 0 to 8");
+  args.m = M8;
+  args.ldx = K8 - 1;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "fp8_block_bmm: ldx is 143: allowed is 144");
+  args.ldx = X_STRIDE;
+  args.z_stride_b = N8;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "fp8_block_bmm: z_stride_b is 136: allowed is one whose rows do not overlap");
+  args.z_stride_b = M8 * Z_STRIDE;
+  args.ys = NULL;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "fp8_block_bmm: ys is null: allowed is [2][2][2] f32");
+  kiln_kernel_release(kernel);
+
+  kiln_pack* pack = NULL;
+  CHECK_ERROR(kiln_pack_create(engine, &desc.base, y, K8, &pack), KILN_INVALID_ARGUMENT, "takes no packed weights");
+  desc.x_dtype = KILN_BF16;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "x_dtype is 4: allowed is KILN_E4M3 (6) or KILN_E5M2 (7)");
+  desc.x_dtype = KILN_E4M3;
+  desc.z_dtype = KILN_S8;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "z_dtype is 0: allowed is KILN_BF16 (4)");
+  desc.z_dtype = KILN_F16;
+  desc.batch_invariant = 2;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "batch_invariant is 2: allowed is 0 or 1");
+  desc.batch_invariant = 1;
+  desc.k = 24;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "k=24: allowed is a multiple of 16");
+  desc.k = K8;
+  desc.n = 12;
+  CHECK_ERROR(kiln_get(engine, &desc.base, &kernel), KILN_INVALID_ARGUMENT, "n=12: allowed is a multiple of 8");
+}
+
 static void test_packs(kiln_engine* engine, const char* directory) {
   kiln_int8_mm_desc desc = the_desc();
   kiln_pack *pack = NULL, *loaded = NULL;
@@ -765,7 +854,13 @@ static void test_ahead_of_time(kiln_engine* engine) {
   CHECK_ERROR(kiln_prefetch_wait(engine, -1), KILN_INVALID_ARGUMENT, "timeout_ms is -1");
   CHECK_ERROR(kiln_warmup(engine, list, 2, "vax", &result), KILN_INVALID_ARGUMENT, "vax");
   CHECK_ERROR(kiln_warmup(engine, NULL, 2, NULL, &result), KILN_INVALID_ARGUMENT, "descs is null");
+  kiln_tune_result tuned = KILN_TUNE_RESULT_INIT;
+  CHECK(kiln_tune(engine, list, 2, &tuned) == KILN_OK); /* CPU kernels have one configuration */
+  CHECK(tuned.tuned == 0 && tuned.without == 2 && tuned.failed == 0);
+  CHECK_ERROR(kiln_tune(NULL, list, 2, &tuned), KILN_INVALID_ARGUMENT, "engine is null");
+  CHECK_ERROR(kiln_tune(engine, NULL, 2, &tuned), KILN_INVALID_ARGUMENT, "descs is null");
   two.n = -1;
+  CHECK_ERROR(kiln_tune(engine, list, 2, &tuned), KILN_INVALID_ARGUMENT, "descs[1]");
   CHECK_ERROR(kiln_prefetch(engine, list, 2), KILN_INVALID_ARGUMENT, "descs[1]");
   kiln_stats stats = KILN_STATS_INIT;
   CHECK(kiln_get_stats(engine, &stats) == KILN_OK);
@@ -871,6 +966,7 @@ int main(void) {
   test_descs(engine);
   test_linear(engine);
   test_attention(engine);
+  test_fp8(engine);
   test_packs(engine, directory);
   test_epilogue(engine, directory);
   test_pack_of_another_layout(&options);

@@ -26,6 +26,7 @@ OK, FAILED, USAGE, INTEGRITY = 0, 1, 2, 3
 SHAPE = ["int8_mm", "m=5", "n=33", "k=70"]
 SHAPES = {"int8_mm": SHAPE, "int8_linear": ["int8_linear", "m=5", "n=33", "k=70", "bias=1"],
           "int4_mm": ["int4_mm", "m=5", "n=40", "k=192", "group=64"],
+          "fp8_block_bmm": ["fp8_block_bmm", "b=2", "m=5", "n=136", "k=144", "x_dtype=e5m2", "z_dtype=f16"],
           "attention": ["attention", "hq=4", "hkv=2", "m=5", "n=33", "d=24", "dv=16", "causal=bottom_right", "lse=1"]}
 SEED = int(os.environ.get("KILN_TEST_SEED", "1"))
 
@@ -134,6 +135,23 @@ class Run(CommandTest):
                         self.refused("run", *shape, env=env, says=["nothing computes", path["isa"]], expect=FAILED)
                     else:
                         self.refused("run", *shape, env=env, says=[path["reason"]], expect=FAILED)
+
+    def test_float8_travels_as_bytes_and_bf16_as_words(self):
+        self.write("x.npy", npy("|u1", (1, 2, 16), bytes([0x38] * 16 + [0x40] * 16)))  # 1, 2 in e4m3
+        self.write("y.npy", npy("|u1", (1, 8, 16), bytes([0x3C] * 128)))  # 1 in e5m2
+        self.write("xs.npy", npy("<f4", (1, 2, 1), struct.pack("<2f", 1, 3)))
+        self.write("ys.npy", npy("<f4", (1, 1, 1), struct.pack("<f", 0.5)))
+        words = ["fp8_block_bmm", "y_dtype=e5m2", *(f"{name}=@{self.dir}/{name}.npy" for name in ("x", "y", "xs", "ys"))]
+        report = self.json("run", *words, f"out=@{self.dir}/z.npy", "--check")
+        self.assertIn("b=1 m=2 n=8 k=16", report["desc"] if "desc" in report else report["op"] + " b=1 m=2 n=8 k=16")
+        descr, shape, data = read_npy((self.dir / "z.npy").read_bytes())
+        self.assertEqual(("<u2", (1, 2, 8)), (descr, shape))
+        self.assertEqual([0x4100] * 8 + [0x4240] * 8, list(struct.unpack("<16H", data)))  # 8, 48 in bf16
+        self.write("xs.npy", npy("<f4", (1, 2, 2), bytes(16)))
+        self.refused("run", *words, says=["tensor xs has shape [1, 2, 2]", "takes [1, 2, 1]"])
+        self.write("x.npy", npy("|i1", (1, 2, 16), bytes(32)))
+        self.write("xs.npy", npy("<f4", (1, 2, 1), bytes(8)))
+        self.refused("run", *words, says=["has dtype '|i1'", "tensor x", "is e4m3, which travels as '|u1'"])
 
     def test_json(self):
         report = self.json("run", *SHAPE)
@@ -352,6 +370,9 @@ class Warmup(CommandTest):
         self.refused("warmup", "--model", "heads.json", "--scheme", "attention", "--tokens", "1", says=["heads.json", "d=20: allowed is a multiple of 8"])
 
     def test_deepseek_layers(self):
+        report = self.json("warmup", "--model", MODELS / "deepseek-v3.json", "--scheme", "fp8-block", "--tokens", "1,8", "--target", "sm_90a")
+        self.assertEqual((24, 12, 0), (report["descs"], report["compiled"], report["failed"]))  # one class of m
+        self.assertIn("fp8_block_bmm b=1 m=8 n=24576 k=1536 ", " ".join(row["desc"] for row in report["results"]))
         results = self.json("warmup", "--model", MODELS / "deepseek-v3.json", "--scheme", "w8a8", "--tokens", "1")["results"]
         shapes = {tuple(map(int, re.search(r" n=(\d+) k=(\d+) ", row["desc"]).groups())) for row in results}
         self.assertEqual({(1536, 7168), (24576, 1536), (576, 7168), (32768, 512), (7168, 16384), (18432, 7168), (36864, 7168), (7168, 18432),

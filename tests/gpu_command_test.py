@@ -11,6 +11,7 @@ import unittest
 FAKE = sys.argv.pop()
 KILN = sys.argv.pop()
 EMULATOR = os.environ.get("TEST_EMULATOR", "").split()
+FP8 = ["fp8_block_bmm", "b=2", "m=5", "n=576", "k=1040"]
 DESC = ["int4_mm", "m=1", "n=256", "k=512", "group=64"]
 
 
@@ -94,6 +95,47 @@ class Gpu(unittest.TestCase):
     def test_without_a_driver_a_desc_for_a_gpu_is_refused_and_others_run(self):
         self.assertIn("no NVIDIA driver", self.kiln("run", *DESC, "device=cuda", driver=False, expect=1).stderr)
         self.assertTrue(self.json("run", *DESC, "--check", driver=False)["check"]["ok"])
+
+    def test_fp8_names_the_sm_that_it_needs(self):
+        refused = self.kiln("explain", *FP8, "--target", "sm_80", driver=False, expect=1).stdout
+        self.assertIn("sm_80: needs sm_90a", refused)
+        self.assertIn("needs sm_90a", self.kiln("warmup", *FP8, "--target", "sm_89", driver=False, expect=1).stderr)
+        ptx = self.kiln("disasm", *FP8, "--target", "sm_90a", driver=False).stdout
+        for text in (".target sm_90a\n", "wgmma.mma_async", ".param .align 64 .b8", "cp.async.bulk.tensor"):
+            self.assertIn(text, ptx)
+        self.assertTrue(self.json("run", *FP8, "--check", driver=False)["check"]["ok"])  # by the reference, on the CPU
+
+    def test_tuning_is_kept_for_later_processes(self):
+        explain = lambda: self.json("explain", *FP8, "device=cuda")  # noqa: E731
+        heuristic = explain()
+        self.assertEqual(("heuristic", "", "none"), (heuristic["configuration_from"], heuristic["tuned_for"], heuristic["tier"]))
+        self.assertIn("(heuristic)", self.kiln("explain", *FP8, "device=cuda").stdout)
+        self.assertIn("--tune with --target sm_90a", self.kiln("warmup", *FP8, "--tune", "--target", "sm_90a", expect=2).stderr)
+        report = self.json("warmup", *FP8, "device=cuda", "--tune")
+        self.assertEqual((1, 0, 0), (report["tuned"], report["warmed"], report["failed"]))
+        result, = report["results"]
+        # The fake's kernels take no time: nothing is faster than the heuristic's.
+        self.assertEqual((heuristic["configuration"], "Fake H100"), (result["configuration"], result["device"]))
+        self.assertGreater(len(result["candidates"]), 1)
+        self.assertEqual([""] * len(result["candidates"]), [candidate["error"] for candidate in result["candidates"]])
+        tuned = explain()
+        self.assertEqual(("tuned", "Fake H100", "disk", heuristic["configuration"]),
+                         (tuned["configuration_from"], tuned["tuned_for"], tuned["tier"], tuned["configuration"]))
+        self.assertNotEqual(heuristic["key"], tuned["key"])
+        self.assertIn("(tuned on Fake H100)", self.kiln("explain", *FP8, "device=cuda").stdout)
+        self.assertIn("(tuned on Fake H100)", self.kiln("cache", "inspect", tuned["key"]).stdout)
+        self.assertEqual("disk", self.json("run", *FP8, "device=cuda")["source"])
+        verified = self.json("cache", "verify", "--recompile")
+        self.assertEqual((1, 1, []), (verified["ok"], verified["recompiled"]["same"], verified["recompiled"]["different"]))
+        bundle = str(self.folder / "tuned.bundle")
+        self.kiln("cache", "export", bundle, "--target", "sm_90a")
+        self.kiln("cache", "clear")
+        self.assertEqual("heuristic", explain()["configuration_from"])
+        self.kiln("cache", "import", bundle, "--allow-unsigned")
+        self.assertEqual("tuned", explain()["configuration_from"])
+        # What has nothing to choose from is warmed up.
+        both = self.json("warmup", *DESC, "device=cuda", "--tune")
+        self.assertEqual((0, 1, 0), (both["tuned"], both["warmed"], both["failed"]))
 
     def test_ptx_is_dumped(self):
         self.kiln("warmup", *DESC, "device=cuda", KILN_DUMP_DIR=str(self.folder / "dump"))

@@ -21,6 +21,11 @@ def split_path(desc):
     return " ".join(word for word in words if not word.startswith("path=")), paths[0] if paths else None
 
 
+def runs_on_older(desc):
+    """Whether GPUs before sm_90 have a kernel for it."""
+    return not desc.startswith("fp8_block_bmm") and split_path(desc)[1] != "wgmma"
+
+
 def ptx(kiln, desc, target):
     """`kiln`: the command's words."""
     fields, path = split_path(desc)

@@ -270,6 +270,40 @@ class Python(unittest.TestCase):
             self.engine.pack_int4(w, sz, group).save(path)
             self.assertGreater(path.stat().st_size, w.nbytes)
 
+    def test_fp8_block_bmm(self):
+        rng = np.random.default_rng(3)
+        b, m, n, k = 2, 5, 136, 144
+        values = {"e4m3": lambda bits: np.where(bits & 0x78, 2.0 ** ((bits >> 3 & 15) - 7.0) * (1 + (bits & 7) / 8), (bits & 7) * 2.0 ** -9),
+                  "e5m2": lambda bits: np.where(bits & 0x7C, 2.0 ** ((bits >> 2 & 31) - 15.0) * (1 + (bits & 3) / 4), (bits & 3) * 2.0 ** -16)}
+        for x_dtype, y_dtype, out in (("e4m3", "e5m2", np.zeros((b, m, n), np.float32)), ("e5m2", "e4m3", np.zeros((b, m, n), np.float16)),
+                                      ("e4m3", "e4m3", np.zeros((m, b, n + 8), np.uint16)[:, :, :n].transpose(1, 0, 2))):
+            with self.subTest(x=x_dtype, y=y_dtype, out=str(out.dtype)):
+                x = rng.integers(0, 0x40, (m, b, k + 16), dtype=np.uint8)[:, :, :k].transpose(1, 0, 2)
+                y = rng.integers(0, 0x40, (b, n, k), dtype=np.uint8)
+                xs = rng.random((b, 2, m), dtype=np.float32).transpose(0, 2, 1)
+                ys = rng.random((b, 2, 2), dtype=np.float32)
+                exact = np.einsum("bmk,bnk->bmn", values[x_dtype](x) * np.repeat(xs, 128, axis=2)[:, :, :k],
+                                  values[y_dtype](y) * np.repeat(np.repeat(ys, 128, axis=1)[:, :n], 128, axis=2)[:, :, :k])
+                self.assertIs(out, self.engine.fp8_block_bmm(x, y, xs, ys, out, x_dtype, y_dtype))
+                got = as_float(out) if out.dtype == np.uint16 else out.astype(np.float64)
+                self.assertLess(np.linalg.norm(got - exact) / np.linalg.norm(exact), {np.uint16: 4e-3, np.float16: 5e-4, np.float32: 1e-6}[out.dtype.type])
+        self.assertEqual("reference", self.engine.fp8_kernel(b, m, n, k).info()["isa"])
+        for says, call in {
+            "x is u8 with x_dtype None": lambda: self.engine.fp8_block_bmm(x, y, xs, ys, out),
+            "y is u8 with y_dtype s8": lambda: self.engine.fp8_block_bmm(x, y, xs, ys, out, "e4m3", "s8"),
+            "y has strides": lambda: self.engine.fp8_block_bmm(x, np.asfortranarray(y), xs, ys, out, "e4m3", "e4m3"),
+            "xs has shape (2, 5, 1): allowed is (2, 5, 2)": lambda: self.engine.fp8_block_bmm(x, y, xs[:, :, :1], ys, out, "e4m3", "e4m3"),
+            "ys has shape": lambda: self.engine.fp8_block_bmm(x, y, xs, ys[:, :1], out, "e4m3", "e4m3"),
+            "out is s8: allowed is bf16, f16 or f32": lambda: self.engine.fp8_block_bmm(x, y, xs, ys, np.zeros((b, m, n), np.int8), "e4m3", "e4m3"),
+            "x has strides": lambda: self.engine.fp8_block_bmm(np.asfortranarray(x), y, xs, ys, out, "e4m3", "e4m3"),
+        }.items():
+            with self.subTest(says), self.assertRaises((TypeError, ValueError)) as raised:
+                call()
+            self.assertIn(says, str(raised.exception))
+        with self.assertRaises(kiln.Error) as raised:
+            self.engine.fp8_kernel(1, 1, 8, 24)
+        self.assertIn("k=24: allowed is a multiple of 16", str(raised.exception))
+
     def test_errors_name_the_array(self):
         n, k, tiles, group, m, w, packed, sz, x, y = case("n64_k128_t4_g64_m3")
         pack, out = self.engine.pack_int4(w, sz, group), np.zeros_like(y)

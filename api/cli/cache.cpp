@@ -10,6 +10,7 @@
 #include "cache/remote_row.h"
 #include "jit/code_object.h"
 #include "jit/kernel_key.h"
+#include "jit/loadable_code.h"
 
 namespace kiln::cli {
 namespace {
@@ -237,6 +238,8 @@ Result<Exit> inspect(Engine& engine, const Options& options) {
                    {"format", name_of(code->format)},
                    {"compiler", code->compiler},
                    {"driver_version", code->driver_version},
+                   {"configuration", code->configuration},
+                   {"tuned_for", code->tuned_for},
                    {"vector_registers", code->vector_registers},
                    {"general_registers", code->general_registers},
                    {"entries", entries},
@@ -262,6 +265,8 @@ Result<Exit> inspect(Engine& engine, const Options& options) {
   if (code->format != CodeFormat::flat)
     columns.row(
         {"format", fmt::format("{}{}{}", name_of(code->format), code->compiler.empty() ? "" : " by ", code->compiler)});
+  if (!code->configuration.empty())
+    columns.row({"configuration", configuration_text(code->configuration, code->tuned_for)});
   columns.row({"entries", entries});
   columns.row({"plan", plan});
   columns.row({"registers", fmt::format("{} vector, {} general", code->vector_registers, code->general_registers)});
@@ -317,7 +322,13 @@ Result<Recompiled> recompile(Engine& engine) {
       recompiled.different.push_back(key);
       continue;
     }
-    const Result<CodeObject> again = implementation->compile(*desc, code->needs(), fields->pack_layout);
+    const Result<CodeObject> again = [&]() -> Result<CodeObject> {
+      if (code->tuned_for.empty())
+        return implementation->compile(*desc, code->needs(), fields->pack_layout);
+      Result<LoadableCode> made = LoadableCode::compile(*implementation, *desc, code->needs(), fields->pack_layout,
+                                                        code->configuration, code->tuned_for);
+      return made ? Result<CodeObject>(std::move(*made).take()) : made.status();
+    }();
     if (!again)
       recompiled.failed.push_back(fmt::format("{}: {}", key, again.status().message()));
     else if (is_same_code(*code, *again))

@@ -43,6 +43,11 @@ Json explanation_json(const KernelDesc& desc, const Explanation& e) {
           {"key_text", e.key_text},
           {"pack_layout", e.pack_layout},
           {"assumes", e.assumes},
+          {"configuration", e.configuration},
+          {"configuration_from", e.configuration.empty() ? ""
+                                 : e.tuned_for.empty()   ? "heuristic"
+                                                         : "tuned"},
+          {"tuned_for", e.tuned_for},
           {"tier", e.tier},
           {"nearest", e.nearest},
           {"why", e.why}};
@@ -66,6 +71,8 @@ void print_explanation(const KernelDesc& desc, const Explanation& e) {
     facts.row({"pack", e.pack_layout});
   if (!e.assumes.empty())
     facts.row({"assumes", e.assumes});
+  if (!e.configuration.empty())
+    facts.row({"configuration", configuration_text(e.configuration, e.tuned_for)});
   facts.row({"cache", outcome_text(e)});
   if (!e.nearest.empty())
     facts.row({"nearest", e.nearest});

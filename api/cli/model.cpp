@@ -8,6 +8,7 @@
 #include "api/cli/json_file.h"
 #include "jit/op.h"
 #include "jit/ops/attention.h"
+#include "jit/ops/fp8_block_bmm.h"
 #include "jit/ops/int8_linear.h"
 #include "jit/ops/int8_mm.h"
 
@@ -171,6 +172,12 @@ KernelDesc w8a8(std::int64_t tokens, const Linear& linear) {
 KernelDesc w8a8_dynamic(std::int64_t tokens, const Linear& linear) {
   return int8_linear::make_desc(tokens, linear.n, linear.k);
 }
+/// Weights in blocks of 128 × 128, as DeepSeek-V3 has them: on the GPUs that compute with them.
+KernelDesc fp8_block(std::int64_t tokens, const Linear& linear) {
+  KernelDesc desc = fp8_block_bmm::make_desc(1, tokens, linear.n, linear.k);
+  desc.device = {DeviceKind::cuda, 0};
+  return desc;
+}
 
 std::vector<KernelDesc> attention_layers(const ModelRow& model, Config& config, std::span<const std::int64_t> tokens) {
   const Heads heads = model.heads(config);
@@ -187,6 +194,7 @@ struct SchemeRow {
 constexpr SchemeRow kSchemes[] = {
     {"w8a8", linear_layers<w8a8>},
     {"w8a8-dynamic", linear_layers<w8a8_dynamic>},
+    {"fp8-block", linear_layers<fp8_block>},
     {"attention", attention_layers},
 };
 

@@ -1,6 +1,7 @@
 #include "api/cli/op_runner.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cassert>
 #include <cmath>
@@ -13,6 +14,7 @@
 #include "jit/cuda/module.h"
 #include "jit/floating_point.h"
 #include "jit/ops/attention_driver.h"
+#include "jit/ops/fp8_block_bmm_driver.h"
 #include "jit/ops/int4_mm_driver.h"
 #include "jit/ops/int8_linear_driver.h"
 #include "jit/ops/int8_mm_driver.h"
@@ -280,6 +282,49 @@ void reference_int4_mm(const KernelDesc& desc, std::span<Tensor> tensors) {
                      tensors[kSz].as<std::uint16_t>(), tensors[kY].as<std::uint16_t>(), n);
 }
 
+// ---------------------------------------------------------------- fp8_block_bmm
+
+enum Fp8BlockBmmTensor { kFp8X, kFp8Y, kFp8Xs, kFp8Ys, kFp8Z };
+
+/// Contiguous ones, wherever they lie.
+fp8_block_bmm::Tensors fp8_tensors(const KernelDesc& desc, const void* x, const void* y, const void* xs, const void* ys,
+                                   void* z) {
+  using namespace fp8_block_bmm;
+  const std::int64_t m = desc.value[kM], n = desc.value[kN], k = desc.value[kK];
+  return {.m = m,
+          .x = static_cast<const std::uint8_t*>(x),
+          .x_stride_b = m * k,
+          .ldx = k,
+          .y = static_cast<const std::uint8_t*>(y),
+          .xs = static_cast<const float*>(xs),
+          .xs_stride_b = m * blocks_of(k),
+          .xs_stride_m = blocks_of(k),
+          .xs_stride_k = 1,
+          .ys = static_cast<const float*>(ys),
+          .z = z,
+          .z_stride_b = m * n,
+          .ldz = n};
+}
+
+Result<Invocation> prepare_fp8_block_bmm(const Kernel& kernel, const KernelDesc& desc, std::span<Tensor> tensors) {
+  const auto operands = std::make_shared<std::array<Operand, 5>>();
+  for (std::size_t i = 0; i < operands->size(); ++i)
+    if (Status s = (*operands)[i].place(desc, kernel.runtime(), tensors[i]); !s)
+      return s;
+  const auto at = [&](Fp8BlockBmmTensor index) { return (*operands)[index].as<void>(); };
+  const fp8_block_bmm::Args args = {.tensors =
+                                        fp8_tensors(desc, at(kFp8X), at(kFp8Y), at(kFp8Xs), at(kFp8Ys), at(kFp8Z))};
+  return Invocation{completed(kernel, [&kernel, args] { return fp8_block_bmm::run(kernel, args); }),
+                    [operands, tensors] { return (*operands)[kFp8Z].bring_back(tensors[kFp8Z]); }};
+}
+
+void reference_fp8_block_bmm(const KernelDesc& desc, std::span<Tensor> tensors) {
+  const DefaultFloatingPoint scope;
+  fp8_block_bmm::reference(desc, fp8_tensors(desc, tensors[kFp8X].as<void>(), tensors[kFp8Y].as<void>(),
+                                             tensors[kFp8Xs].as<void>(), tensors[kFp8Ys].as<void>(),
+                                             tensors[kFp8Z].as<void>()));
+}
+
 // ---------------------------------------------------------------- attention
 
 enum AttentionTensor { kQueries, kKeys, kValues, kO, kLogSums, kKvLen, kScoreScale };
@@ -355,6 +400,10 @@ constexpr OpRunner kRunners[] = {
      .make_sensible = make_sensible_int8_mm},
     {.op = OpId::int8_linear, .prepare = prepare_int8_linear, .reference = reference_int8_linear, .relative_bound = 0},
     {.op = OpId::int4_mm, .prepare = prepare_int4_mm, .reference = reference_int4_mm, .relative_bound = 4e-3},
+    {.op = OpId::fp8_block_bmm,
+     .prepare = prepare_fp8_block_bmm,
+     .reference = reference_fp8_block_bmm,
+     .relative_bound = 4e-3},
     {.op = OpId::attention,
      .prepare = prepare_attention,
      .reference = reference_attention,

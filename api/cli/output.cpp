@@ -116,4 +116,8 @@ std::string local_time_text(std::int64_t unix_seconds) {
   return text;
 }
 
+std::string configuration_text(const std::string& configuration, const std::string& tuned_for) {
+  return fmt::format("{} ({})", configuration, tuned_for.empty() ? "heuristic" : "tuned on " + tuned_for);
+}
+
 } // namespace kiln::cli

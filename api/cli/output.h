@@ -54,4 +54,7 @@ std::string count_text(std::int64_t count, std::string_view noun); ///< `1 kerne
 std::string microseconds_text(double us);                          ///< `12.3 µs`, `4.56 ms`
 std::string local_time_text(std::int64_t unix_seconds);            ///< `2026-01-31 12:00:00`, `never` for 0
 
+/// `x2n128s4 (heuristic)` or `x2n128s4 (tuned on NVIDIA H200)`.
+std::string configuration_text(const std::string& configuration, const std::string& tuned_for);
+
 } // namespace kiln::cli

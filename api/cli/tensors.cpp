@@ -121,6 +121,16 @@ void fill_random(Tensor& tensor, std::uint64_t seed) {
         tensor.as<float>()[i] = in_unit();
     return;
   }
+  if (tensor.dtype == Dtype::e4m3 || tensor.dtype == Dtype::e5m2) {
+    // Bits of a binary16, towards zero: e5m2 is its high byte, e4m3's exponent is less by 8.
+    const bool is_e5m2 = tensor.dtype == Dtype::e5m2;
+    for (std::uint64_t i = 0; i < tensor.buffer.size(); ++i) {
+      const std::uint16_t bits = f16_of_float(is_e5m2 ? in_unit() : in_unit() * 0x1p-8f);
+      tensor.as<std::uint8_t>()[i] =
+          static_cast<std::uint8_t>(is_e5m2 ? bits >> 8 : (bits >> 8 & 0x80) | (bits & 0x3FFF) >> 7);
+    }
+    return;
+  }
   for (std::uint64_t i = 0; i < tensor.buffer.size(); i += sizeof(std::uint64_t)) {
     const std::uint64_t bits = random();
     std::memcpy(tensor.buffer.data() + i, &bits, std::min<std::uint64_t>(sizeof bits, tensor.buffer.size() - i));

@@ -27,7 +27,7 @@ struct Options {
   std::optional<std::string> target;
   std::vector<std::int64_t> tokens;
   int jobs = 0;
-  bool json = false;
+  bool tune = false, json = false;
 };
 
 Status usage(std::string message) {
@@ -61,6 +61,24 @@ std::vector<KernelDesc> kernels_of(const std::vector<KernelDesc>& descs) {
       kernels.push_back(canonical);
   }
   return kernels;
+}
+
+/// Likewise for tuning: of the descs that share a kernel the one with the largest m, or with none, is timed.
+std::vector<KernelDesc> tuned_descs_of(const std::vector<KernelDesc>& descs) {
+  std::vector<KernelDesc> chosen;
+  for (const KernelDesc& desc : descs) {
+    const OpSpec& op = *find_op(desc.op);
+    const int m = find_field(op, "m");
+    const auto same = std::find_if(chosen.begin(), chosen.end(),
+                                   [&](const KernelDesc& other) { return op.canonical(other) == op.canonical(desc); });
+    if (same == chosen.end())
+      chosen.push_back(desc);
+    else if (m >= 0 && same->value[static_cast<std::size_t>(m)] != kAny &&
+             (desc.value[static_cast<std::size_t>(m)] == kAny ||
+              desc.value[static_cast<std::size_t>(m)] > same->value[static_cast<std::size_t>(m)]))
+      *same = desc;
+  }
+  return chosen;
 }
 
 /// A bar on stderr where that is a terminal, else nothing. Any thread.
@@ -108,11 +126,79 @@ std::vector<Outcome> warm(Engine& engine, const std::vector<KernelDesc>& kernels
   return outcomes;
 }
 
+/// One after another: each wants the GPU for itself. What has nothing to choose from is warmed up.
+Result<Exit> tune(Engine& engine, const std::vector<KernelDesc>& descs, bool json) {
+  const std::vector<KernelDesc> kernels = tuned_descs_of(descs);
+  std::size_t tuned = 0, warmed = 0, failed = 0;
+  Json list = Json::array();
+  ProgressBar bar(kernels.size());
+  for (const KernelDesc& desc : kernels) {
+    Json one = {{"desc", desc.text()}};
+    const auto fail = [&](const Status& status) {
+      ++failed;
+      one["result"] = "failed";
+      one["error"] = status.message();
+      report_error(status.message());
+    };
+    const Result<bool> can = engine.can_tune(desc);
+    if (!can) {
+      fail(can.status());
+    } else if (!*can) {
+      const Result<Engine::Warmed> outcome = engine.warmup(desc, nullptr);
+      if (outcome) {
+        ++warmed;
+        one["result"] = *outcome == Engine::Warmed::hit ? "hit" : "compiled";
+      } else {
+        fail(outcome.status());
+      }
+    } else if (const Result<Engine::Tuned> outcome = engine.tune(desc); !outcome) {
+      fail(outcome.status());
+    } else {
+      ++tuned;
+      Json candidates = Json::array();
+      for (const Engine::Tuned::Candidate& candidate : outcome->candidates)
+        candidates.push_back({{"configuration", candidate.configuration},
+                              {"us", candidate.status ? Json(candidate.us) : Json()},
+                              {"error", candidate.status.message()}});
+      const Engine::Tuned::Candidate &best = outcome->candidates[outcome->fastest], &own = outcome->candidates.front();
+      one["result"] = "tuned";
+      one["configuration"] = best.configuration;
+      one["us"] = best.us;
+      one["heuristic"] = own.configuration;
+      one["heuristic_us"] = own.status ? Json(own.us) : Json();
+      one["device"] = outcome->device;
+      one["candidates"] = std::move(candidates);
+      if (!json)
+        print_line(fmt::format(
+            "{}: {}, {} of {} configurations{}", desc.text(), best.configuration, microseconds_text(best.us),
+            outcome->candidates.size(),
+            outcome->fastest == 0 ? ", the heuristic's own"
+            : own.status          ? fmt::format(", the heuristic's {} {}", own.configuration, microseconds_text(own.us))
+                                  : ""));
+    }
+    list.push_back(std::move(one));
+    bar.advance();
+  }
+  if (json)
+    print_json({{"descs", descs.size()},
+                {"kernels", kernels.size()},
+                {"tuned", tuned},
+                {"warmed", warmed},
+                {"failed", failed},
+                {"results", list}});
+  else
+    print_line(fmt::format("{}: {} tuned, {} without a choice warmed up, {} failed",
+                           count_text(std::ssize(kernels), "kernel"), tuned, warmed, failed));
+  return failed == 0 ? Exit::ok : Exit::failed;
+}
+
 Result<Exit> warmup(const Options& options) {
   const Result<std::optional<Target>> parsed = parse_target(options.target);
   if (!parsed)
     return parsed.status();
   const std::optional<Target>& target = *parsed;
+  if (options.tune && target)
+    return usage(fmt::format("--tune with --target {}: only a GPU of this machine can be timed", *options.target));
   Result<std::vector<KernelDesc>> descs = asked_descs(options);
   if (!descs)
     return descs.status();
@@ -122,6 +208,8 @@ Result<Exit> warmup(const Options& options) {
   if (!engine)
     return engine.status();
 
+  if (options.tune)
+    return tune(**engine, *descs, options.json);
   const std::vector<KernelDesc> kernels = kernels_of(*descs);
   const int jobs = options.jobs > 0 ? options.jobs : (*engine)->runtime().parallel.threads();
   const auto start = std::chrono::steady_clock::now();
@@ -174,7 +262,8 @@ Command warmup_command(CLI::App& kiln) {
   app->add_option("--model", options->model, "A model's config.json (Hugging Face): the kernels of its layers");
   app->add_option(
       "--scheme", options->scheme,
-      "Which of them, and how quantised: w8a8 (int8_mm), w8a8-dynamic (int8_linear), attention, or a comma list");
+      "Which of them, and how quantised: w8a8 (int8_mm), w8a8-dynamic (int8_linear), fp8-block (fp8_block_bmm), "
+      "attention, or a comma list");
   app->add_option("--tokens", options->tokens, "Numbers of tokens per call, as 1,16,128")
       ->delimiter(',')
       ->allow_extra_args(false)
@@ -183,6 +272,8 @@ Command warmup_command(CLI::App& kiln) {
                   "Another machine: what its `kiln info --target` prints, or a name that `kiln info` lists");
   app->add_option("-j,--jobs", options->jobs, "Compile so many at once (default: the cores)")
       ->check(CLI::Range(1, 1024));
+  app->add_flag("--tune", options->tune,
+                "Time the configurations of GPU kernels that have several here, and keep the fastest of each");
   app->add_flag("--json", options->json, "Print one JSON object");
   return {app, [options] { return warmup(*options); }};
 }

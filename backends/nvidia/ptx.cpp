@@ -297,6 +297,9 @@ B64 Writer::mul_wide(I32 a, I32 b) {
 B64 Writer::mad_wide(I32 a, I32 b, B64 c) {
   return result<B64>("mad.wide.u32", a, b, c);
 }
+B64 Writer::mul64(B64 a, I64 b) {
+  return result<B64>("mul.lo.s64", a, b);
+}
 B32 Writer::lop3(I32 a, I32 b, I32 c, int table) {
   if (table < 0 || table > 255)
     fail(fmt::format("lop3 table {}: allowed is 0 to 255", table));
@@ -320,6 +323,11 @@ Pred Writer::both(Pred a, Pred b) {
 
 Pred Writer::either(Pred a, Pred b) {
   return result<Pred>("or.pred", a, b);
+}
+
+Pred Writer::always(bool value) {
+  const B32 zero = mov(0);
+  return compare_u32(value ? Compare::eq : Compare::ne, zero, 0);
 }
 
 // ---- floating point
@@ -370,6 +378,9 @@ B32 Writer::negate_bf16x2(B32 a) {
 }
 B32 Writer::to_bf16x2(Float high, Float low) {
   return result<B32>("cvt.rn.bf16x2.f32", high, low);
+}
+B32 Writer::to_f16x2(Float high, Float low) {
+  return result<B32>("cvt.rn.f16x2.f32", high, low);
 }
 B32 Writer::pack_s8(B32 a, B32 b, B32 c, B32 d) {
   const B32 high = b32(), all = b32();
@@ -433,6 +444,13 @@ void Writer::load_cluster(std::span<const F32> d, SharedAddress from, Guard guar
   require(90, 78, "ld.shared::cluster");
   transfer("ld.shared::cluster", true, d, from, nullptr, guard);
 }
+void Writer::store_async(SharedAddress to, std::span<const F32, 4> a, SharedAddress mbarrier) {
+  require(90, 81, "st.async");
+  if (to.offset % 16 != 0)
+    fail(fmt::format("st.async: offset {} is not aligned to 16 bytes", to.offset));
+  emit("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32",
+       {to, Operand(std::span<const F32>(a)), mbarrier});
+}
 SharedAddress Writer::in_block(B32 shared_address, I32 rank) {
   require(90, 78, "mapa");
   const B32 d = b32();
@@ -482,6 +500,12 @@ void Writer::cp_async(SharedAddress to, GlobalAddress from, I32 bytes, Guard gua
     emit("cp.async.cg.shared.global", {to, from, I32(16)}, guard);
   else
     emit("cp.async.cg.shared.global", {to, from, I32(16), bytes}, guard);
+}
+void Writer::cp_async_word(SharedAddress to, GlobalAddress from, I32 bytes, Guard guard) {
+  check_offset(from.offset);
+  if (to.offset % 4 != 0 || from.offset % 4 != 0)
+    fail(fmt::format("cp.async: offsets {} and {} must be multiples of 4", to.offset, from.offset));
+  emit("cp.async.ca.shared.global", {to, from, I32(4), bytes}, guard);
 }
 void Writer::cp_async_stream(SharedAddress to, GlobalAddress from, B64 policy, Guard guard) {
   check_offset(from.offset);
@@ -559,6 +583,10 @@ void Writer::mbarrier_arrive(SharedAddress at, Guard guard) {
   require(80, 70, "mbarrier.arrive");
   emit("mbarrier.arrive.shared.b64", {b64(), at}, guard);
 }
+void Writer::mbarrier_arrive_cluster(SharedAddress at, Guard guard) {
+  require(90, 80, "mbarrier.arrive.shared::cluster");
+  emit("mbarrier.arrive.shared::cluster.b64", {std::string_view("_"), at}, guard);
+}
 void Writer::mbarrier_expect_bytes(SharedAddress at, I32 bytes, Guard guard) {
   require(90, 80, "mbarrier.arrive.expect_tx");
   emit("mbarrier.arrive.expect_tx.shared.b64", {b64(), at, bytes}, guard);
@@ -602,9 +630,26 @@ void Writer::ldmatrix(std::span<const B32> d, SharedAddress from, bool transpose
   emit(fmt::format("ldmatrix.sync.aligned.m8n8.x{}{}.shared.b16", d.size(), transposed ? ".trans" : ""),
        {Operand(d), from});
 }
+void Writer::stmatrix(SharedAddress to, std::span<const B32> a, bool transposed) {
+  require(90, 78, "stmatrix");
+  if (a.size() != 1 && a.size() != 2 && a.size() != 4) {
+    fail(fmt::format("stmatrix of {} matrices: allowed are 1, 2 and 4", a.size()));
+    return;
+  }
+  emit(fmt::format("stmatrix.sync.aligned.m8n8.x{}{}.shared.b16", a.size(), transposed ? ".trans" : ""),
+       {to, Operand(a)});
+}
 B32 Writer::transpose(B32 a) {
   require(80, 78, "movmatrix");
   return result<B32>("movmatrix.sync.aligned.m8n8.trans.b16", a);
+}
+B32 Writer::shuffle_xor(B32 a, int mask) {
+  if (mask < 1 || mask > 31)
+    fail(fmt::format("shfl.bfly by {}: allowed is 1 to 31", mask));
+  return result<B32>("shfl.sync.bfly.b32", a, I32(mask), I32(31), I32(-1));
+}
+B32 Writer::uniform(B32 a) {
+  return result<B32>("shfl.sync.idx.b32", a, I32(0), I32(31), I32(-1));
 }
 void Writer::wgmma_fence() {
   require_specific("wgmma.fence");
@@ -653,6 +698,18 @@ void Writer::wgmma_s8(std::span<const B32> d, B64 a_descriptor, B64 b_descriptor
   emit(fmt::format("wgmma.mma_async.sync.aligned.m64n{}k32.s32.s8.s8", n),
        {Operand(d), a_descriptor, b_descriptor, accumulate});
 }
+void Writer::wgmma_fp8(std::span<const F32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate, bool a_e5m2,
+                       bool b_e5m2) {
+  require_specific("wgmma.mma_async");
+  if (n < 8 || n > 256 || n % 8 != 0 || d.size() != static_cast<std::size_t>(n / 2)) {
+    fail(fmt::format("wgmma m64n{}k32 with {} accumulators: n is a multiple of 8 to 256, with n/2 accumulators", n,
+                     d.size()));
+    return;
+  }
+  emit(fmt::format("wgmma.mma_async.sync.aligned.m64n{}k32.f32.{}.{}", n, a_e5m2 ? "e5m2" : "e4m3",
+                   b_e5m2 ? "e5m2" : "e4m3"),
+       {Operand(d), a_descriptor, b_descriptor, accumulate, I32(1), I32(1)});
+}
 void Writer::setmaxnreg(bool increase, int registers) {
   require_specific("setmaxnreg");
   if (registers < 24 || registers > 256 || registers % 8 != 0)
@@ -675,6 +732,66 @@ void Writer::copy_tensor_2d(SharedAddress to, B64 tensor_map, I32 x, I32 y, Shar
   body_ += "}], ";
   append(mbarrier);
   body_ += ";\n";
+}
+
+void Writer::copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress mbarrier, int blocks) {
+  require(90, 80, "cp.async.bulk.tensor");
+  if (to.offset % 128 != 0)
+    fail(fmt::format("cp.async.bulk.tensor: shared offset {} is not a multiple of 128", to.offset));
+  if (blocks < 0 || blocks >= 1 << 8)
+    fail(fmt::format("cp.async.bulk.tensor to blocks {:#x}: allowed are 8 bits", blocks));
+  B16 mask;
+  if (blocks != 0) {
+    mask = make<Type::b16>();
+    emit("mov.b16", {mask, I32(blocks)});
+  }
+  body_ += "  cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes";
+  body_ += blocks != 0 ? ".multicast::cluster " : " ";
+  append(to);
+  body_ += ", [";
+  append(tensor_map);
+  body_ += ", {";
+  append(x);
+  body_ += ", ";
+  append(y);
+  body_ += ", ";
+  append(z);
+  body_ += "}], ";
+  append(mbarrier);
+  if (blocks != 0) {
+    body_ += ", ";
+    append(mask);
+  }
+  body_ += ";\n";
+}
+void Writer::store_tensor_3d(B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress from, Guard guard) {
+  require(90, 80, "cp.async.bulk.tensor");
+  if (from.offset % 128 != 0)
+    fail(fmt::format("cp.async.bulk.tensor: shared offset {} is not a multiple of 128", from.offset));
+  begin(guard);
+  body_ += "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [";
+  append(tensor_map);
+  body_ += ", {";
+  append(x);
+  body_ += ", ";
+  append(y);
+  body_ += ", ";
+  append(z);
+  body_ += "}], ";
+  append(from);
+  body_ += ";\n";
+}
+void Writer::bulk_commit() {
+  require(90, 80, "cp.async.bulk.commit_group");
+  emit("cp.async.bulk.commit_group", {});
+}
+void Writer::bulk_wait_read(int groups_left) {
+  require(90, 80, "cp.async.bulk.wait_group");
+  emit("cp.async.bulk.wait_group.read", {I32(groups_left)});
+}
+void Writer::prefetch_tensor_map(B64 tensor_map) {
+  require(90, 80, "prefetch.tensormap");
+  emit("prefetch.tensormap", {GlobalAddress(tensor_map)});
 }
 
 // ---- control flow

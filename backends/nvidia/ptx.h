@@ -121,6 +121,7 @@ public:
   B32 block_x() { return special("%ctaid.x"); }
   B32 block_y() { return special("%ctaid.y"); }
   B32 block_z() { return special("%ctaid.z"); }
+  B32 blocks_x() { return special("%nctaid.x"); }
   B32 rank_in_cluster() {
     require(90, 78, "cluster_ctarank");
     return special("%cluster_ctarank");
@@ -150,6 +151,7 @@ public:
   B64 combine(B32 low, I32 high);
   B64 mul_wide(I32 a, I32 b); ///< u32 × u32 → u64
   B64 mad_wide(I32 a, I32 b, B64 c);
+  B64 mul64(B64 a, I64 b); ///< low 64 bits
   /// Any function of three bits: `table` is the function of (0xF0, 0xCC, 0xAA) ("lop3").
   B32 lop3(I32 a, I32 b, I32 c, int table);
   /// Bytes of {b, a} by selector ("prmt").
@@ -159,6 +161,7 @@ public:
   Pred compare_s32(Compare how, I32 a, I32 b);
   Pred both(Pred a, Pred b);
   Pred either(Pred a, Pred b);
+  Pred always(bool value); ///< a constant that the assembler sees through
 
   // ---- "Floating-Point Instructions", "Half Precision Floating-Point Instructions", cvt
   F32 mov_f32(Float a);
@@ -174,6 +177,7 @@ public:
   B32 fma_bf16x2(B32 a, I32 b, I32 c);
   B32 negate_bf16x2(B32 a);
   B32 to_bf16x2(Float high, Float low); ///< round to nearest even
+  B32 to_f16x2(Float high, Float low);  ///< round to nearest even; what is too large becomes an infinity
   /// Four s32 saturated to s8, `a` in the lowest byte ("cvt.pack").
   B32 pack_s8(B32 a, B32 b, B32 c, B32 d);
 
@@ -186,6 +190,9 @@ public:
   /// Of another block of the cluster: an address that `in_block` gave.
   void load_cluster(std::span<const B32> d, SharedAddress from, Guard guard = {});
   void load_cluster(std::span<const F32> d, SharedAddress from, Guard guard = {});
+  /// Four registers into another block's shared memory, counted as 16 bytes by a mbarrier of that block ("st.async"):
+  /// addresses that `in_block` gave.
+  void store_async(SharedAddress to, std::span<const F32, 4> a, SharedAddress mbarrier);
   SharedAddress in_block(B32 shared_address, I32 rank);
   void load_global(std::span<const B32> d, GlobalAddress from, Guard guard = {});
   void load_global(std::span<const F32> d, GlobalAddress from, Guard guard = {});
@@ -200,6 +207,8 @@ public:
   void store_global_b8(GlobalAddress to, B32 a, Guard guard = {});  ///< the low byte
   /// 16 aligned bytes, of which the first `bytes` (a register or 16) are read and the rest zero. Past L1.
   void cp_async(SharedAddress to, GlobalAddress from, I32 bytes = 16, Guard guard = {});
+  /// 4 aligned bytes, of which the first `bytes` are read and the rest zero. Through L1.
+  void cp_async_word(SharedAddress to, GlobalAddress from, I32 bytes, Guard guard = {});
   /// 16 bytes that are read once: by `policy` first to leave L2.
   void cp_async_stream(SharedAddress to, GlobalAddress from, B64 policy, Guard guard = {});
   void cp_async_commit();
@@ -224,6 +233,9 @@ public:
   B32 atomic_add_device(GlobalAddress at, I32 a);
   void mbarrier_init(SharedAddress at, int arrivals);
   void mbarrier_arrive(SharedAddress at, Guard guard = {});
+  /// At one of any block of the cluster: an address that `in_block` gave. Orders this thread's reads before it; not its
+  /// writes for other blocks, which would cost a fence of the whole GPU.
+  void mbarrier_arrive_cluster(SharedAddress at, Guard guard = {});
   void mbarrier_expect_bytes(SharedAddress at, I32 bytes, Guard guard = {});
   /// Spins until the phase of this parity has completed.
   void mbarrier_wait(SharedAddress at, I32 parity);
@@ -239,8 +251,14 @@ public:
               std::span<const B32, 4> c);
   /// One, two or four 8×8 matrices of 16-bit elements ("ldmatrix").
   void ldmatrix(std::span<const B32> d, SharedAddress from, bool transposed = false);
+  /// One, two or four of them, back ("stmatrix"): lane l gives the address of row l mod 8 of matrix l / 8.
+  void stmatrix(SharedAddress to, std::span<const B32> a, bool transposed = false);
   /// A fragment of an 8×8 matrix of 16-bit elements, transposed ("movmatrix").
   B32 transpose(B32 a);
+  /// Another lane's value ("shfl.sync"): of the lane whose number differs in the bits of `mask`, or of lane 0, which
+  /// the assembler then knows to be the same in all lanes.
+  B32 shuffle_xor(B32 a, int mask);
+  B32 uniform(B32 a);
 
   // ---- "Asynchronous Warpgroup Level Matrix Instructions": sm_90a
   void wgmma_fence();
@@ -254,11 +272,24 @@ public:
   /// D[64×n] (+)= A[64×32] · B[32×n], s8, both K-major by descriptor, s32 sums that wrap. n: 8, 16, 24, 32, or a
   /// multiple of 16 from 48 to 256.
   void wgmma_s8(std::span<const B32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate);
+  /// D[64×n] (+)= A[64×32] · B[32×n], each e4m3 or e5m2, both K-major by descriptor, f32 sums of the tensor core's own
+  /// precision. n a multiple of 8 to 256.
+  void wgmma_fp8(std::span<const F32> d, B64 a_descriptor, B64 b_descriptor, int n, Pred accumulate, bool a_e5m2,
+                 bool b_e5m2);
   void setmaxnreg(bool increase, int registers);
 
   // ---- "cp.async.bulk.tensor": the copy engine, sm_90
   /// A box of a 2-dimensional tensor at element (x, y) into shared memory, counted by the mbarrier.
   void copy_tensor_2d(SharedAddress to, B64 tensor_map, I32 x, I32 y, SharedAddress mbarrier, Guard guard = {});
+  /// Of a 3-dimensional one. `blocks`: bits of the cluster's blocks that get it, each at the same address and counted
+  /// by its own mbarrier; 0: this block alone.
+  void copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress mbarrier, int blocks = 0);
+  /// A box out of shared memory; what lies outside of the tensor is not written. Part of this thread's next group.
+  void store_tensor_3d(B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress from, Guard guard = {});
+  void bulk_commit();
+  /// Until all but `groups_left` of this thread's groups have read their shared memory.
+  void bulk_wait_read(int groups_left);
+  void prefetch_tensor_map(B64 tensor_map);
 
   // ---- "Control Flow Instructions"
   Label label() { return {next_label_++}; }

@@ -6,6 +6,7 @@ namespace kiln::nvidia {
 
 Implementation int4_mm_wgmma();
 Implementation int4_mm_mma_sync();
+Implementation fp8_block_bmm_wgmma();
 Implementation int8_mm_wgmma();
 Implementation int8_mm_mma_sync();
 

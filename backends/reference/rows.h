@@ -7,6 +7,7 @@ namespace kiln::reference {
 Implementation int8_mm();
 Implementation int8_linear();
 Implementation int4_mm();
+Implementation fp8_block_bmm();
 Implementation attention();
 
 } // namespace kiln::reference

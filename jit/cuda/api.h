@@ -17,6 +17,7 @@ using CUlibrary = struct CUlib_st*;
 using CUkernel = struct CUkern_st*;
 using CUstream = struct CUstream_st*;
 using CUlinkState = struct CUlinkState_st*;
+using CUevent = struct CUevent_st*;
 
 inline constexpr CUresult CUDA_SUCCESS = 0;
 inline constexpr CUresult CUDA_ERROR_INVALID_VALUE = 1;
@@ -34,6 +35,7 @@ inline constexpr CUresult CUDA_ERROR_STREAM_CAPTURE_IMPLICIT = 906;
 
 // CUdevice_attribute
 inline constexpr int CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16;
+inline constexpr int CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE = 38;
 inline constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75;
 inline constexpr int CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76;
 inline constexpr int CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97;
@@ -57,11 +59,21 @@ inline constexpr int CU_JIT_INFO_LOG_BUFFER_SIZE_BYTES = 4;
 inline constexpr int CU_JIT_ERROR_LOG_BUFFER = 5;
 inline constexpr int CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES = 6;
 inline constexpr int CU_JIT_LOG_VERBOSE = 12;
+// CUstream_flags
+inline constexpr unsigned CU_STREAM_NON_BLOCKING = 1;
 // CUstreamCaptureStatus, CUstreamCaptureMode
 inline constexpr int CU_STREAM_CAPTURE_STATUS_NONE = 0;
 inline constexpr int CU_STREAM_CAPTURE_MODE_RELAXED = 2;
 // CUlaunchAttributeID
 inline constexpr int CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = 4;
+// CUtensorMapDataType
+inline constexpr int CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0;
+inline constexpr int CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6;
+inline constexpr int CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7;
+inline constexpr int CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9;
+// CUtensorMapInterleave, CUtensorMapFloatOOBfill
+inline constexpr int CU_TENSOR_MAP_INTERLEAVE_NONE = 0;
+inline constexpr int CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0; ///< zeros
 // Special streams
 inline const CUstream CU_STREAM_LEGACY = reinterpret_cast<CUstream>(std::uintptr_t{1});
 inline const CUstream CU_STREAM_PER_THREAD = reinterpret_cast<CUstream>(std::uintptr_t{2});
@@ -88,6 +100,13 @@ struct LaunchConfig {
   LaunchAttribute* attributes = nullptr;
   unsigned attribute_count = 0;
 };
+
+/// CUtensorMap: opaque.
+struct alignas(64) TensorMap {
+  static constexpr std::size_t kWords = 16;
+  std::uint64_t words[kWords] = {};
+};
+static_assert(sizeof(TensorMap) == 128);
 
 /// The entry points: name, CUDA version whose ABI is declared, result and parameters. Those of KILN_CUDA_OPTIONAL are
 /// null with drivers older than that version.
@@ -141,6 +160,13 @@ struct LaunchConfig {
   /* "Stream Ordered Memory Allocator" */                                                                              \
   X(cuMemAllocAsync, 11020, (CUdeviceptr * address, std::size_t bytes, CUstream stream))                               \
   X(cuMemFreeAsync, 11020, (CUdeviceptr address, CUstream stream))                                                     \
+  /* "Event Management" */                                                                                             \
+  X(cuEventCreate, 2000, (CUevent * event, unsigned flags))                                                            \
+  X(cuEventDestroy, 4000, (CUevent event))                                                                             \
+  X(cuEventRecord, 2000, (CUevent event, CUstream stream))                                                             \
+  X(cuEventElapsedTime, 2000, (float* milliseconds, CUevent start, CUevent end))                                       \
+  X(cuStreamCreate, 2000, (CUstream * stream, unsigned flags))                                                         \
+  X(cuStreamDestroy, 4000, (CUstream stream))                                                                          \
   X(cuLaunchKernelEx, 11060, (const LaunchConfig* config, CUfunction function, void** parameters, void** extra))       \
   /* "Library Management": needs no context, serves every one */                                                       \
   X(cuLibraryLoadData, 12000,                                                                                          \
@@ -151,7 +177,12 @@ struct LaunchConfig {
   X(cuKernelGetFunction, 12000, (CUfunction * function, CUkernel kernel))                                              \
   X(cuKernelSetAttribute, 12000, (int attribute, int value, CUkernel kernel, CUdevice device))                         \
   X(cuStreamGetId, 12000, (CUstream stream, unsigned long long* id))                                                   \
-  X(cuFuncLoad, 12040, (CUfunction function))
+  X(cuFuncLoad, 12040, (CUfunction function))                                                                          \
+  /* "Tensor Map Object Management": for the tensor memory accelerator of sm_90 and later */                           \
+  X(cuTensorMapEncodeTiled, 12000,                                                                                     \
+    (TensorMap * map, int type, unsigned rank, void* address, const std::uint64_t* extents,                            \
+     const std::uint64_t* strides, const std::uint32_t* box, const std::uint32_t* element_strides, int interleave,     \
+     int swizzle, int l2_promotion, int fill))
 
 struct Api {
 #define KILN_CUDA_DECLARE(name, version, parameters) CUresult(*name) parameters = nullptr;

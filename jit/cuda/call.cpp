@@ -5,18 +5,23 @@
 namespace kiln::cuda {
 namespace {
 
-Status bad(const Call& call, std::string_view argument, std::string_view given, std::string_view allowed) {
+Status bad(std::string_view op, std::string_view argument, std::string_view given, std::string_view allowed) {
   return Status::error(Code::invalid_argument,
-                       fmt::format("{}: {} is {}: allowed is {}", call.op, argument, given, allowed));
+                       fmt::format("{}: {} is {}: allowed is {}", op, argument, given, allowed));
+}
+
+Status check_alignment(std::string_view op, int device_index, const PointerArgument& p) {
+  if (p.address == nullptr)
+    return bad(op, p.name, "null", fmt::format("memory of cuda:{}", device_index));
+  if (reinterpret_cast<std::uintptr_t>(p.address) % static_cast<unsigned>(p.alignment) != 0)
+    return bad(op, p.name, fmt::format("{}", p.address), fmt::format("an address aligned to {} bytes", p.alignment));
+  return {};
 }
 
 Status check_pointers(const Call& call, CUcontext context) {
   for (const PointerArgument& p : call.pointers) {
-    if (p.address == nullptr)
-      return bad(call, p.name, "null", fmt::format("memory of cuda:{}", call.module.device_index()));
-    if (reinterpret_cast<std::uintptr_t>(p.address) % static_cast<unsigned>(p.alignment) != 0)
-      return bad(call, p.name, fmt::format("{}", p.address),
-                 fmt::format("an address aligned to {} bytes", p.alignment));
+    if (Status s = check_alignment(call.op, call.module.device_index(), p); !s)
+      return s;
     if (Status s = check_pointer(call.module.driver(), context, call.module.device_index(), call.op, p.name, p.address);
         !s)
       return s;
@@ -34,7 +39,7 @@ public:
       return workspace;
     if (call.workspace != nullptr) {
       if (call.workspace_bytes < bytes)
-        return bad(call, "workspace_bytes", std::to_string(call.workspace_bytes), fmt::format("{} or more", bytes));
+        return bad(call.op, "workspace_bytes", std::to_string(call.workspace_bytes), fmt::format("{} or more", bytes));
       const PointerArgument argument[] = {{"workspace", call.workspace, 256}};
       Call checked = call;
       checked.pointers = argument;
@@ -55,7 +60,7 @@ public:
     }
     const Api& api = driver.api();
     if (api.cuMemAllocAsync == nullptr || api.cuMemFreeAsync == nullptr)
-      return bad(call, "workspace", "null while the stream is captured",
+      return bad(call.op, "workspace", "null while the stream is captured",
                  "memory of at least what kiln_workspace_bytes tells: this driver is older than CUDA 11.2");
     if (Status s = driver.status(api.cuMemAllocAsync(&workspace.address_, bytes, call.stream), "cuMemAllocAsync"); !s)
       return s;
@@ -80,6 +85,13 @@ private:
 
 } // namespace
 
+Status check_alignment(std::string_view op, int device_index, std::span<const PointerArgument> pointers) {
+  for (const PointerArgument& p : pointers)
+    if (Status s = check_alignment(op, device_index, p); !s)
+      return s;
+  return {};
+}
+
 Status run(const Call& call, std::span<void*> parameters, std::uint64_t& workspace) {
   const LaunchPlan& plan = call.plan;
   Driver& driver = call.module.driver();
@@ -92,7 +104,7 @@ Status run(const Call& call, std::span<void*> parameters, std::uint64_t& workspa
   if (!ready)
     return Status::error(ready.status().code(), fmt::format("{}: {}", call.op, ready.status().message()));
   const std::uint64_t bytes =
-      static_cast<std::uint64_t>(plan.workspace_bytes(call.m, call.n, call.module.device().sm_count));
+      static_cast<std::uint64_t>(plan.workspace_bytes(call.m, call.n, call.module.device().sm_count, call.batches));
   const Result<CallWorkspace> taken = CallWorkspace::take(call, scope->context(), bytes);
   if (!taken)
     return taken.status();
@@ -103,8 +115,9 @@ Status run(const Call& call, std::span<void*> parameters, std::uint64_t& workspa
             "cuMemsetD8Async");
         !s)
       return s;
-  if (Status s = launch(call.module, *ready, 0, plan.grid(call.m, call.n, call.module.device().sm_count), plan.threads,
-                        plan.smem_bytes, plan.cluster_x, call.stream, parameters.data());
+  const LaunchPlan::Grid grid = plan.grid(call.m, call.n, call.module.device().sm_count, call.batches);
+  if (Status s = launch(call.module, *ready, 0, grid, plan.threads, plan.smem_bytes, plan.cluster_x, call.stream,
+                        parameters.data());
       !s)
     return s;
   if (plan.reduce_threads == 0)

@@ -16,12 +16,16 @@ struct PointerArgument {
   int alignment = 1; ///< bytes
 };
 
+/// Code::invalid_argument names one that is null or not aligned.
+Status check_alignment(std::string_view op, int device_index, std::span<const PointerArgument> pointers);
+
 /// What one call of an op gives to its kernels.
 struct Call {
   std::string_view op;
   Module& module;
   const LaunchPlan& plan;
   std::int64_t m = 0, n = 0; ///< of the output; > 0
+  std::int64_t batches = 1;  ///< such outputs
   CUstream stream = nullptr;
   std::span<const PointerArgument> pointers; ///< checked: not null, aligned, memory of the device
   void* workspace = nullptr;                 ///< null: of Kiln's own, by stream

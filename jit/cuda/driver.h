@@ -13,6 +13,7 @@
 #include "cache/status.h"
 #include "jit/code_object.h"
 #include "jit/cuda/api.h"
+#include "jit/cuda/tensor_map.h"
 #include "jit/target.h"
 
 /// NVIDIA GPUs through libcuda.so.1, which is opened when the first desc for a GPU is asked for and not before.
@@ -67,6 +68,9 @@ public:
   /// is kept. The context of the stream must be current; not for a stream that is capturing. Growing allocates.
   Result<CUdeviceptr> stream_workspace(CUcontext context, CUstream stream, std::uint64_t bytes);
 
+  /// Of this process's launches, on any device.
+  TensorMapCache& tensor_maps() { return tensor_maps_; }
+
 private:
   Driver() = default;
   Status start(const std::string& library);
@@ -78,6 +82,7 @@ private:
   int version_ = 0;
   unsigned generation_ = 0; ///< process_generation() of cuInit
   std::vector<DeviceInfo> devices_;
+  TensorMapCache tensor_maps_;
 
   std::mutex mutex_;
   std::vector<CUcontext> primary_;                                    ///< by device; null until retained

@@ -58,17 +58,20 @@ std::uint32_t dimension(std::int64_t value) {
 
 } // namespace
 
-LaunchPlan::Grid LaunchPlan::grid(std::int64_t m, std::int64_t n, int sm_count) const {
+LaunchPlan::Grid LaunchPlan::grid(std::int64_t m, std::int64_t n, int sm_count, std::int64_t batches) const {
   Grid grid;
+  const std::int64_t cluster = std::max<std::int64_t>(cluster_x, 1);
   std::int64_t x = grid_n > 0 ? grid_n : parts(n, tile_n);
   if (blocks_per_sm > 0) {
-    const std::int64_t tiles = parts(n, tile_n) * parts(m, tile_m) * split_k;
-    x = std::min<std::int64_t>(tiles, std::int64_t{blocks_per_sm} * sm_count);
+    const std::int64_t room = std::max(std::int64_t{blocks_per_sm} * sm_count / cluster * cluster, cluster);
+    const double tiles = static_cast<double>(parts(n, tile_n)) * static_cast<double>(parts(m, tile_m)) *
+                         static_cast<double>(batches) * split_k; // more than an int64 holds, of absurd sizes
+    x = tiles < static_cast<double>(room) ? static_cast<std::int64_t>(tiles) : room;
   } else {
     grid.y = dimension(parts(m, tile_m));
-    grid.z = dimension(split_k);
+    grid.z = dimension(batches * split_k);
   }
-  grid.x = dimension(cluster_x > 0 ? parts(x, cluster_x) * cluster_x : x);
+  grid.x = dimension(parts(x, cluster) * cluster);
   return grid;
 }
 
@@ -76,10 +79,10 @@ LaunchPlan::Grid LaunchPlan::reduce_grid(std::int64_t m, std::int64_t n) const {
   return {dimension(parts(n, reduce_tile_n)), dimension(parts(m, reduce_tile_m)), 1};
 }
 
-std::int64_t LaunchPlan::workspace_bytes(std::int64_t m, std::int64_t n, int sm_count) const {
+std::int64_t LaunchPlan::workspace_bytes(std::int64_t m, std::int64_t n, int sm_count, std::int64_t batches) const {
   std::int64_t bytes = workspace_fixed + workspace_per_row * parts(m, tile_m) * tile_m;
   if (workspace_per_block > 0) {
-    const Grid g = grid(m, n, sm_count);
+    const Grid g = grid(m, n, sm_count, batches);
     bytes += workspace_per_block * g.x * g.y * g.z;
   }
   return parts(std::max(bytes, workspace_zeroed), 256) * 256;

@@ -23,8 +23,9 @@ struct LaunchPlan {
   std::int32_t cluster_x = 0;  ///< blocks of a cluster along x; 0: no cluster
   /// Columns of blocks, for a kernel that strides over the tiles of a row itself; 0: one for each tile_n columns.
   std::int32_t grid_n = 0;
-  /// Not 0: a persistent kernel. Its grid is (min(tiles, blocks_per_sm · SMs), 1, 1), and it finds its tiles from
-  /// %ctaid.x and %nctaid.x. Tiles are counted as ⌈N/tile_n⌉ · ⌈m/tile_m⌉ · split_k.
+  /// Not 0: a persistent kernel. Its grid is (min(tiles, blocks_per_sm · SMs), 1, 1), with clusters the tiles rounded
+  /// up to them and the SMs down, and it finds its tiles from %ctaid.x and %nctaid.x. Tiles are counted as ⌈N/tile_n⌉ ·
+  /// ⌈m/tile_m⌉ · batches · split_k.
   std::int32_t blocks_per_sm = 0;
 
   // Global memory of one call, 256-byte aligned, of any content when the kernel begins, nobody else's until it has
@@ -44,11 +45,11 @@ struct LaunchPlan {
     std::uint32_t x = 1, y = 1, z = 1;
     bool operator==(const Grid&) const = default;
   };
-  /// grid = (grid_n, or ⌈N/tile_n⌉; ⌈m/tile_m⌉; split_k), or as blocks_per_sm says; x is rounded up to clusters. Blocks
-  /// beyond the tiles must return at once. For m, n > 0.
-  Grid grid(std::int64_t m, std::int64_t n, int sm_count) const;
+  /// grid = (grid_n, or ⌈N/tile_n⌉; ⌈m/tile_m⌉; batches · split_k), or as blocks_per_sm says; x is rounded up to
+  /// clusters. Blocks beyond the tiles must return at once. For m, n, batches > 0.
+  Grid grid(std::int64_t m, std::int64_t n, int sm_count, std::int64_t batches = 1) const;
   Grid reduce_grid(std::int64_t m, std::int64_t n) const;
-  std::int64_t workspace_bytes(std::int64_t m, std::int64_t n, int sm_count) const;
+  std::int64_t workspace_bytes(std::int64_t m, std::int64_t n, int sm_count, std::int64_t batches = 1) const;
 
   void append_to(PlanValues& values) const;
   /// Takes its own values and leaves those of the op. Code::integrity when one is missing, repeated or impossible.

@@ -10,6 +10,7 @@
 using namespace kiln::cuda;
 using kiln::test::fake_cuda::Launch;
 using kiln::test::fake_cuda::State;
+using kiln::test::fake_cuda::TensorMapContent;
 
 // The handles of the real API are opaque; these are what lies behind them here.
 struct kiln::cuda::CUctx_st {
@@ -32,6 +33,9 @@ struct kiln::cuda::CUmod_st {
 struct kiln::cuda::CUlib_st {
   std::string image;
   std::vector<std::unique_ptr<CUkern_st>> kernels;
+};
+struct kiln::cuda::CUevent_st {
+  double microseconds; ///< of the device's clock, when it was recorded
 };
 struct kiln::cuda::CUlinkState_st {
   std::string ptx, cubin;
@@ -198,7 +202,7 @@ static CUresult cuDeviceGetName(char* name, int length, CUdevice device) {
 static CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
   ENTER(cuDeviceGetAttribute)
   const auto& d = state().devices[static_cast<std::size_t>(device)];
-  const std::map<int, int> values = {{16, d.sms}, {75, d.major}, {76, d.minor}, {97, d.shared_optin}};
+  const std::map<int, int> values = {{16, d.sms}, {38, 1 << 16}, {75, d.major}, {76, d.minor}, {97, d.shared_optin}};
   const auto found = values.find(attribute);
   if (found == values.end())
     return CUDA_ERROR_INVALID_VALUE;
@@ -458,6 +462,69 @@ static CUresult cuKernelGetFunction(CUfunction* function, CUkernel kernel) {
 }
 static CUresult cuKernelSetAttribute(int, int, CUkernel, CUdevice) {
   ENTER(cuKernelSetAttribute)
+  return CUDA_SUCCESS;
+}
+static CUresult cuEventCreate(CUevent* event, unsigned) {
+  ENTER(cuEventCreate)
+  *event = new CUevent_st{0};
+  return CUDA_SUCCESS;
+}
+static CUresult cuEventDestroy(CUevent event) {
+  ENTER(cuEventDestroy)
+  delete event;
+  return CUDA_SUCCESS;
+}
+static CUresult cuEventRecord(CUevent event, CUstream) {
+  ENTER(cuEventRecord)
+  event->microseconds = state().clock_us;
+  return CUDA_SUCCESS;
+}
+static CUresult cuEventElapsedTime(float* milliseconds, CUevent start, CUevent end) {
+  ENTER(cuEventElapsedTime)
+  *milliseconds = static_cast<float>((end->microseconds - start->microseconds) / 1e3);
+  return CUDA_SUCCESS;
+}
+static CUresult cuStreamCreate(CUstream* stream, unsigned) {
+  ENTER(cuStreamCreate)
+  if (current() == nullptr)
+    return CUDA_ERROR_INVALID_CONTEXT;
+  *stream = made(streams, CUstream_st{current(), 100 + streams.size()});
+  return CUDA_SUCCESS;
+}
+static CUresult cuStreamDestroy(CUstream) {
+  ENTER(cuStreamDestroy)
+  return CUDA_SUCCESS;
+}
+static CUresult cuTensorMapEncodeTiled(TensorMap* map, int type, unsigned rank, void* address,
+                                       const std::uint64_t* extents, const std::uint64_t* strides,
+                                       const std::uint32_t* box, const std::uint32_t* element_strides, int interleave,
+                                       int swizzle, int l2_promotion, int fill) {
+  ENTER(cuTensorMapEncodeTiled)
+  // As the manual has it, for the maps that Kiln makes.
+  constexpr unsigned element_bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2};
+  if (type < 0 || type >= static_cast<int>(std::size(element_bytes)) || rank != 3 || interleave != 0 || fill != 0 ||
+      swizzle < 0 || swizzle > 3 || l2_promotion < 0 || l2_promotion > 3)
+    return CUDA_ERROR_INVALID_VALUE;
+  TensorMapContent content = {.address = reinterpret_cast<std::uintptr_t>(address)};
+  if (content.address % 16 != 0 || (box[0] * element_bytes[type]) % 16 != 0 ||
+      (swizzle != 0 && box[0] * element_bytes[type] > 16u << swizzle))
+    return CUDA_ERROR_INVALID_VALUE;
+  for (unsigned i = 0; i < 3; ++i) {
+    content.extents[i] = extents[i];
+    content.box[i] = box[i];
+    if (extents[i] == 0 || extents[i] > std::uint64_t{1} << 32 || box[i] == 0 || box[i] > 256 ||
+        element_strides[i] != 1)
+      return CUDA_ERROR_INVALID_VALUE;
+  }
+  for (unsigned i = 0; i < 2; ++i) {
+    content.strides[i] = strides[i];
+    if (strides[i] % 16 != 0 || strides[i] >= std::uint64_t{1} << 40)
+      return CUDA_ERROR_INVALID_VALUE;
+  }
+  content.element = static_cast<std::uint8_t>(type);
+  content.swizzle = static_cast<std::uint8_t>(swizzle);
+  content.l2_promotion = static_cast<std::uint8_t>(l2_promotion);
+  std::memcpy(map->words, &content, sizeof content);
   return CUDA_SUCCESS;
 }
 

@@ -27,6 +27,21 @@ struct Launch {
   bool captured = false;
 };
 
+/// What a map of the fake's cuTensorMapEncodeTiled holds: what it was made of.
+struct TensorMapContent {
+  std::uint64_t address = 0, extents[3] = {}, strides[2] = {};
+  std::uint32_t box[3] = {};
+  std::uint8_t element = 0, swizzle = 0, l2_promotion = 0;
+
+  /// Where {column, row, plane} lies; null outside.
+  template <class T> T* at(std::uint64_t column, std::uint64_t row, std::uint64_t plane) const {
+    if (column >= extents[0] || row >= extents[1] || plane >= extents[2])
+      return nullptr;
+    return reinterpret_cast<T*>(address + column * sizeof(T) + row * strides[0] + plane * strides[1]);
+  }
+};
+static_assert(sizeof(TensorMapContent) <= sizeof(cuda::TensorMap));
+
 struct State {
   std::mutex mutex; ///< held by every entry point; a test that changes things between calls needs none
 
@@ -38,7 +53,7 @@ struct State {
   /// The result of the next calls of an entry point, first to last; then it works again.
   std::map<std::string, std::vector<cuda::CUresult>> failures;
   std::string jit_log = "ptxas info    : Used 32 registers"; ///< of every link
-  int links = 0;        ///< cubins made so far, never reset: no two are the same
+  int links = 0;                                             ///< cubins made so far, never reset: no two are the same
   bool rejects_ptx = false;
   std::string refuses_cubin_of; ///< images with this text are CUDA_ERROR_NO_BINARY_FOR_GPU
 
@@ -46,6 +61,8 @@ struct State {
   std::vector<Launch> launches;
   /// In place of every kernel: the launch and its parameters.
   std::function<void(const Launch&, void** parameters)> kernel;
+
+  double clock_us = 0; ///< what events see; a kernel advances it by what it takes
 
   std::uint64_t bytes_left = std::uint64_t{1} << 32; ///< beyond: CUDA_ERROR_OUT_OF_MEMORY
   std::set<cuda::CUstream> capturing;

@@ -1,5 +1,5 @@
-"""Kiln for Python: int4 and int8 products, linear layers and attention on arrays of torch, NumPy and CuPy, in host memory or on
-NVIDIA GPUs.
+"""Kiln for Python: int4, int8 and float8 products, linear layers and attention on arrays of torch, NumPy and CuPy, in host memory
+or on NVIDIA GPUs.
 
     import kiln
     engine = kiln.Engine()
@@ -67,7 +67,8 @@ class Kernel:
     def info(self):
         info = c.KernelInfo()
         _lib().call("kiln_kernel_get_info", self._handle, byref(info))
-        text = {name: getattr(info, name).decode() for name in ("op", "desc", "isa", "backend", "generator", "key", "pack_layout")}
+        text = {name: getattr(info, name).decode() for name in ("op", "desc", "isa", "backend", "generator", "key", "pack_layout",
+                                                                 "configuration", "tuned_for")}
         return {**text, "source": c.SOURCES[info.source], "code_bytes": info.code_bytes, "m_min": info.m_min, "m_max": info.m_max,
                 "compile_us": info.compile_us, "load_us": info.load_us}
 
@@ -224,7 +225,44 @@ class Engine:
         _lib().call("kiln_run", kernel._handle, byref(args))
         return out
 
+    # ---- fp8_block_bmm
+
+    def fp8_block_bmm(self, x, y, xs, ys, out, x_dtype=None, y_dtype=None, batch_invariant=False, stream=None):
+        """out[b, m, n] = x[b, m, k] · y[b, n, k]ᵀ with the scales xs f32 [b, m, ⌈k/128⌉] of any strides and ys f32 [b, ⌈n/128⌉, ⌈k/128⌉]: see
+        kiln.h. x and y: torch's float8 types, or uint8 bits with `x_dtype` and `y_dtype` "e4m3" or "e5m2"; y and ys are contiguous. out: bf16,
+        f16 or f32. On a GPU the product is on `stream` when it returns, as in int4_mm. Returns `out`."""
+        xa = as_array(x, "x").as_float8("x", x_dtype)
+        ya = as_array(y, "y").as_float8("y", y_dtype)
+        xa.expect("x", xa.dtype, (-1, -1, -1))
+        (b, m, k), blocks = xa.shape, lambda size: (size + 127) // 128
+        ya.expect("y", ya.dtype, (b, -1, k), xa.device).expect_dense("y")
+        n = ya.shape[1]
+        sa = as_array(xs, "xs").expect("xs", "f32", (b, m, blocks(k)), xa.device)
+        ta = as_array(ys, "ys").expect("ys", "f32", (b, blocks(n), blocks(k)), xa.device).expect_dense("ys")
+        za = as_array(out, "out")
+        if za.dtype not in ("bf16", "f16", "f32"):
+            raise TypeError(f"out is {za.dtype}: allowed is bf16, f16 or f32")
+        za.expect("out", za.dtype, (b, m, n), xa.device)
+        stream = current_stream(xa) if stream is None else stream
+        kernel = self._get(self._fp8_desc(b, m, n, k, xa.dtype, ya.dtype, za.dtype, batch_invariant, xa.device), xa.device, stream)
+        (x_stride_b, ldx), (z_stride_b, ldz) = xa.batch_strides("x"), za.batch_strides("out")
+        strides = [stride if extent > 1 else 0 for extent, stride in zip(sa.shape, sa.strides)]
+        args = c.make_args(c.Fp8BlockBmmArgs, c.OP_FP8_BLOCK_BMM, m=m, x=xa.pointer, x_stride_b=x_stride_b, ldx=ldx, y=ya.pointer,
+                           xs=sa.pointer, xs_stride_b=strides[0], xs_stride_m=strides[1], xs_stride_k=strides[2], ys=ta.pointer,
+                           z=za.pointer, z_stride_b=z_stride_b, ldz=ldz, stream=stream)
+        _lib().call("kiln_run", kernel._handle, byref(args))
+        return out
+
+    def fp8_kernel(self, b, m, n, k, x_dtype="e4m3", y_dtype="e4m3", z_dtype="bf16", batch_invariant=False, device="cpu"):
+        target = parse_device(device)
+        return self._get(self._fp8_desc(b, m, n, k, x_dtype, y_dtype, z_dtype, batch_invariant, target), target, 0)
+
     # ---- inside
+
+    @staticmethod
+    def _fp8_desc(b, m, n, k, x_dtype, y_dtype, z_dtype, batch_invariant, device):
+        return c.make_desc(c.Fp8BlockBmmDesc, c.OP_FP8_BLOCK_BMM, device, b=b, m=m, n=n, k=k, x_dtype=c.DTYPES[x_dtype],
+                           y_dtype=c.DTYPES[y_dtype], z_dtype=c.DTYPES[z_dtype], batch_invariant=int(batch_invariant))
 
     @staticmethod
     def _int4_desc(m, n, k, group, device, batch_invariant, tiles):

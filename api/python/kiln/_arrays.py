@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from ._library import CPU, CUDA, Strides
 
-# bfloat16 has no NumPy type: there it travels as its bits, uint16.
+# bfloat16 has no NumPy type: there it travels as its bits, uint16. Nor has float8: uint8, and the call says which it is.
 _TORCH_TYPES = {"torch.bfloat16": "bf16", "torch.int8": "s8", "torch.uint8": "u8", "torch.int32": "s32", "torch.float32": "f32",
-                "torch.float16": "f16", "torch.uint16": "bf16"}
+                "torch.uint16": "bf16", "torch.float16": "f16", "torch.float8_e4m3fn": "e4m3", "torch.float8_e5m2": "e5m2"}
 _ARRAY_TYPES = {"u2": "bf16", "i1": "s8", "u1": "u8", "i4": "s32", "f4": "f32", "f2": "f16"}
 
 
@@ -44,6 +44,22 @@ class Array:
         if self.shape[3] > 1 and self.strides[3] != 1:
             raise ValueError(f"{name} has strides {self.strides}: allowed is an innermost stride of 1")
         return Strides(*(stride if extent > 1 else 0 for stride, extent in zip(self.strides, self.shape[:3])))
+
+    def as_float8(self, name, dtype):
+        """This array, whose uint8 are bits of `dtype`."""
+        if self.dtype == "u8" and dtype in ("e4m3", "e5m2"):
+            self.dtype = dtype
+        if self.dtype not in ("e4m3", "e5m2") or dtype not in (None, self.dtype):
+            raise TypeError(f"{name} is {self.dtype} with {name}_dtype {dtype}: allowed is e4m3 or e5m2, or uint8 with {name}_dtype 'e4m3' or 'e5m2'")
+        return self
+
+    def batch_strides(self, name):
+        """Elements from one matrix of a batch to the next, and from row to row."""
+        batches, rows, columns = self.shape
+        if columns > 1 and self.strides[2] != 1:
+            raise ValueError(f"{name} has strides {self.strides}: allowed is an innermost stride of 1")
+        row = self.strides[1] if rows > 1 else (columns + 15) // 16 * 16
+        return self.strides[0] if batches > 1 else 0, row
 
     def expect_dense(self, name):
         stride = 1

@@ -6,14 +6,14 @@ from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int32, c_i
 
 CPU, CUDA = 0, 1
 ANY = -1
-DTYPES = {"s8": 0, "u8": 1, "s32": 2, "f32": 3, "bf16": 4, "f16": 5}
+DTYPES = {"s8": 0, "u8": 1, "s32": 2, "f32": 3, "bf16": 4, "f16": 5, "e4m3": 6, "e5m2": 7}
 B_LAYOUTS = {"kn": 0, "nk": 1}
 RESCALES = {None: 0, "scale": 1, "q_scale": 2, "shift_right": 3, "shift_left": 4}
 PER_TENSOR, PER_CHANNEL = 0, 1
 ROUNDINGS = {"zero": 0, "away": 1, "minus_inf": 2, "plus_inf": 3, "even": 4, "odd": 5}
 ACTS = {None: 0, "relu": 1, "leaky_relu": 2}
 ABSENT, ONE, EACH = 0, 1, 2
-OP_INT8_MM, OP_INT8_LINEAR, OP_INT4_MM, OP_ATTENTION = 1, 2, 3, 5
+OP_INT8_MM, OP_INT8_LINEAR, OP_INT4_MM, OP_FP8_BLOCK_BMM, OP_ATTENTION = 1, 2, 3, 4, 5
 CAUSAL = ("none", "top_left", "bottom_right")
 SOURCES = ("memory", "disk", "compiled", "builtin")
 
@@ -61,6 +61,11 @@ class Int4MmDesc(Structure):
                 ("batch_invariant", c_int32), ("reserved", c_int32)]
 
 
+class Fp8BlockBmmDesc(Structure):
+    _fields_ = [("base", Desc), ("b", c_int64), ("m", c_int64), ("n", c_int64), ("k", c_int64), ("x_dtype", c_int32), ("y_dtype", c_int32),
+                ("z_dtype", c_int32), ("batch_invariant", c_int32)]
+
+
 class Int4MmWeights(Sized):
     _fields_ = [("size", c_size_t), ("w", c_void_p), ("sz", c_void_p), ("device", c_int32), ("reserved", c_int32), ("stream", c_void_p)]
 
@@ -87,6 +92,12 @@ class Int4MmArgs(Structure):
                 ("stream", c_void_p), ("workspace", c_void_p), ("workspace_bytes", c_uint64)]
 
 
+class Fp8BlockBmmArgs(Structure):
+    _fields_ = [("base", Args), ("m", c_int64), ("x", c_void_p), ("x_stride_b", c_int64), ("ldx", c_int64), ("y", c_void_p), ("xs", c_void_p),
+                ("xs_stride_b", c_int64), ("xs_stride_m", c_int64), ("xs_stride_k", c_int64), ("ys", c_void_p), ("z", c_void_p),
+                ("z_stride_b", c_int64), ("ldz", c_int64), ("stream", c_void_p)]
+
+
 class AttentionDesc(Structure):
     _fields_ = [("base", Desc), *((name, c_int64) for name in ("b", "hq", "hkv", "m", "n", "d", "dv")), ("causal", c_int32), ("lse", c_int32),
                 ("batch_invariant", c_int32), ("reserved", c_int32)]
@@ -107,7 +118,8 @@ class KernelInfo(Sized):
     _fields_ = [("size", c_size_t), ("op", c_char_p), ("desc", c_char_p), ("isa", c_char_p), ("backend", c_char_p),
                 ("generator", c_char_p), ("features", c_char_p), ("key", c_char_p), ("pack_layout", c_char_p), ("source", c_int32),
                 ("vector_registers", c_uint32), ("general_registers", c_uint32), ("reserved", c_uint32), ("code_bytes", c_uint64),
-                ("m_min", c_int64), ("m_max", c_int64), ("compile_us", c_int64), ("load_us", c_int64)]
+                ("m_min", c_int64), ("m_max", c_int64), ("compile_us", c_int64), ("load_us", c_int64),
+                ("configuration", c_char_p), ("tuned_for", c_char_p)]
 
 
 class PackInfo(Sized):
