@@ -167,8 +167,8 @@ std::vector<Case> fixed_cases() {
     c.guard = cases.size() % 2 ? Guard::before : Guard::after;
     cases.push_back(std::move(c));
   };
-  for (const std::int64_t m : is_emulated() ? std::vector<std::int64_t>{3} : std::vector<std::int64_t>{1, 3, 70}) {
-    const Case base = {.hq = 2, .hkv = 1, .m = m, .n = 300, .causal = Causal::bottom_right, .lse = true};
+  for (const std::int64_t m : is_emulated() ? std::vector<std::int64_t>{3} : std::vector<std::int64_t>{1, 3, 40}) {
+    const Case base = {.hq = 2, .hkv = 1, .m = m, .n = 200, .causal = Causal::bottom_right, .lse = true};
     const auto change = [&](auto&& by) {
       Case c = base;
       by(c);
