@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "backends/nvidia/fp8_block_bmm.h"
 #include "backends/nvidia/int4_mm.h"
 #include "backends/nvidia/int8_mm.h"
 #include "backends/nvidia/ptx.h"
@@ -24,6 +25,11 @@ template <class Body> std::string refusal(Sm sm, Body body) {
   body(w);
   const Result<std::string> text = w.finish();
   return text ? "" : text.status().message();
+}
+
+Result<std::string> fp8_text(const fp8::Shape& shape, const fp8::Config& config) {
+  const Result<fp8::Emitted> made = fp8::emit(kSm90a, shape, config);
+  return made ? Result<std::string>(made->text) : made.status();
 }
 
 bool contains(const std::string& text, std::string_view part) {
@@ -150,6 +156,26 @@ TEST_CASE("operands are checked") {
        [](Writer& w) {
          w.copy_tensor_2d({w.b32(), 64}, w.b64(), 0, 0, {w.b32()});
        }},
+      {"m64n12k32 with 6 accumulators",
+       [](Writer& w) {
+         const auto d = w.make<F32, 6>();
+         w.wgmma_fp8(d, w.b64(), w.b64(), 12, w.always(false), true, false);
+       }},
+      {"shared offset 64 is not a multiple of 128",
+       [](Writer& w) {
+         w.store_tensor_3d(w.b64(), 0, 0, 0, {w.b32(), 64});
+       }},
+      {"to blocks 0x100", [](Writer& w) { w.copy_tensor_3d({w.b32()}, w.b64(), 0, 0, 0, {w.b32()}, 256); }},
+      {"stmatrix of 3", [](Writer& w) { w.stmatrix({w.b32()}, w.make<B32, 3>()); }},
+      {"st.async: offset 8",
+       [](Writer& w) {
+         w.store_async({w.b32(), 8}, w.make<F32, 4>(), {w.b32()});
+       }},
+      {"multiples of 4",
+       [](Writer& w) {
+         w.cp_async_word({w.b32(), 2}, {w.b64()}, w.b32());
+       }},
+      {"shfl.bfly by 32", [](Writer& w) { w.shuffle_xor(w.b32(), 32); }},
       {"declared once",
        [](Writer& w) {
          w.shared_memory();
@@ -205,6 +231,13 @@ TEST_CASE("kernels: the same text each time, within a millisecond, and refused w
          return int8::emit_tile(kSm90a, {4096, 4096},
                                 {.column_tiles = 1, .row_tiles = 32, .warps_n = 8, .warps_m = 1, .wgmma = true});
        }},
+      {"fp8 tile",
+       [] { return fp8_text({.n = 4096, .k = 7168}, {.waves = 1, .stages = 5, .share = fp8::Share::rows}); }},
+      {"fp8 tile, few rows of X",
+       [] {
+         return fp8_text({.n = 4096, .k = 7168},
+                         {.swapped = true, .warpgroups = 1, .waves = 1, .columns = 8, .stages = 24, .split = 2});
+       }},
   };
   for (const Kernel& kernel : kernels) {
     CAPTURE(kernel.name);
@@ -237,4 +270,5 @@ TEST_CASE("kernels: the same text each time, within a millisecond, and refused w
   CHECK_FALSE(
       int4::emit_grouped(kSm90a, {8192, 8192, 128}, {.warps_n = 8, .warps_k = 2, .stages = 7})); // phases would alias
   CHECK_FALSE(int8::emit_tile(kSm80, {.n = 64, .k = 64, .output = int8::Output::s8}, {}));       // needs the scale
+  CHECK_FALSE(fp8::emit(kSm90, {.n = 4096, .k = 7168}, {}));                                     // wgmma is sm_90a's
 }
