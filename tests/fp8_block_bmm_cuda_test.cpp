@@ -439,6 +439,7 @@ TEST_CASE_FIXTURE(Fixture, "many threads with more tensors than the cache has ro
   std::vector<std::thread> threads;
   for (int thread = 0; thread < kThreads; ++thread)
     threads.emplace_back([&, thread] {
+      const Result<cuda::ContextScope> scope = cuda::ContextScope::enter(d, 0, nullptr);
       for (int round = 0; round < kRounds; ++round)
         for (int j = 0; j < kViews; ++j) {
           const int i = j % 3 == 0 ? j % 40 : (j * 37 + thread * 11) % kViews; // some often, all now and then
@@ -456,6 +457,8 @@ TEST_CASE_FIXTURE(Fixture, "many threads with more tensors than the cache has ro
   CHECK(wrong == 0);
   CHECK(fake().calls_of("cuTensorMapEncodeTiled") < kThreads * kViews * kRounds); // some were found
   // Alone, what fits stays.
+  const Result<cuda::ContextScope> scope = cuda::ContextScope::enter(d, 0, nullptr);
+  REQUIRE(scope.is_ok());
   cuda::TensorMap map;
   cuda::TensorMapCache fresh;
   for (int round = 0; round < 2; ++round) {

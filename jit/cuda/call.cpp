@@ -10,18 +10,13 @@ Status bad(std::string_view op, std::string_view argument, std::string_view give
                        fmt::format("{}: {} is {}: allowed is {}", op, argument, given, allowed));
 }
 
-Status check_alignment(std::string_view op, int device_index, const PointerArgument& p) {
-  if (p.address == nullptr)
-    return bad(op, p.name, "null", fmt::format("memory of cuda:{}", device_index));
-  if (reinterpret_cast<std::uintptr_t>(p.address) % static_cast<unsigned>(p.alignment) != 0)
-    return bad(op, p.name, fmt::format("{}", p.address), fmt::format("an address aligned to {} bytes", p.alignment));
-  return {};
-}
-
 Status check_pointers(const Call& call, CUcontext context) {
   for (const PointerArgument& p : call.pointers) {
-    if (Status s = check_alignment(call.op, call.module.device_index(), p); !s)
-      return s;
+    if (p.address == nullptr)
+      return bad(call.op, p.name, "null", fmt::format("memory of cuda:{}", call.module.device_index()));
+    if (reinterpret_cast<std::uintptr_t>(p.address) % static_cast<unsigned>(p.alignment) != 0)
+      return bad(call.op, p.name, fmt::format("{}", p.address),
+                 fmt::format("an address aligned to {} bytes", p.alignment));
     if (Status s = check_pointer(call.module.driver(), context, call.module.device_index(), call.op, p.name, p.address);
         !s)
       return s;
@@ -85,13 +80,6 @@ private:
 
 } // namespace
 
-Status check_alignment(std::string_view op, int device_index, std::span<const PointerArgument> pointers) {
-  for (const PointerArgument& p : pointers)
-    if (Status s = check_alignment(op, device_index, p); !s)
-      return s;
-  return {};
-}
-
 Status run(const Call& call, std::span<void*> parameters, std::uint64_t& workspace) {
   const LaunchPlan& plan = call.plan;
   Driver& driver = call.module.driver();
@@ -100,6 +88,9 @@ Status run(const Call& call, std::span<void*> parameters, std::uint64_t& workspa
     return Status::error(scope.status().code(), fmt::format("{}: {}", call.op, scope.status().message()));
   if (Status s = check_pointers(call, scope->context()); !s)
     return s;
+  if (call.prepare != nullptr)
+    if (Status s = call.prepare(call.prepare_context); !s)
+      return Status::error(s.code(), fmt::format("{}: {}", call.op, s.message()));
   const Result<Module::Ready> ready = call.module.ready(scope->context(), call.stream);
   if (!ready)
     return Status::error(ready.status().code(), fmt::format("{}: {}", call.op, ready.status().message()));

@@ -16,9 +16,6 @@ struct PointerArgument {
   int alignment = 1; ///< bytes
 };
 
-/// Code::invalid_argument names one that is null or not aligned.
-Status check_alignment(std::string_view op, int device_index, std::span<const PointerArgument> pointers);
-
 /// What one call of an op gives to its kernels.
 struct Call {
   std::string_view op;
@@ -28,7 +25,10 @@ struct Call {
   std::int64_t batches = 1;  ///< such outputs
   CUstream stream = nullptr;
   std::span<const PointerArgument> pointers; ///< checked: not null, aligned, memory of the device
-  void* workspace = nullptr;                 ///< null: of Kiln's own, by stream
+  /// Null, or what completes the parameters once the pointers are checked, in the call's context.
+  Status (*prepare)(void* context) = nullptr;
+  void* prepare_context = nullptr;
+  void* workspace = nullptr; ///< null: of Kiln's own, by stream
   std::uint64_t workspace_bytes = 0;
 };
 

@@ -41,7 +41,8 @@ struct TensorView {
 /// into them: making one takes about as long as the rest of a launch. Bounded; without a lock, from any threads.
 class TensorMapCache {
 public:
-  /// Out-of-bounds elements read as zero and are not written. Code::unsupported with a driver older than CUDA 12.0.
+  /// A context is current. Out-of-bounds elements read as zero and are not written. Code::unsupported with a driver
+  /// older than CUDA 12.0.
   Status get(const Driver& driver, const TensorView& view, const TensorBox& box, TensorMap& out);
 
 private:

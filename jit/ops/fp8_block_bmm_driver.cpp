@@ -224,10 +224,14 @@ Status launch(const Kernel& kernel, const Plan::Gpu& plan, const Sizes& s, const
                      .xs_stride_m = static_cast<std::uint32_t>(t.xs_stride_m),
                      .xs_stride_k = static_cast<std::uint32_t>(t.xs_stride_k)};
   std::array<void*, GpuParameters::kCount> parameters = p.pointers();
-  if (Status status = cuda::check_alignment("fp8_block_bmm", module.device_index(), pointers); !status)
-    return status; // before a map is made of one
-  if (Status status = make_maps(module.driver(), kernel.desc(), plan.boxes, s, t, p); !status)
-    return Status::error(status.code(), fmt::format("fp8_block_bmm: {}", status.message()));
+  struct Maps { // need the context of the call
+    cuda::Driver& driver;
+    const KernelDesc& desc;
+    const Boxes& boxes;
+    const Sizes& sizes;
+    const Tensors& tensors;
+    GpuParameters& parameters;
+  } maps = {module.driver(), kernel.desc(), plan.boxes, s, t, p};
   const cuda::Call call = {.op = "fp8_block_bmm",
                            .module = module,
                            .plan = plan.launch,
@@ -235,7 +239,13 @@ Status launch(const Kernel& kernel, const Plan::Gpu& plan, const Sizes& s, const
                            .n = s.n,
                            .batches = s.b,
                            .stream = static_cast<cuda::CUstream>(stream),
-                           .pointers = pointers};
+                           .pointers = pointers,
+                           .prepare =
+                               [](void* context) {
+                                 Maps& m = *static_cast<Maps*>(context);
+                                 return make_maps(m.driver, m.desc, m.boxes, m.sizes, m.tensors, m.parameters);
+                               },
+                           .prepare_context = &maps};
   return cuda::run(call, parameters, p.workspace);
 }
 

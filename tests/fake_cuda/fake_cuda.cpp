@@ -500,6 +500,8 @@ static CUresult cuTensorMapEncodeTiled(TensorMap* map, int type, unsigned rank, 
                                        const std::uint32_t* box, const std::uint32_t* element_strides, int interleave,
                                        int swizzle, int l2_promotion, int fill) {
   ENTER(cuTensorMapEncodeTiled)
+  if (current() == nullptr)
+    return CUDA_ERROR_INVALID_CONTEXT;
   // As the manual has it, for the maps that Kiln makes.
   constexpr unsigned element_bytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2};
   if (type < 0 || type >= static_cast<int>(std::size(element_bytes)) || rank != 3 || interleave != 0 || fill != 0 ||
