@@ -10,7 +10,6 @@
 
 #include <fmt/format.h>
 
-#include "backends/arm/rows.h"
 #include "backends/table.h"
 #include "jit/engine.h"
 #include "jit/floating_point.h"
@@ -19,7 +18,7 @@
 #include "tests/guarded_buffer.h"
 #include "tests/int8_linear_values.h"
 #include "tests/int8_values.h"
-#include "tests/smopa_shim.h"
+#include "tests/table_rows.h"
 #include "tests/test_engine.h"
 #if defined(__x86_64__)
 #include "tests/amx_emulator.h"
@@ -41,42 +40,6 @@ constexpr std::int64_t kSizes[] = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64,
 constexpr Float kFloats[] = {Float::bf16, Float::f16, Float::f32};
 
 constexpr int kSamples = 40;
-
-/// Where a test case lives: the rows that it walks, those of the table, but for SMOPA under an emulator, whose products
-/// SmopaShim carries out. Of each test case, as doctest takes SIGILL for itself before each.
-class Paths {
-public:
-  Paths() {
-#if defined(__aarch64__) && defined(__linux__)
-    if (!is_emulated() || !detect_machine().target.features.has(Feature::sme))
-      return;
-    shim_.emplace();
-    rows_.assign(implementation_table().begin(), implementation_table().end());
-    for (Implementation& row : rows_)
-      if (row.op == OpId::int8_linear && row.isa == IsaPath::sme)
-        row.compile = [](const KernelDesc& desc, const Target& target, std::string_view layout) {
-          Result<CodeObject> code = arm::int8_linear_sme().compile(desc, target, layout);
-          if (code)
-            CHECK((SmopaShim::rewrite(*code) > 0) ==
-                  (desc.value[int8_linear::kN] > 0 && desc.value[int8_linear::kK] > 0));
-          return code;
-        };
-#endif
-  }
-  std::span<const Implementation> rows() const {
-    return rows_.empty() ? implementation_table() : rows_;
-  }
-  /// Some µs a product.
-  bool computes_slowly() const {
-    return !rows_.empty();
-  }
-
-private:
-#if defined(__aarch64__) && defined(__linux__)
-  std::optional<SmopaShim> shim_;
-#endif
-  std::vector<Implementation> rows_;
-};
 
 struct Case {
   std::int64_t m, n, k;
@@ -202,10 +165,10 @@ void check_case(Engine& engine, const Case& c) {
 
 TEST_CASE("every path equals the reference op") {
   const Target target = detect_machine().target;
-  const Paths paths_here;
+  const TableRows<OpId::int8_linear> rows;
   const KernelDesc small = int8_linear::make_desc(kAny, 64, 64);
   int paths = 0;
-  for (const Implementation& row : paths_here.rows()) {
+  for (const Implementation& row : rows.all()) {
     if (row.op != OpId::int8_linear || (!row.any_arch && row.arch != target.arch))
       continue;
     const std::string isa(name_of(row.isa));
@@ -220,9 +183,8 @@ TEST_CASE("every path equals the reference op") {
     ++paths;
     SUBCASE(isa.c_str()) {
       for (const int threads : {1, 3}) {
-        const std::unique_ptr<Engine> engine = make_engine({.threads = threads,
-                                                            .forced = Config::Force{OpId::int8_linear, row.isa},
-                                                            .implementations = paths_here.rows()});
+        const std::unique_ptr<Engine> engine = make_engine(
+            {.threads = threads, .forced = Config::Force{OpId::int8_linear, row.isa}, .implementations = rows.all()});
         for (int i = 0; i < samples(kSamples); ++i)
           for (Case c = random_case(static_cast<unsigned>(1000 * threads + i));
                const Guard guard : {Guard::after, Guard::before}) {
@@ -305,14 +267,14 @@ TEST_CASE("portable code for the same processor with less") {
   const Target target = detect_machine().target;
   if (target.arch != Arch::x86_64)
     return; // NEON is the least there
-  const Paths paths_here;
+  const TableRows<OpId::int8_linear> rows;
   for (const Features features : {Features{}, Features{Feature::avx2}}) {
     if (!target.features.contains(features))
       continue;
     CAPTURE(features.text());
     const std::unique_ptr<Engine> engine = make_engine({.forced = Config::Force{OpId::int8_linear, IsaPath::portable},
                                                         .features = features,
-                                                        .implementations = paths_here.rows()});
+                                                        .implementations = rows.all()});
     for (int i = 0; i < samples(kSamples); ++i) {
       Case c = random_case(static_cast<unsigned>(5000 + i));
       c.guard = Guard::after;
@@ -322,12 +284,12 @@ TEST_CASE("portable code for the same processor with less") {
 }
 
 TEST_CASE("large enough for several threads, row blocks and rows quantised for all") {
-  const Paths paths_here;
+  const TableRows<OpId::int8_linear> rows;
   const std::unique_ptr<Engine> engine =
-      make_engine({.threads = 3, .l2_bytes = 64 << 10, .implementations = paths_here.rows()});
+      make_engine({.threads = 3, .l2_bytes = 64 << 10, .implementations = rows.all()});
   for (const std::int64_t m : {1, 40, 300})
     for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{1000, 1100}, {40, 3000}, {700, 9000}}) {
-      if (m * n * k > (paths_here.computes_slowly() ? 5'000'000 : 400'000'000))
+      if (m * n * k > (rows.compute_slowly() ? 5'000'000 : 400'000'000))
         continue;
       for (const bool own_workspace : {false, true})
         check_case(*engine, {.m = m,
@@ -348,8 +310,8 @@ TEST_CASE("large enough for several threads, row blocks and rows quantised for a
 }
 
 TEST_CASE("a host whose m walks compiles a bounded number of kernels") {
-  const Paths paths_here;
-  const std::unique_ptr<Engine> engine = make_engine({.implementations = paths_here.rows()});
+  const TableRows<OpId::int8_linear> rows;
+  const std::unique_ptr<Engine> engine = make_engine({.implementations = rows.all()});
   for (std::int64_t m = 1; m <= 512; ++m)
     REQUIRE(engine->get(int8_linear::make_desc(m, 96, 80)).is_ok());
   CHECK(engine->stats().kernels <= 8);

@@ -12,13 +12,11 @@
 #include "jit/engine.h"
 #include "jit/ops/int8_mm_driver.h"
 #include "tests/guarded_buffer.h"
+#include "tests/table_rows.h"
 #include "tests/test_engine.h"
 #if defined(__x86_64__)
 #include "tests/amx_emulator.h"
 #include "tests/avxvnni_emulator.h"
-#elif defined(__aarch64__) && defined(__linux__)
-#include "tests/emulator.h"
-#include "tests/smopa_shim.h"
 #endif
 
 /// int8_mm's epilogue on every path that this machine can run, through engine and driver, bit for bit against the
@@ -35,36 +33,6 @@ using test::samples;
 namespace {
 
 constexpr int kSamples = 250;
-
-#if defined(__aarch64__) && defined(__linux__)
-/// The table; where qemu computes SMOPA wrongly, with a row `sme` whose products go through SmopaShim.
-std::span<const Implementation> implementations() {
-  static decltype(Implementation::compile) compile_sme;
-  static const std::vector<Implementation> rows = [] {
-    const std::span<const Implementation> all = implementation_table();
-    std::vector<Implementation> copy(all.begin(), all.end());
-    if (!test::is_emulated() || !detect_machine().target.features.has(Feature::sme))
-      return copy;
-    static const test::SmopaShim shim;
-    for (Implementation& row : copy)
-      if (row.op == OpId::int8_mm && row.isa == IsaPath::sme) {
-        compile_sme = row.compile;
-        row.compile = [](const KernelDesc& desc, const Target& target, std::string_view layout) {
-          Result<CodeObject> code = compile_sme(desc, target, layout);
-          const bool has_products = code && test::SmopaShim::rewrite(*code) > 0;
-          CHECK((has_products == (desc.value[kK] > 0) || desc.value[kN] == 0));
-          return code;
-        };
-      }
-    return copy;
-  }();
-  return rows;
-}
-#else
-std::span<const Implementation> implementations() {
-  return implementation_table();
-}
-#endif
 
 class Random {
 public:
@@ -277,7 +245,7 @@ void check_sampled(Engine& engine, unsigned first_seed, int count) {
 namespace {
 
 /// The rows of int8_mm that this machine runs with an epilogue. Says which are left out.
-std::vector<Implementation> paths_here() {
+std::vector<Implementation> paths_here(std::span<const Implementation> rows) {
   const Target target = detect_machine().target;
   KernelDesc desc = make_desc(kAny, 64, 64);
   desc.value[kRescale] = static_cast<std::int64_t>(Rescale::q_scale);
@@ -286,7 +254,7 @@ std::vector<Implementation> paths_here() {
   with_f16.value[kRescale] = static_cast<std::int64_t>(Rescale::scale);
   with_f16.value[kCDtype] = static_cast<std::int64_t>(CDtype::f16);
   std::vector<Implementation> paths;
-  for (const Implementation& row : implementations()) {
+  for (const Implementation& row : rows) {
     if (row.op != OpId::int8_mm || row.device != DeviceKind::cpu || (!row.any_arch && row.arch != target.arch))
       continue;
     const std::string isa(name_of(row.isa));
@@ -363,25 +331,27 @@ void check_ties(Engine& engine, const KernelDesc& desc, const Ties& ties) {
 } // namespace
 
 TEST_CASE("every path finishes its sums as the definition does") {
-  const std::vector<Implementation> paths = paths_here();
+  const test::TableRows<OpId::int8_mm> rows;
+  const std::vector<Implementation> paths = paths_here(rows.all());
   for (const Implementation& row : paths)
     SUBCASE(std::string(name_of(row.isa)).c_str()) {
       // LLVM takes milliseconds a kernel.
       const int count = row.generator == GeneratorId::llvm ? samples(kSamples) / 5 : samples(kSamples);
       for (const int threads : {1, 3})
-        check_sampled(*make_engine({.threads = threads,
-                                    .forced = Config::Force{OpId::int8_mm, row.isa},
-                                    .implementations = implementations()}),
-                      static_cast<unsigned>(100'000 * threads), count);
+        check_sampled(
+            *make_engine(
+                {.threads = threads, .forced = Config::Force{OpId::int8_mm, row.isa}, .implementations = rows.all()}),
+            static_cast<unsigned>(100'000 * threads), count);
     }
   CHECK(paths.size() >= 2); // portable and reference run everywhere
 }
 
 TEST_CASE("ties and the edges of s32, by every rule") {
-  for (const Implementation& row : paths_here())
+  const test::TableRows<OpId::int8_mm> rows;
+  for (const Implementation& row : paths_here(rows.all()))
     SUBCASE(std::string(name_of(row.isa)).c_str()) {
       const std::unique_ptr<Engine> engine =
-          make_engine({.forced = Config::Force{OpId::int8_mm, row.isa}, .implementations = implementations()});
+          make_engine({.forced = Config::Force{OpId::int8_mm, row.isa}, .implementations = rows.all()});
       for (const Rescale rescale : {Rescale::q_scale, Rescale::shift_right}) {
         const Ties columns = ties(rescale == Rescale::q_scale);
         for (const Act act : {Act::none, Act::leaky_relu}) {
@@ -402,8 +372,9 @@ TEST_CASE("ties and the edges of s32, by every rule") {
 }
 
 TEST_CASE("calls that the driver cuts") {
+  const test::TableRows<OpId::int8_mm> rows;
   const std::unique_ptr<Engine> engine =
-      make_engine({.threads = 3, .l2_bytes = 64 << 10, .implementations = implementations()});
+      make_engine({.threads = 3, .l2_bytes = 64 << 10, .implementations = rows.all()});
   unsigned seed = 7;
   for (const std::int64_t m : {1, 33, 150})
     for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{1000, 1100}, {40, 3000}})
