@@ -18,6 +18,9 @@ struct BadArgument {
     return Status::error(Code::invalid_argument,
                          fmt::format("{}: {} is {}: allowed is {}", op, argument, given, allowed));
   }
+  Status operator()(std::string_view argument, std::int64_t given, std::string_view allowed) const {
+    return (*this)(argument, std::to_string(given), allowed);
+  }
 };
 
 /// Of the kernel's class, and a size at all: what a driver computes from m then stays within an int64.

@@ -7,6 +7,7 @@
 
 #include "jit/cuda/call.h"
 #include "jit/floating_point.h"
+#include "jit/ops/call_checks.h"
 
 namespace kiln::fp8_block_bmm {
 namespace {
@@ -17,26 +18,13 @@ constexpr std::int64_t kMaxBatchStride = (std::int64_t{1} << 37) - 16;
 /// On a GPU, of rows of X, Y and Z.
 constexpr std::int64_t kAlignment = 16;
 
-Status bad(std::string_view argument, std::string_view given, std::string_view allowed) {
-  return Status::error(Code::invalid_argument,
-                       fmt::format("fp8_block_bmm: {} is {}: allowed is {}", argument, given, allowed));
-}
-Status bad(std::string_view argument, std::int64_t given, std::string_view allowed) {
-  return bad(argument, std::to_string(given), allowed);
-}
+constexpr BadArgument bad{"fp8_block_bmm"};
 
 struct Sizes {
   std::int64_t b, m, n, k;
 };
 Sizes sizes_of(const KernelDesc& desc, const Args& args) {
   return {desc.value[kB], args.tensors.m, desc.value[kN], desc.value[kK]};
-}
-
-Status check_m(const Kernel& kernel, std::int64_t m) {
-  const MRange range = kernel.m_range();
-  return m == 0 || (m >= range.min && m <= range.max)
-             ? Status()
-             : bad("m", m, fmt::format("{} to {}, the rows that this kernel serves (or 0)", range.min, range.max));
 }
 
 Status check_strides(const Sizes& s, const Tensors& t) {
@@ -66,8 +54,8 @@ Status check_args(const Kernel& kernel, const Sizes& s, const Args& args) {
   const Tensors& t = args.tensors;
   if (Status status = check_m(kernel, t.m); !status)
     return status;
-  if (args.threads < 0)
-    return bad("threads", args.threads, "0 or more");
+  if (Status status = check_threads(kernel, args.threads); !status)
+    return status;
   if (s.b == 0 || s.m == 0 || s.n == 0)
     return {};
   if (Status status = check_strides(s, t); !status)
