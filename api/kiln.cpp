@@ -475,7 +475,7 @@ kiln_status kiln_tune(kiln_engine* engine, const kiln_desc* const* descs, size_t
       return s;
     kiln_tune_result counts = KILN_TUNE_RESULT_INIT;
     Status first_failure;
-    for (const KernelDesc& desc : list) {
+    for (const KernelDesc& desc : one_for_each_kernel(list)) {
       const Result<bool> can = engine->engine->can_tune(desc);
       if (can && !*can) {
         ++counts.without;

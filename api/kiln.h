@@ -522,7 +522,8 @@ typedef struct kiln_attention_args {
 #define KILN_ATTENTION_ARGS_INIT \
   {{sizeof(kiln_attention_args), KILN_OP_ATTENTION, 0}, 0, 0, 0, 0, 0, 0, {0, 0, 0}, 0, {0, 0, 0}, 0, {0, 0, 0}, 0, {0, 0, 0}, 0, 0, 0, 0, 0, 0}
 
-/* Runs; returns when the output is complete (a GPU kernel: when it is on the stream). No lock, lookup or allocation (the first call of a thread may grow its arena).
+/* Runs; returns when the output is complete (a GPU kernel: when it is on the stream). No lock, lookup or allocation (the first call of a thread may grow its arena,
+ * the first fp8_block_bmm on a GPU makes a table of what its copy engine wants to know of tensors).
  * KILN_OUT_OF_MEMORY, when a thread's arena cannot grow, may leave part of the output written; with a workspace it does not occur. */
 KILN_API kiln_status kiln_run(const kiln_kernel* kernel, const kiln_args* args);
 
@@ -558,6 +559,7 @@ typedef struct kiln_tune_result {
  * this GPU's name: every engine made later gets it there as any other, without timing; kernels that are in memory stay. Takes some tenths of a second for each
  * configuration, most of it in the driver's compiler, and leaves their code loaded; wants the GPU for itself. A tuned kernel's results are as equal from run to
  * run as any other's, and with batch_invariant as independent of m, but may differ in their last bits from those of another configuration.
+ * Of several descs with one kernel the one with the largest m decides.
  * Goes on after a failure; then returns the first failure's status and message. Needs a cache that may be written (else KILN_UNSUPPORTED). */
 KILN_API kiln_status kiln_tune(kiln_engine* engine, const kiln_desc* const* descs, size_t count, kiln_tune_result* result);
 

@@ -841,7 +841,8 @@ Result<Engine::Warmed> Engine::warmup(const KernelDesc& desc, const Target* targ
     return Status::error(why.code(),
                          fmt::format("{} was {} but could not be stored: {}", canonical.text(), what, why.message()));
   };
-  if (target == nullptr)
+  // What a remote tier carries is the heuristic's kernel: a machine that writes to it keeps that one warm.
+  if (target == nullptr && !(state_->remote && state_->remote->writes()))
     if (const std::optional<Choice> by_timing = state_->tuned(*choice, canonical, *for_target))
       if (const std::optional<StoreRow> row = state_->seen(by_timing->key); serves(row))
         return there_already(*row);
@@ -887,7 +888,8 @@ Result<bool> Engine::can_tune(const KernelDesc& desc) {
   const Result<Choice> choice = state_->choose(canonical, *target);
   if (!choice)
     return choice.status();
-  return op.timing_problem != nullptr && state_->tuned(*choice, canonical, *target).has_value();
+  return op.timing_problem != nullptr && op.operations(desc) != 0 && // there is something to time
+         state_->tuned(*choice, canonical, *target).has_value();
 }
 
 Result<Engine::Tuned> Engine::tune(const KernelDesc& desc) {
@@ -897,6 +899,8 @@ Result<Engine::Tuned> Engine::tune(const KernelDesc& desc) {
     return Status::error(Code::unsupported, "tuning needs a cache on disk that may be written: see KILN_CACHE, "
                                             "KILN_CACHE_DIR and KILN_DISABLE");
   const OpSpec& op = *find_op(desc.op);
+  if (op.operations(desc) == 0) // an m of kAny makes it negative
+    return Status::error(Code::invalid_argument, fmt::format("{}: there is nothing to time: a size is 0", desc.text()));
   const KernelDesc canonical = op.canonical(desc);
   const Result<Target> target = state_->target_of(canonical);
   if (!target)
@@ -949,6 +953,16 @@ Result<Engine::Tuned> Engine::tune(const KernelDesc& desc) {
   const Result<std::unique_ptr<TimingProblem>> problem = op.timing_problem(desc, state_->runtime);
   if (!problem)
     return problem.status();
+  // What this GPU does not launch, as a cluster that a slice of it has no room for, is left out.
+  std::erase_if(entries, [&](const Entry& entry) {
+    entry.candidate->status = (*problem)->run(entry.kernel, nullptr);
+    if (!entry.candidate->status)
+      log().warn(fmt::format("tuning {}: {} is left out: {}", canonical.text(), entry.candidate->configuration,
+                             entry.candidate->status.message()));
+    return !entry.candidate->status.is_ok();
+  });
+  if (entries.empty())
+    return tuned.candidates.back().status;
   std::vector<cuda::StreamWork> works;
   for (const Entry& entry : entries)
     works.push_back([&](cuda::CUstream stream) { return (*problem)->run(entry.kernel, stream); });

@@ -1,5 +1,6 @@
 #include "jit/op.h"
 
+#include <algorithm>
 #include <charconv>
 
 #include <fmt/format.h>
@@ -94,6 +95,21 @@ int find_field(const OpSpec& op, std::string_view name) {
     if (op.fields[i].name == name)
       return static_cast<int>(i);
   return -1;
+}
+
+std::vector<KernelDesc> one_for_each_kernel(std::span<const KernelDesc> descs) {
+  std::vector<KernelDesc> chosen;
+  for (const KernelDesc& desc : descs) {
+    const OpSpec& op = *find_op(desc.op);
+    const auto same = std::find_if(chosen.begin(), chosen.end(),
+                                   [&](const KernelDesc& other) { return op.canonical(other) == op.canonical(desc); });
+    const auto m = static_cast<std::size_t>(find_field(op, "m"));
+    if (same == chosen.end())
+      chosen.push_back(desc);
+    else if (same->value[m] != kAny && (desc.value[m] == kAny || desc.value[m] > same->value[m]))
+      *same = desc;
+  }
+  return chosen;
 }
 
 Result<std::int64_t> parse_field(const OpSpec& op, const FieldSpec& field, std::string_view text) {

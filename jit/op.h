@@ -100,6 +100,8 @@ Result<KernelDesc> desc_from_fields(std::string_view op, std::span<const std::pa
 Result<KernelDesc> parse_desc(std::string_view text);
 /// Ranges, then the op's own check.
 Status check_desc(const KernelDesc& desc);
+/// Of descs that share a kernel the one with the largest m, or with none.
+std::vector<KernelDesc> one_for_each_kernel(std::span<const KernelDesc> descs);
 std::string known_op_names(); ///< comma list
 
 } // namespace kiln

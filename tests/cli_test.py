@@ -143,7 +143,7 @@ class Run(CommandTest):
         self.write("ys.npy", npy("<f4", (1, 1, 1), struct.pack("<f", 0.5)))
         words = ["fp8_block_bmm", "y_dtype=e5m2", *(f"{name}=@{self.dir}/{name}.npy" for name in ("x", "y", "xs", "ys"))]
         report = self.json("run", *words, f"out=@{self.dir}/z.npy", "--check")
-        self.assertIn("b=1 m=2 n=8 k=16", report["desc"] if "desc" in report else report["op"] + " b=1 m=2 n=8 k=16")
+        self.assertIn("b=1 m=2 n=8 k=16", report["desc"])
         descr, shape, data = read_npy((self.dir / "z.npy").read_bytes())
         self.assertEqual(("<u2", (1, 2, 8)), (descr, shape))
         self.assertEqual([0x4100] * 8 + [0x4240] * 8, list(struct.unpack("<16H", data)))  # 8, 48 in bf16

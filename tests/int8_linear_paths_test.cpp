@@ -2,7 +2,6 @@
 #include <doctest/doctest.h>
 
 #include <array>
-#include <cfenv>
 #include <cstring>
 #include <optional>
 #include <span>
@@ -18,6 +17,7 @@
 #include "tests/guarded_buffer.h"
 #include "tests/int8_linear_values.h"
 #include "tests/int8_values.h"
+#include "tests/other_rounding.h"
 #include "tests/table_rows.h"
 #include "tests/test_engine.h"
 #if defined(__x86_64__)
@@ -84,16 +84,6 @@ Case random_case(unsigned seed) {
 std::int64_t extent(std::int64_t rows, std::int64_t columns, std::int64_t stride) {
   return rows == 0 || columns == 0 ? 0 : (rows - 1) * stride + columns;
 }
-
-/// Round toward zero while it lives, which a call must neither use nor change.
-class OtherRounding {
-public:
-  OtherRounding() { std::fesetround(FE_TOWARDZERO); }
-  ~OtherRounding() {
-    CHECK(std::fegetround() == FE_TOWARDZERO);
-    std::fesetround(FE_TONEAREST);
-  }
-};
 
 void check_case(Engine& engine, const Case& c) {
   INFO(c.text());

@@ -12,6 +12,7 @@
 #include "jit/engine.h"
 #include "jit/ops/int8_mm_driver.h"
 #include "tests/guarded_buffer.h"
+#include "tests/other_rounding.h"
 #include "tests/table_rows.h"
 #include "tests/test_engine.h"
 #if defined(__x86_64__)
@@ -215,7 +216,10 @@ void check_case(Engine& engine, unsigned seed, std::int64_t m, std::int64_t n, s
     args.b = b.as<void>();
     args.ldb = ldb;
   }
-  const Status status = run(**kernel, args);
+  const Status status = [&] {
+    const test::OtherRounding scope;
+    return run(**kernel, args);
+  }();
   REQUIRE_MESSAGE(status.is_ok(), status.message());
 
   std::vector<std::uint8_t> expected(static_cast<std::size_t>(c_size), kUntouched);
@@ -317,7 +321,10 @@ void check_ties(Engine& engine, const KernelDesc& desc, const Ties& ties) {
   const Result<KernelRef> kernel = engine.get(desc);
   REQUIRE_MESSAGE(kernel.is_ok(), (kernel ? "" : kernel.status().message()));
   std::vector<std::int32_t> c(static_cast<std::size_t>(m * n)), expected(c.size());
-  const Status status = run(**kernel, {.m = m, .c = c.data(), .ldc = n, .values = values});
+  const Status status = [&] {
+    const test::OtherRounding scope;
+    return run(**kernel, {.m = m, .c = c.data(), .ldc = n, .values = values});
+  }();
   REQUIRE_MESSAGE(status.is_ok(), status.message());
   reference(e, values, m, n, 0, nullptr, 0, nullptr, 0, BLayout::nk, expected.data(), n);
   for (std::size_t i = 0; i < c.size(); ++i)

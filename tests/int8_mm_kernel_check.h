@@ -164,7 +164,10 @@ inline void check_finished_kernel(
                                  .lo = 3,
                                  .hi = 200};
   const TermsLayout terms_layout = TermsLayout::of(e);
-  std::vector<std::int32_t> terms(static_cast<std::size_t>(layout.panels(c.n) * terms_layout.panel_bytes(layout) / 4));
+  const std::int64_t columns_read =
+      (c.n + plan->n_step - 1) / plan->n_step * plan->n_step; // kernels may read a whole step
+  std::vector<std::int32_t> terms(
+      static_cast<std::size_t>(layout.panels(columns_read) * terms_layout.panel_bytes(layout) / 4));
   make_terms(e, values, layout, c.k, plan->a_shift, b_sums.data(), 0, c.n, terms.data());
   const Scalars scalars = scalars_of(e, values);
 

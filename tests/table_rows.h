@@ -32,7 +32,7 @@ public:
         row.compile = [](const KernelDesc& desc, const Target& target, std::string_view layout) {
           Result<CodeObject> code = compile_(desc, target, layout);
           if (code)
-            CHECK((SmopaShim::rewrite(*code) > 0) == (field(desc, "n") != 0 && field(desc, "k") > 0));
+            CHECK(((SmopaShim::rewrite(*code) > 0) == (field(desc, "k") > 0) || field(desc, "n") == 0));
           return code;
         };
       }

@@ -63,24 +63,6 @@ std::vector<KernelDesc> kernels_of(const std::vector<KernelDesc>& descs) {
   return kernels;
 }
 
-/// Likewise for tuning: of the descs that share a kernel the one with the largest m, or with none, is timed.
-std::vector<KernelDesc> tuned_descs_of(const std::vector<KernelDesc>& descs) {
-  std::vector<KernelDesc> chosen;
-  for (const KernelDesc& desc : descs) {
-    const OpSpec& op = *find_op(desc.op);
-    const int m = find_field(op, "m");
-    const auto same = std::find_if(chosen.begin(), chosen.end(),
-                                   [&](const KernelDesc& other) { return op.canonical(other) == op.canonical(desc); });
-    if (same == chosen.end())
-      chosen.push_back(desc);
-    else if (m >= 0 && same->value[static_cast<std::size_t>(m)] != kAny &&
-             (desc.value[static_cast<std::size_t>(m)] == kAny ||
-              desc.value[static_cast<std::size_t>(m)] > same->value[static_cast<std::size_t>(m)]))
-      *same = desc;
-  }
-  return chosen;
-}
-
 /// A bar on stderr where that is a terminal, else nothing. Any thread.
 class ProgressBar {
 public:
@@ -128,7 +110,7 @@ std::vector<Outcome> warm(Engine& engine, const std::vector<KernelDesc>& kernels
 
 /// One after another: each wants the GPU for itself. What has nothing to choose from is warmed up.
 Result<Exit> tune(Engine& engine, const std::vector<KernelDesc>& descs, bool json) {
-  const std::vector<KernelDesc> kernels = tuned_descs_of(descs);
+  const std::vector<KernelDesc> kernels = one_for_each_kernel(descs);
   std::size_t tuned = 0, warmed = 0, failed = 0;
   Json list = Json::array();
   ProgressBar bar(kernels.size());

@@ -8,7 +8,7 @@
 ///   plus_inf 0, minus_inf −1, away −[x < 0], zero [x < 0] − 1, even q − 1, odd −q, q the lowest bit of ⌊x / 2^shift⌋.
 /// A shift of 0 adds nothing: its half and its part of the nudge are 0, by shifts of 64 and more, which give 0.
 /// Half to even, with 512 bits, takes fewer steps in doubles: x / 2^shift + 1.5 · 2^52 by one fma is rounded once, to
-/// an integer, and its low 32 bits are the quotient's. That needs |x| / 2^shift < 2^51, so a shift of 11 or more (or a
+/// an integer, and its low 32 bits are the quotient's. That needs |x| / 2^shift < 2^51, so a shift of 12 or more (or a
 /// multiplier of 1); vectors of columns with other shifts go through the integers.
 /// AVX2 lacks the arithmetic shift of 64-bit lanes: 2^63 more is shifted as an unsigned number, and taken off again.
 namespace kiln::x86 {

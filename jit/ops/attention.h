@@ -56,8 +56,8 @@ struct Call {
   /// scale · log2(e): scores are scaled in the exponent of 2.
   float scale_log2e;
   float* partial; ///< null, or f32 [row_end − row_begin][Dv]: Σ exp2(score − max) · V, for a merge of several ranges
-  /// Null, or f32 [row_end − row_begin][2]: `max`, the row's greatest scaled score in the exponent of 2 or a little less,
-  /// and Σ exp2(score − max). A row that sees nothing has the sum 0.
+  /// Null, or f32 [row_end − row_begin][2]: `max`, the row's greatest scaled score in the exponent of 2 or a little
+  /// less, and Σ exp2(score − max). A row that sees nothing has the sum 0.
   float* stats;
   void* workspace; ///< 64-byte aligned, plan.workspace_bytes; private to the call
   // What generated code has as constants, for `reference`:

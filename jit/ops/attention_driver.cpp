@@ -3,12 +3,16 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+#include <memory>
+#include <optional>
 #include <string>
 
 #include <fmt/format.h>
 
 #include "jit/bf16.h"
+#include "jit/floating_point.h"
 #include "jit/ops/call_checks.h"
 
 namespace kiln::attention {
@@ -280,19 +284,17 @@ struct Run {
 
   /// Takes tasks until none is left.
   void work(std::size_t worker) {
+    const DefaultFloatingPoint scope; // each thread has its own
     std::uint8_t* workspace = nullptr;
     if (args.workspace != nullptr) {
       workspace = static_cast<std::uint8_t*>(args.workspace) + cut.shared_bytes() +
                   static_cast<std::int64_t>(worker) * cut.worker_bytes;
     } else {
-      // The caller's scratch begins with what all tasks share, and the caller may be a worker, too.
-      workspace =
-          static_cast<std::uint8_t*>(thread_scratch(static_cast<std::size_t>(cut.shared_bytes() + cut.worker_bytes)));
-      if (workspace == nullptr) {
+      workspace = static_cast<std::uint8_t*>(thread_scratch(static_cast<std::size_t>(cut.worker_bytes)));
+      if (workspace == nullptr && cut.worker_bytes > 0) {
         out_of_memory = true;
         return;
       }
-      workspace += cut.shared_bytes();
     }
     for (std::int64_t i; (i = next_task.fetch_add(1, std::memory_order_relaxed)) < cut.tasks();)
       task(i, workspace);
@@ -391,6 +393,7 @@ Status run(const Kernel& kernel, const Args& args) {
     return status;
   if (args.b == 0 || args.hq == 0 || args.m == 0)
     return {};
+  const DefaultFloatingPoint scope; // of the merge
   const KernelDesc& desc = kernel.desc();
   const Cut cut = cut_call(kernel, args);
   Run run = {.desc = desc,
@@ -401,22 +404,30 @@ Status run(const Kernel& kernel, const Args& args) {
              .stats = nullptr,
              .partials = nullptr};
   std::uint8_t* shared = static_cast<std::uint8_t*>(args.workspace);
+  std::optional<ScratchLease> lease;
+  std::unique_ptr<void, decltype(&std::free)> allocated(nullptr, &std::free);
   if (args.workspace != nullptr) {
     if (Status s = check_workspace(kernel, args.workspace, args.workspace_bytes, cut.all_bytes()); !s)
       return s;
-  } else {
-    shared =
-        static_cast<std::uint8_t*>(thread_scratch(static_cast<std::size_t>(cut.shared_bytes() + cut.worker_bytes)));
+  } else if (const auto bytes = static_cast<std::size_t>(cut.shared_bytes()); bytes > 0) {
+    lease.emplace(bytes);
+    shared = static_cast<std::uint8_t*>(lease->data());
+    if (shared == nullptr) { // inside other calls' tasks, too deep for a lease
+      allocated.reset(std::aligned_alloc(64, bytes));
+      shared = static_cast<std::uint8_t*>(allocated.get());
+    }
   }
   const auto no_memory = [&] {
     return Status::error(Code::out_of_memory,
                          fmt::format("attention: no memory for {} bytes of workspace; the output is incomplete",
                                      cut.shared_bytes() + cut.worker_bytes));
   };
-  if (shared == nullptr)
+  if (shared == nullptr && cut.shared_bytes() > 0)
     return no_memory();
-  run.stats = reinterpret_cast<float*>(shared);
-  run.partials = reinterpret_cast<float*>(shared + cut.stats_bytes);
+  if (cut.shared_bytes() > 0) {
+    run.stats = reinterpret_cast<float*>(shared);
+    run.partials = reinterpret_cast<float*>(shared + cut.stats_bytes);
+  }
 
   Parallel& parallel = kernel.runtime().parallel;
   if (cut.workers == 1)
@@ -439,6 +450,7 @@ Status run(const Kernel& kernel, const Args& args) {
 Result<std::uint64_t> workspace_bytes(const Kernel& kernel, const Args& args) {
   if (Status s = check_sizes(kernel, args); !s)
     return s;
+  const DefaultFloatingPoint scope; // sizes are cut as in the call
   const Cut cut = cut_call(kernel, args);
   return static_cast<std::uint64_t>(cut.all_bytes());
 }

@@ -75,16 +75,29 @@ Status check_args(const Kernel& kernel, const Sizes& s, const Args& args) {
     return bad("xs", "null", shape(s.b, s.m, blocks_of(s.k)) + " f32");
   if (t.ys == nullptr)
     return bad("ys", "null", shape(s.b, blocks_of(s.n), blocks_of(s.k)) + " f32");
-  return {};
+  if (Status status = check_aligned(bad, "xs", t.xs, sizeof(float)); !status)
+    return status;
+  if (Status status = check_aligned(bad, "ys", t.ys, sizeof(float)); !status)
+    return status;
+  return check_aligned(bad, "z", t.z, bytes_of(z_of(kernel.desc())));
 }
 
-/// K = 0: sums of nothing.
+/// K = 0: sums of nothing. As few pieces of memory as Z has.
 template <class Zero> Status zero_outputs(const Kernel& kernel, const Sizes& s, const Tensors& t, Zero zero) {
   const std::int64_t element = bytes_of(z_of(kernel.desc()));
-  for (std::int64_t b = 0; b < s.b; ++b)
-    for (std::int64_t i = 0; i < s.m; ++i)
+  std::int64_t batches = s.b, rows = s.m, columns = s.n;
+  if (t.ldz == s.n || rows == 1) {
+    columns *= rows;
+    rows = 1;
+    if (t.z_stride_b == columns || batches == 1) {
+      columns *= batches;
+      batches = 1;
+    }
+  }
+  for (std::int64_t b = 0; b < batches; ++b)
+    for (std::int64_t i = 0; i < rows; ++i)
       if (Status status = zero(static_cast<std::uint8_t*>(t.z) + (b * t.z_stride_b + i * t.ldz) * element,
-                               static_cast<std::size_t>(s.n * element));
+                               static_cast<std::size_t>(columns * element));
           !status)
         return status;
   return {};
@@ -101,26 +114,27 @@ Status run_on_cpu(const Kernel& kernel, const Sizes& s, const Args& args) {
   struct Job {
     Call call;
     Entry entry;
-    std::int64_t n;
+    std::int64_t n, tasks, workers;
   } job = {.call = {.desc = &kernel.desc(), .tensors = args.tensors, .b = 0, .n_begin = 0, .n_end = 0},
            .entry = reinterpret_cast<Entry>(reinterpret_cast<std::uintptr_t>(kernel.entry())),
-           .n = s.n};
-  const std::int64_t tasks = s.b * blocks_of(s.n);
+           .n = s.n,
+           .tasks = s.b * blocks_of(s.n),
+           .workers = 1};
+  const std::int64_t threads = kernel.runtime().parallel.threads();
+  job.workers = std::min(job.tasks, args.threads > 0 ? std::min<std::int64_t>(args.threads, threads) : threads);
   const auto task = [](void* context, std::size_t index) {
     const Job& j = *static_cast<const Job*>(context);
     const DefaultFloatingPoint scope;
     Call call = j.call;
-    const std::int64_t i = static_cast<std::int64_t>(index), blocks = blocks_of(j.n);
-    call.b = i / blocks;
-    call.n_begin = i % blocks * kBlock;
-    call.n_end = std::min(j.n, call.n_begin + kBlock);
-    j.entry(&call);
+    const std::int64_t blocks = blocks_of(j.n);
+    for (std::int64_t i = static_cast<std::int64_t>(index); i < j.tasks; i += j.workers) {
+      call.b = i / blocks;
+      call.n_begin = i % blocks * kBlock;
+      call.n_end = std::min(j.n, call.n_begin + kBlock);
+      j.entry(&call);
+    }
   };
-  if (args.threads == 1)
-    for (std::int64_t i = 0; i < tasks; ++i)
-      task(&job, static_cast<std::size_t>(i));
-  else
-    kernel.runtime().parallel.run(static_cast<std::size_t>(tasks), task, &job);
+  kernel.runtime().parallel.run(static_cast<std::size_t>(job.workers), task, &job);
   return {};
 }
 
@@ -137,13 +151,13 @@ Status check_gpu_strides(const Sizes& s, const Tensors& t, std::int64_t z_bytes)
                : bad(name, stride,
                      fmt::format("a multiple of {} on a GPU, {} bytes", kAlignment / element, kAlignment));
   };
-  if (Status status = check("ldx", t.ldx, 1); !status)
+  if (Status status = check("ldx", s.k > 0 ? t.ldx : 0, 1); !status)
     return status;
   if (Status status = check("ldz", t.ldz, z_bytes); !status)
     return status;
   if (s.b <= 1)
     return {};
-  if (Status status = check("x_stride_b", t.x_stride_b, 1); !status)
+  if (Status status = check("x_stride_b", s.k > 0 ? t.x_stride_b : 0, 1); !status)
     return status;
   return check("z_stride_b", t.z_stride_b, z_bytes);
 }

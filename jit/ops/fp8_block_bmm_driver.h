@@ -15,8 +15,8 @@ struct Args {
 };
 
 /// Z = X · Yᵀ, scaled. Checks every argument first; writes nothing when it returns an error. On a GPU the product is on
-/// the stream when it returns; nothing is allocated, and what the GPU's copy engine wants to know of the tensors is
-/// kept for calls with the same ones.
+/// the stream when it returns; what the GPU's copy engine wants to know of the tensors is kept for calls with the
+/// same ones, in a table that the first call of the process makes; nothing else is allocated.
 Status run(const Kernel& kernel, const Args& args);
 /// 0: no kernel needs any.
 Result<std::uint64_t> workspace_bytes(const Kernel& kernel, const Args& args);

@@ -109,7 +109,8 @@ struct Call {
   std::int64_t n;             ///< columns to compute, > 0; a multiple of plan.n_step unless the range ends at N
   void* workspace;            ///< 64-byte aligned, plan.workspace_bytes(m); private to the call
   // With an epilogue, else null:
-  const std::int32_t* terms; ///< TermsLayout: of its first panel
+  const std::int32_t*
+      terms; ///< TermsLayout: of its first panel; anything in panels behind N's up to a multiple of n_step
   const Scalars* scalars;
   const std::int32_t* a_zp; ///< [m], with a_zp=row
   // What generated code has as constants, for `reference`, and what it reads instead of terms:

@@ -1,9 +1,9 @@
 #include "jit/ops/int8_mm_driver.h"
+#include "jit/floating_point.h"
 
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cfenv>
 #include <cstring>
 #include <tuple>
 
@@ -126,27 +126,6 @@ Cut cut_call(const Kernel& kernel, const Plan& plan, const Args& args, std::int6
 
 // ---------------------------------------------------------------- running
 
-/// The processor's default floating-point state, and in the end the caller's.
-class DefaultFloatingPoint {
-public:
-  explicit DefaultFloatingPoint(bool needed) : needed_(needed) {
-    if (needed_) {
-      std::fegetenv(&before_);
-      std::fesetenv(FE_DFL_ENV);
-    }
-  }
-  ~DefaultFloatingPoint() {
-    if (needed_)
-      std::fesetenv(&before_);
-  }
-  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
-  DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
-
-private:
-  const bool needed_;
-  std::fenv_t before_{};
-};
-
 struct Run {
   const Plan& plan;
   const Args& args;
@@ -204,7 +183,9 @@ struct Run {
       out_of_memory = true;
       return;
     }
-    const DefaultFloatingPoint floating_point(epilogue.needs_floating_point());
+    std::optional<DefaultFloatingPoint> floating_point;
+    if (epilogue.needs_floating_point())
+      floating_point.emplace();
     if (args.pack != nullptr && columns.begin == 0) { // the whole of a call that is not shared
       columns_of(rows, columns, args.pack->panels(), args.pack->sums(), workspace);
       return;

@@ -767,7 +767,7 @@ private:
       Value* max = greater(ir_, tile_max, old_max);
       const auto update = [&] {
         store_vector(max, maxima);
-        Value* factor = exp2_of_negative(ir_, ir_.CreateFSub(old_max, max));
+        Value* factor = exp2_of_score(ir_, ir_.CreateFSub(old_max, max));
         store_vector(factor, advance(ir_, at(b_.factors), state));
         store_vector(ir_.CreateFMul(load_floats(sums), factor), sums);
       };
@@ -853,7 +853,7 @@ private:
       for (int i = 0; i < unroll; ++i) {
         Value* score = load_floats(advance(ir_, now[2], i * register_bytes()));
         Value* x = ir_.CreateIntrinsic(llvm::Intrinsic::fmuladd, {unit_.floats(ir_)}, {score, scale_, negative_max});
-        p.push_back(exp2_of_negative(ir_, x));
+        p.push_back(exp2_of_score(ir_, x));
         Value*& sum = now[static_cast<std::size_t>(i % 2)];
         sum = ir_.CreateFAdd(sum, p.back());
       }

@@ -16,7 +16,7 @@
 //   transposed, or V, the latter as often as K here, the former in every step of rows. 16 × 16 dwords take some 48
 //   shuffles: 1/16 of that a tile of scores for K and 256 rows, all of it for P, beside 128 cycles of products and
 //   about 160 of exponentials (D = 128).
-// So K is B. At 16 rows a block, the fewest that come here, K's transposition costs as much as its products, which
+// So K is B. At 16 rows a block, of the fewest that come here, K's transposition costs as much as its products, which
 // vdpbf16ps would need eight times as long for.
 namespace kiln::generator {
 namespace {

@@ -218,8 +218,10 @@ void MatrixAttention::soften(const Tile& tile, const Step& step) {
     Value* lane_maxima = ir_.CreateFMul(greatest(row_scores, padded), scale_);
     when(ir_, any_of(ir_.CreateFCmpOGT(lane_maxima, ir_.CreateFAdd(old_max, float_constant(kSlack)))), [&] {
       Value* row_max = over_lanes_of_row(lane_maxima, [&](Value* a, Value* b) { return greater(ir_, a, b); });
-      Value* max = greater(ir_, row_max, old_max);
-      Value* factor = exp2_of_negative(ir_, ir_.CreateFSub(old_max, max));
+      // Row by row: a row's bits must not depend on those that share its register.
+      Value* exceeds = ir_.CreateFCmpOGT(row_max, ir_.CreateFAdd(old_max, float_constant(kSlack)));
+      Value* max = ir_.CreateSelect(exceeds, row_max, old_max);
+      Value* factor = exp2_of_score(ir_, ir_.CreateFSub(old_max, max));
       store_register(max, maxima);
       store_register(ir_.CreateFMul(load_register(sums), factor), sums);
       rescale(advance(ir_, o, offset), factor);
@@ -284,7 +286,7 @@ Value* MatrixAttention::exponentiate(Value* scores, Value* padded, Value* max) {
       score = ir_.CreateIntrinsic(llvm::Intrinsic::fmuladd, {unit_.floats(ir_)}, {score, scale_, negative_max});
       x = x == nullptr ? score : joined(x, score);
     }
-    x = exp2_of_negative(ir_, x);
+    x = exp2_of_score(ir_, x);
     for (int pair = 0; pair < pairs; ++pair) {
       Value* p[2];
       for (int i = 0; i < 2; ++i) {

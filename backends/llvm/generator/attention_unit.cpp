@@ -169,7 +169,7 @@ Value* greater(llvm::IRBuilder<>& ir, Value* a, Value* b) {
   return ir.CreateSelect(ir.CreateFCmpOGT(a, b), a, b);
 }
 
-Value* exp2_of_negative(llvm::IRBuilder<>& ir, Value* x) {
+Value* exp2_of_score(llvm::IRBuilder<>& ir, Value* x) {
   // 2^f, f in [-1/2, 1/2]: 1 + f·(c[0] + f·(c[1] + …)), the minimax polynomial of relative error 2e-9, found by
   // reweighted least squares.
   constexpr std::array<double, 6> c = {0x1.62e430p-1, 0x1.ebfbdcp-3,  0x1.c6aee8p-5,

@@ -63,8 +63,8 @@ llvm::Value* widen(llvm::IRBuilder<>& ir, llvm::Value* bits);
 /// The greater of each lane of a and b; b where either is a NaN.
 llvm::Value* greater(llvm::IRBuilder<>& ir, llvm::Value* a, llvm::Value* b);
 
-/// 2^x of each lane for x ≤ 0: within 2 ulp, denormal results too; exactly 1 at 0, exactly 0 from -127 down, and maybe
+/// 2^x of each lane for x ≤ 8: within 2 ulp, denormal results too; exactly 1 at 0, exactly 0 from -127 down, and maybe
 /// already from -126.5 down, where exact results are below 2^-126.5; a NaN stays one.
-llvm::Value* exp2_of_negative(llvm::IRBuilder<>& ir, llvm::Value* x);
+llvm::Value* exp2_of_score(llvm::IRBuilder<>& ir, llvm::Value* x);
 
 } // namespace kiln::generator
