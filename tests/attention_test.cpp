@@ -625,6 +625,50 @@ TEST_CASE("the bits depend neither on threads nor on where the workspace is; wit
   }
 }
 
+TEST_CASE("a host that runs other calls between the tasks of one spoils none") {
+  const std::vector<IsaPath> paths = paths_here();
+  const IsaPath isa = *std::find_if_not(paths.begin(), paths.end(), needs_emulator);
+  INFO("path ", std::string(kiln::name_of(isa)));
+  const std::unique_ptr<Engine> alone = engine_for(isa, 1);
+  // Keys in several parts, whose sums meet in memory that all tasks of a call share; the other call wants more of it.
+  Problem p(1, 6, 2, 3, 3000, 72, 40), other(1, 6, 2, 5, 5000, 72, 40);
+  const KernelRef kernel = kernel_of(*alone, p.desc()), other_kernel = kernel_of(*alone, other.desc());
+  REQUIRE(attention::run(*kernel, p.args()).is_ok());
+  REQUIRE(attention::run(*other_kernel, other.args()).is_ok());
+  const std::vector<std::uint16_t> wanted = p.o, other_wanted = other.o;
+  struct Host {
+    const Kernel& kernel;
+    const Args args;
+    std::int64_t calls = 0, failed = 0;
+  } host{*other_kernel, other.args()};
+  EngineOptions options;
+  options.config.cache = CacheMode::off;
+  options.config.threads = 3;
+  options.config.forced.push_back({OpId::attention, isa});
+  options.machine = detect_machine();
+  options.machine.target = target_here();
+  options.implementations = implementation_table();
+  options.parallel_for = [](void* context, std::size_t count, void (*task)(void*, std::size_t), void* of_task) {
+    Host& h = *static_cast<Host*>(context);
+    for (std::size_t i = 0; i < count; ++i) {
+      task(of_task, i);
+      ++h.calls;
+      h.failed += !attention::run(h.kernel, h.args).is_ok();
+    }
+  };
+  options.parallel_context = &host;
+  const Result<std::unique_ptr<Engine>> engine = Engine::create(std::move(options));
+  REQUIRE(engine.is_ok());
+  const KernelRef hosted = kernel_of(**engine, p.desc());
+  std::fill(p.o.begin(), p.o.end(), Tensor::kFiller);
+  std::fill(other.o.begin(), other.o.end(), Tensor::kFiller);
+  REQUIRE(attention::run(*hosted, p.args()).is_ok());
+  CHECK(host.calls >= 2);
+  CHECK(host.failed == 0);
+  CHECK(p.o == wanted);
+  CHECK(other.o == other_wanted);
+}
+
 TEST_CASE("with batch_invariant=1 a query's bits and lse are those of a call with fewer of them, whatever it sees") {
   for (const IsaPath isa : paths_here()) {
     INFO("path ", std::string(kiln::name_of(isa)));
