@@ -943,10 +943,13 @@ Result<Engine::Tuned> Engine::tune(const KernelDesc& desc) {
     entries.push_back({&candidate, std::move(stored), std::move(*kernel)});
     return {};
   };
+  const auto left_out = [&](const Tuned::Candidate& candidate) {
+    log().warn(fmt::format("tuning {}: {} is left out: {}", canonical.text(), candidate.configuration,
+                           candidate.status.message()));
+  };
   for (Tuned::Candidate& candidate : tuned.candidates)
     if (candidate.status = make(candidate); !candidate.status)
-      log().warn(fmt::format("tuning {}: {} is left out: {}", canonical.text(), candidate.configuration,
-                             candidate.status.message()));
+      left_out(candidate);
   if (entries.empty())
     return tuned.candidates.empty() ? Status::error(Code::internal, "a path without a configuration")
                                     : tuned.candidates.back().status;
@@ -954,18 +957,19 @@ Result<Engine::Tuned> Engine::tune(const KernelDesc& desc) {
   if (!problem)
     return problem.status();
   // What this GPU does not launch, as a cluster that a slice of it has no room for, is left out.
-  std::erase_if(entries, [&](const Entry& entry) {
+  std::vector<const Entry*> launched;
+  for (const Entry& entry : entries) {
     entry.candidate->status = (*problem)->run(entry.kernel, nullptr);
-    if (!entry.candidate->status)
-      log().warn(fmt::format("tuning {}: {} is left out: {}", canonical.text(), entry.candidate->configuration,
-                             entry.candidate->status.message()));
-    return !entry.candidate->status.is_ok();
-  });
-  if (entries.empty())
-    return tuned.candidates.back().status;
+    if (entry.candidate->status)
+      launched.push_back(&entry);
+    else
+      left_out(*entry.candidate);
+  }
+  if (launched.empty())
+    return entries.back().candidate->status;
   std::vector<cuda::StreamWork> works;
-  for (const Entry& entry : entries)
-    works.push_back([&](cuda::CUstream stream) { return (*problem)->run(entry.kernel, stream); });
+  for (const Entry* entry : launched)
+    works.push_back([&problem, entry](cuda::CUstream stream) { return (*problem)->run(entry->kernel, stream); });
   const Result<cuda::Driver*> driver = state_->runtime.cuda();
   if (!driver)
     return driver.status();
@@ -975,15 +979,15 @@ Result<Engine::Tuned> Engine::tune(const KernelDesc& desc) {
     return Status::error(times.status().code(),
                          fmt::format("timing {}: {}", canonical.text(), times.status().message()));
   std::size_t fastest = 0;
-  for (std::size_t i = 0; i < entries.size(); ++i) {
-    entries[i].candidate->us = (*times)[i];
+  for (std::size_t i = 0; i < launched.size(); ++i) {
+    launched[i]->candidate->us = (*times)[i];
     if ((*times)[i] < (*times)[fastest])
       fastest = i;
   }
   if ((*times)[0] <= kTuningMargin * (*times)[fastest])
     fastest = 0;
-  tuned.fastest = static_cast<std::size_t>(entries[fastest].candidate - tuned.candidates.data());
-  if (const Status kept = state_->keep_patiently(entries[fastest].row); !kept)
+  tuned.fastest = static_cast<std::size_t>(launched[fastest]->candidate - tuned.candidates.data());
+  if (const Status kept = state_->keep_patiently(launched[fastest]->row); !kept)
     return Status::error(kept.code(),
                          fmt::format("{} was tuned but could not be stored: {}", canonical.text(), kept.message()));
   return tuned;
