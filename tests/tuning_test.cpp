@@ -266,6 +266,13 @@ TEST_CASE_FIXTURE(Fixture, "what fails is left out; when all fail, so does tunin
   check_error(engine()->tune(desc(200)).status(), Code::internal, "cuEventRecord");
   fake().failures["cuLaunchKernel"] = {719};
   check_error(engine()->tune(desc(200)).status(), Code::internal, "CUDA_ERROR_LAUNCH_FAILED");
+  // A configuration that this GPU compiles but does not launch.
+  offered[0].compiles = offered[2].compiles = true;
+  fake().failures["cuLaunchKernel"] = {701}; // out of resources: once, so for the first
+  const auto e = engine();
+  const Engine::Tuned result = tuned(*e, desc(200));
+  CHECK_FALSE(result.candidates[0].status.is_ok());
+  CHECK(result.candidates[result.fastest].configuration == "fast");
 }
 
 TEST_CASE_FIXTURE(Fixture, "of another GPU, of another generator, damaged: a miss") {
