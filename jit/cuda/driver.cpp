@@ -400,12 +400,16 @@ template <class Copy> Status copy_now(Driver& driver, CUcontext context, CUstrea
 } // namespace
 
 Status Buffer::write(const void* from, std::uint64_t bytes, std::uint64_t offset) {
+  if (bytes == 0) // the host's pointer may then be null
+    return {};
   return copy_now(*driver_, context_, CU_STREAM_PER_THREAD, [&](const Api& api, CUstream stream) {
     return driver_->status(api.cuMemcpyHtoDAsync(address_ + offset, from, bytes, stream), "cuMemcpyHtoDAsync");
   });
 }
 
 Status Buffer::read(void* to, std::uint64_t bytes, std::uint64_t offset) const {
+  if (bytes == 0)
+    return {};
   return copy_now(*driver_, context_, CU_STREAM_PER_THREAD, [&](const Api& api, CUstream stream) {
     return driver_->status(api.cuMemcpyDtoHAsync(to, address_ + offset, bytes, stream), "cuMemcpyDtoHAsync");
   });
