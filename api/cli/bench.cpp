@@ -52,12 +52,12 @@ Result<Exit> bench(const Options& options) {
 
 } // namespace
 
-Command bench_command(CLI::App& kiln) {
+Command bench_command(Arguments kiln) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = kiln.add_subcommand("bench", "Time a kernel for a second on random tensors that stay warm");
-  app->add_option("OP", options->words, "The op, then field=value")->required();
-  app->add_flag("--json", options->json, "Print one JSON object");
-  return {app, [options] { return bench(*options); }};
+  const Arguments arguments = kiln.add_command("bench", "Time a kernel for a second on random tensors that stay warm");
+  arguments.required_words("OP", options->words, "The op, then field=value");
+  arguments.flag("--json", options->json, "Print one JSON object");
+  return {arguments, [options] { return bench(*options); }};
 }
 
 } // namespace kiln::cli

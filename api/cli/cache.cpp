@@ -435,30 +435,25 @@ Result<Exit> with_cache(const std::function<Result<Exit>(Engine& engine)>& act) 
   return exit;
 }
 
-Command cache_command(CLI::App& kiln) {
+Command cache_command(Arguments kiln) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = kiln.add_subcommand("cache", "Look after the kernels on disk");
-  app->require_subcommand(1);
+  const Arguments arguments = kiln.add_command("cache", "Look after the kernels on disk");
+  std::vector<Command> commands;
   for (const Action& action : kActions) {
-    CLI::App* sub = app->add_subcommand(action.name, action.description);
+    const Arguments own = arguments.add_command(action.name, action.description);
     if (action.run == inspect)
-      sub->add_option("KEY", options->key, "The key, or its first digits")->required();
+      own.required_word("KEY", options->key, "The key, or its first digits");
     if (action.run == verify)
-      sub->add_flag("--recompile", options->recompile, "Also compile each again and compare byte for byte");
+      own.flag("--recompile", options->recompile, "Also compile each again and compare byte for byte");
     if (action.removes)
-      sub->add_flag("--dry-run", options->dry_run, "Remove nothing");
-    sub->add_flag("--json", options->json, "Print one JSON object");
+      own.flag("--dry-run", options->dry_run, "Remove nothing");
+    own.flag("--json", options->json, "Print one JSON object");
+    commands.push_back(
+        {own, [&action, options] { return with_cache([&](Engine& engine) { return action.run(engine, *options); }); }});
   }
-  const auto bundle = std::make_shared<std::vector<Command>>(bundle_commands(*app));
-  return {app, [app, options, bundle]() -> Result<Exit> {
-            for (const Command& command : *bundle)
-              if (command.app->parsed())
-                return command.run();
-            const std::string name = app->get_subcommands().front()->get_name();
-            const Action& action = *std::find_if(std::begin(kActions), std::end(kActions),
-                                                 [&](const Action& one) { return one.name == name; });
-            return with_cache([&](Engine& engine) { return action.run(engine, *options); });
-          }};
+  for (Command& command : bundle_commands(arguments))
+    commands.push_back(std::move(command));
+  return {arguments, [commands] { return run_given(commands); }};
 }
 
 } // namespace kiln::cli

@@ -2,7 +2,7 @@
 #include <functional>
 #include <vector>
 
-#include "api/cli/command.h"
+#include "api/cli/arguments.h"
 #include "jit/engine.h"
 
 namespace kiln::cli {
@@ -11,6 +11,6 @@ namespace kiln::cli {
 Result<Exit> with_cache(const std::function<Result<Exit>(Engine& engine)>& act);
 
 /// `export`, `import` and `keygen`, added to `kiln cache`.
-std::vector<Command> bundle_commands(CLI::App& cache);
+std::vector<Command> bundle_commands(Arguments cache);
 
 } // namespace kiln::cli

@@ -315,34 +315,31 @@ Result<Exit> run_keygen(const Options& options) {
 
 } // namespace
 
-std::vector<Command> bundle_commands(CLI::App& cache) {
+std::vector<Command> bundle_commands(Arguments cache) {
   const auto options = std::make_shared<Options>();
-  CLI::App* to_file = cache.add_subcommand("export", "Write kernels to a bundle, a file for other machines");
-  to_file->add_option("FILE", options->file, "The bundle; one that is there is replaced")->required();
-  to_file->add_option("--op", options->ops, "Only kernels of this op; may be repeated")->allow_extra_args(false);
-  to_file->add_option("--target", options->target,
-                      "Only kernels that this machine runs: what its `kiln info --target` "
-                      "prints, or a name that `kiln info` lists");
-  to_file->add_option("--max-age", options->max_age,
-                      "Only kernels compiled or imported within it: 90s, 45m, 12h, 30d, 2w");
-  to_file->add_option("--key", options->key, "Sign with this secret key (of `kiln cache keygen`)");
+  const Arguments to_file = cache.add_command("export", "Write kernels to a bundle, a file for other machines");
+  to_file.required_word("FILE", options->file, "The bundle; one that is there is replaced");
+  to_file.option("--op", options->ops, "Only kernels of this op; may be repeated");
+  to_file.option("--target", options->target,
+                 "Only kernels that this machine runs: what its `kiln info --target` "
+                 "prints, or a name that `kiln info` lists");
+  to_file.option("--max-age", options->max_age, "Only kernels compiled or imported within it: 90s, 45m, 12h, 30d, 2w");
+  to_file.option("--key", options->key, "Sign with this secret key (of `kiln cache keygen`)");
 
-  CLI::App* from_file = cache.add_subcommand("import", "Take the kernels of a bundle into the cache, all or none");
-  from_file->add_option("FILE", options->file, "The bundle")->required();
-  from_file
-      ->add_option("--trusted", options->trusted,
+  const Arguments from_file = cache.add_command("import", "Take the kernels of a bundle into the cache, all or none");
+  from_file.required_word("FILE", options->file, "The bundle");
+  from_file.option("--trusted", options->trusted,
                    "Keys to trust instead of KILN_TRUSTED_KEYS: a file of public keys, or a directory of NAME.pub; may "
-                   "be repeated")
-      ->allow_extra_args(false);
-  from_file->add_flag("--allow-unsigned", options->allow_unsigned, "Also take what no trusted key signed");
-  from_file->add_flag("--dry-run", options->dry_run, "Check everything, change nothing");
+                   "be repeated");
+  from_file.flag("--allow-unsigned", options->allow_unsigned, "Also take what no trusted key signed");
+  from_file.flag("--dry-run", options->dry_run, "Check everything, change nothing");
 
-  CLI::App* keygen = cache.add_subcommand("keygen", "Make a key to sign bundles with, and print its public key");
-  keygen->add_option("FILE", options->file, "Where the secret key goes: a new file, closed to others")->required();
-  keygen->add_flag("--public", options->public_only, "Make nothing; print the public key of the secret key FILE");
+  const Arguments keygen = cache.add_command("keygen", "Make a key to sign bundles with, and print its public key");
+  keygen.required_word("FILE", options->file, "Where the secret key goes: a new file, closed to others");
+  keygen.flag("--public", options->public_only, "Make nothing; print the public key of the secret key FILE");
 
-  for (CLI::App* app : {to_file, from_file, keygen})
-    app->add_flag("--json", options->json, "Print one JSON object");
+  for (const Arguments arguments : {to_file, from_file, keygen})
+    arguments.flag("--json", options->json, "Print one JSON object");
   return {
       {to_file, [options] { return run_export(*options); }},
       {from_file, [options] { return with_cache([&](Engine& engine) { return import_bundle(engine, *options); }); }},

@@ -56,13 +56,13 @@ Result<Exit> disasm(const Options& options) {
 
 } // namespace
 
-Command disasm_command(CLI::App& kiln) {
+Command disasm_command(Arguments kiln) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = kiln.add_subcommand("disasm", "Listing of a kernel's code, or its PTX");
-  app->add_option("OP", options->words, "The op, then field=value")->required();
-  app->add_option("--target", options->target, "Another machine, as for warmup; default: this one");
-  app->add_flag("--json", options->json, "Print one JSON object");
-  return {app, [options] { return disasm(*options); }};
+  const Arguments arguments = kiln.add_command("disasm", "Listing of a kernel's code, or its PTX");
+  arguments.required_words("OP", options->words, "The op, then field=value");
+  arguments.option("--target", options->target, "Another machine, as for warmup; default: this one");
+  arguments.flag("--json", options->json, "Print one JSON object");
+  return {arguments, [options] { return disasm(*options); }};
 }
 
 } // namespace kiln::cli

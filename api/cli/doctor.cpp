@@ -132,12 +132,12 @@ void Report::print_as_json() const {
   print_json({{"ok", !failed()}, {"checks", checks}});
 }
 
-Command doctor_command(CLI::App& kiln) {
+Command doctor_command(Arguments kiln) {
   const auto json = std::make_shared<bool>(false);
-  CLI::App* app =
-      kiln.add_subcommand("doctor", "What would go wrong here: directories, permissions, executable memory, libraries");
-  app->add_flag("--json", *json, "Print one JSON object");
-  return {app, [json] { return doctor(*json); }};
+  const Arguments arguments =
+      kiln.add_command("doctor", "What would go wrong here: directories, permissions, executable memory, libraries");
+  arguments.flag("--json", *json, "Print one JSON object");
+  return {arguments, [json] { return doctor(*json); }};
 }
 
 } // namespace kiln::cli

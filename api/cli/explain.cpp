@@ -124,14 +124,14 @@ Result<Exit> explain(const Options& options) {
 
 } // namespace
 
-Command explain_command(CLI::App& kiln) {
+Command explain_command(Arguments kiln) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app =
-      kiln.add_subcommand("explain", "Every candidate, taken or refused and why; hit or miss, and what differs");
-  app->add_option("OP", options->words, "The op, then field=value")->required();
-  app->add_option("--target", options->target, "Another machine, as for warmup; default: this one");
-  app->add_flag("--json", options->json, "Print one JSON object");
-  return {app, [options] { return explain(*options); }};
+  const Arguments arguments =
+      kiln.add_command("explain", "Every candidate, taken or refused and why; hit or miss, and what differs");
+  arguments.required_words("OP", options->words, "The op, then field=value");
+  arguments.option("--target", options->target, "Another machine, as for warmup; default: this one");
+  arguments.flag("--json", options->json, "Print one JSON object");
+  return {arguments, [options] { return explain(*options); }};
 }
 
 } // namespace kiln::cli

@@ -220,12 +220,14 @@ Result<Exit> info(const Options& options) {
 
 } // namespace
 
-Command info_command(CLI::App& kiln) {
+Command info_command(Arguments kiln) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = kiln.add_subcommand("info", "This machine, the ops and their paths, the environment in force");
-  app->add_flag("--target", options->target, "Only the string that names this machine (for warmup --target elsewhere)");
-  app->add_flag("--json", options->json, "Print one JSON object");
-  return {app, [options] { return info(*options); }};
+  const Arguments arguments =
+      kiln.add_command("info", "This machine, the ops and their paths, the environment in force");
+  arguments.flag("--target", options->target,
+                 "Only the string that names this machine (for warmup --target elsewhere)");
+  arguments.flag("--json", options->json, "Print one JSON object");
+  return {arguments, [options] { return info(*options); }};
 }
 
 } // namespace kiln::cli

@@ -6,7 +6,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "api/cli/command.h"
+#include "api/cli/exit.h"
 #include "cache/log.h"
 #include "cache/status.h"
 

@@ -145,21 +145,18 @@ Result<Exit> run(const Options& options) {
 
 } // namespace
 
-Command run_command(CLI::App& kiln) {
+Command run_command(Arguments kiln) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = kiln.add_subcommand("run", "Get a kernel and run it, on files or on random tensors");
-  app->add_option(
-         "OP", options->words,
-         "The op, then field=value, tensor=@in.npy, out=@out.npy; an optional tensor also as tensor=NUMBER or =random")
-      ->required();
-  app->add_option("--target", options->target,
-                  "With device=cuda: the kernel of an older GPU (sm_80), on the one that is there; without the cache");
-  app->add_flag("--check", options->check, "Compare with the reference op");
-  app->add_option("--repeat", options->repeat, "Timed calls, after one that is not timed")
-      ->check(CLI::Range(1, 1'000'000))
-      ->capture_default_str();
-  app->add_flag("--json", options->json, "Print one JSON object");
-  return {app, [options] { return run(*options); }};
+  const Arguments arguments = kiln.add_command("run", "Get a kernel and run it, on files or on random tensors");
+  arguments.required_words(
+      "OP", options->words,
+      "The op, then field=value, tensor=@in.npy, out=@out.npy; an optional tensor also as tensor=NUMBER or =random");
+  arguments.option("--target", options->target,
+                   "With device=cuda: the kernel of an older GPU (sm_80), on the one that is there; without the cache");
+  arguments.flag("--check", options->check, "Compare with the reference op");
+  arguments.option("--repeat", options->repeat, 1, 1'000'000, "Timed calls, after one that is not timed");
+  arguments.flag("--json", options->json, "Print one JSON object");
+  return {arguments, [options] { return run(*options); }};
 }
 
 } // namespace kiln::cli

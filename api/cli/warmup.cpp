@@ -237,27 +237,23 @@ Result<Exit> warmup(const Options& options) {
 
 } // namespace
 
-Command warmup_command(CLI::App& kiln) {
+Command warmup_command(Arguments kiln) {
   const auto options = std::make_shared<Options>();
-  CLI::App* app = kiln.add_subcommand("warmup", "Fill the cache on disk ahead of time");
-  app->add_option("WHAT", options->words, "A manifest (MANIFEST.json), or an op, then field=value");
-  app->add_option("--model", options->model, "A model's config.json (Hugging Face): the kernels of its layers");
-  app->add_option(
+  const Arguments arguments = kiln.add_command("warmup", "Fill the cache on disk ahead of time");
+  arguments.words("WHAT", options->words, "A manifest (MANIFEST.json), or an op, then field=value");
+  arguments.option("--model", options->model, "A model's config.json (Hugging Face): the kernels of its layers");
+  arguments.option(
       "--scheme", options->scheme,
       "Which of them, and how quantised: w8a8 (int8_mm), w8a8-dynamic (int8_linear), fp8-block (fp8_block_bmm), "
       "attention, or a comma list");
-  app->add_option("--tokens", options->tokens, "Numbers of tokens per call, as 1,16,128")
-      ->delimiter(',')
-      ->allow_extra_args(false)
-      ->check(CLI::Range(std::int64_t{1}, std::int64_t{INT32_MAX}));
-  app->add_option("--target", options->target,
-                  "Another machine: what its `kiln info --target` prints, or a name that `kiln info` lists");
-  app->add_option("-j,--jobs", options->jobs, "Compile so many at once (default: the cores)")
-      ->check(CLI::Range(1, 1024));
-  app->add_flag("--tune", options->tune,
-                "Time the configurations of GPU kernels that have several here, and keep the fastest of each");
-  app->add_flag("--json", options->json, "Print one JSON object");
-  return {app, [options] { return warmup(*options); }};
+  arguments.option("--tokens", options->tokens, 1, INT32_MAX, "Numbers of tokens per call, as 1,16,128");
+  arguments.option("--target", options->target,
+                   "Another machine: what its `kiln info --target` prints, or a name that `kiln info` lists");
+  arguments.option("-j,--jobs", options->jobs, 1, 1024, "Compile so many at once (default: the cores)");
+  arguments.flag("--tune", options->tune,
+                 "Time the configurations of GPU kernels that have several here, and keep the fastest of each");
+  arguments.flag("--json", options->json, "Print one JSON object");
+  return {arguments, [options] { return warmup(*options); }};
 }
 
 } // namespace kiln::cli
