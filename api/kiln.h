@@ -476,7 +476,7 @@ typedef struct kiln_fp8_block_bmm_args {
   kiln_args base;
   int64_t m; /* rows of this call, one of those that the kernel serves; m = 0 does nothing */
   const void* x; /* of x_dtype */
-  int64_t x_stride_b, ldx; /* ≥ k, in either order: [m][b][k] has x_stride_b = k and ldx = b·k */
+  int64_t x_stride_b, ldx; /* ≥ 0, in either order: [m][b][k] has x_stride_b = k and ldx = b·k; 0 repeats a row or a batch, less than k overlaps */
   const void* y; /* of y_dtype, contiguous */
   const float* xs;
   int64_t xs_stride_b, xs_stride_m, xs_stride_k; /* ≥ 0; 0 repeats one scale. Read as they lie: no transposed copy is needed */
