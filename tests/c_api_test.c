@@ -844,6 +844,15 @@ static void test_ahead_of_time(kiln_engine* engine) {
   one.m = 1;
   two.n = 64;
   const kiln_desc* list[] = {&one.base, &two.base};
+  /* a result that cannot be filled is refused before any work */
+  kiln_stats before = KILN_STATS_INIT, after = KILN_STATS_INIT;
+  CHECK(kiln_get_stats(engine, &before) == KILN_OK);
+  kiln_warmup_result no_result = {0, 0, 0, 0};
+  kiln_tune_result no_tune_result = {(size_t)1 << 20, 0, 0, 0};
+  CHECK_ERROR(kiln_warmup(engine, list, 2, NULL, &no_result), KILN_INVALID_ARGUMENT, "result.size is 0: set it with its _INIT macro");
+  CHECK_ERROR(kiln_tune(engine, list, 2, &no_tune_result), KILN_INVALID_ARGUMENT, "result.size is 1048576: set it with its _INIT macro");
+  CHECK(kiln_get_stats(engine, &after) == KILN_OK);
+  CHECK(after.compiled == before.compiled && after.cache_puts == before.cache_puts);
   kiln_warmup_result result = KILN_WARMUP_RESULT_INIT;
   CHECK(kiln_warmup(engine, list, 2, NULL, &result) == KILN_OK);
   CHECK(result.compiled + result.hit == 2 && result.failed == 0);
