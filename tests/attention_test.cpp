@@ -595,8 +595,9 @@ struct StridedInput {
     }
     own.emplace(static_cast<std::size_t>(size) * 2, guard);
     data = own->as<std::uint16_t>() + before;
-    const std::vector<std::uint16_t> values = Problem::random(size);
-    std::copy(values.begin(), values.end(), own->as<std::uint16_t>());
+    static const std::vector<std::uint16_t> values = Problem::random(4099); // a prime: no two rows alike
+    for (std::int64_t i = 0; i < size; ++i)
+      own->as<std::uint16_t>()[i] = values[static_cast<std::size_t>((i + 131 * columns + 17 * rows) % 4099)];
   }
   std::vector<std::uint16_t> contiguous() const {
     std::vector<std::uint16_t> copy;
@@ -662,10 +663,11 @@ TEST_CASE("any strides: rows that overlap, repeat, run backwards or lie among ot
        },
        false},
   };
-  constexpr std::int64_t kHq = 4, kHkv = 2, kN = 70;
+  constexpr std::int64_t kHq = 4, kHkv = 2;
+  const std::int64_t kN = is_emulated() ? 37 : 70;
   for (const IsaPath isa : paths_here()) {
     const std::unique_ptr<Engine> engine = engine_for(isa, 1);
-    for (const std::int64_t m : is_emulated() ? std::vector<std::int64_t>{5, 20} : std::vector<std::int64_t>{1, 5, 20})
+    for (const std::int64_t m : is_emulated() ? std::vector<std::int64_t>{3, 17} : std::vector<std::int64_t>{1, 5, 20})
       for (const std::int64_t d : is_emulated() ? std::vector<std::int64_t>{64} : std::vector<std::int64_t>{64, 72}) {
         Problem p(2, kHq, kHkv, m, kN, d, d);
         const KernelRef kernel = kernel_of(*engine, p.desc(Causal::bottom_right));
@@ -769,7 +771,7 @@ TEST_CASE("a host that runs other calls between the tasks of one spoils none") {
   INFO("path ", std::string(kiln::name_of(isa)));
   const std::unique_ptr<Engine> alone = engine_for(isa, 1);
   // Keys in several parts, whose sums meet in memory that all tasks of a call share; the other call wants more of it.
-  Problem p(1, 6, 2, 3, 3000, 72, 40), other(1, 6, 2, 5, 5000, 72, 40);
+  Problem p(1, 6, 2, 3, 2000, 72, 40), other(1, 6, 2, 5, 2600, 72, 40);
   const KernelRef kernel = kernel_of(*alone, p.desc()), other_kernel = kernel_of(*alone, other.desc());
   REQUIRE(attention::run(*kernel, p.args()).is_ok());
   REQUIRE(attention::run(*other_kernel, other.args()).is_ok());
@@ -884,6 +886,11 @@ TEST_CASE("what K and V hold at hidden keys changes no bit, be it infinite or Na
     const std::unique_ptr<Engine> engine = engine_for(isa, 1);
     for (const Size& size : kSizes)
       for (const Causal causal : {Causal::none, Causal::top_left, Causal::bottom_right}) {
+        // Compiling takes half a second there. The kernels differ by whether rows end together, and those of few rows
+        // not at all.
+        if (is_emulated() &&
+            (causal == Causal::top_left || (causal == Causal::none && size.m < attention::kMostFewRows)))
+          continue;
         Problem p(1, size.hq, size.hkv, size.m, size.n, size.d, size.dv);
         INFO("hq ", size.hq, " m ", size.m, " n ", size.n, " d ", size.d, " dv ", size.dv, " causal ",
              static_cast<int>(causal));

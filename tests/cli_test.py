@@ -84,7 +84,8 @@ class CommandTest(unittest.TestCase):
 
 
 # What reads files, keys and words is the same code on every architecture, and each of these starts the command some dozens of times.
-not_emulated = unittest.skipIf(os.environ.get("TEST_EMULATOR"), "not of one architecture: the tests of this machine's own build have it")
+EMULATED = bool(os.environ.get("TEST_EMULATOR"))
+not_emulated = unittest.skipIf(EMULATED, "not of one architecture: the tests of this machine's own build have it")
 
 
 class Info(CommandTest):
@@ -293,6 +294,7 @@ class Files(CommandTest):
                 self.write("a.npy", content)
                 self.refused("run", "int8_mm", "a=@a.npy", "n=2", says=["a.npy", message])
 
+    @not_emulated
     def test_random_damage_never_crashes(self):
         good = npy("|i1", (3, 4), bytes(12))
         for _ in range(60):
@@ -357,6 +359,8 @@ class Warmup(CommandTest):
     def test_attention_layers(self):
         heads = {"all-minilm-l6": ("1 hkv=1", "32 dv=32 causal=none"), "llama-3-8b": ("4 hkv=1", "128 dv=128 causal=bottom_right"),
                  "qwen3-1.7b": ("2 hkv=1", "128 dv=128 causal=bottom_right"), "deepseek-v3": ("1 hkv=1", "192 dv=128 causal=bottom_right")}
+        if EMULATED:  # models are read alike everywhere: what is left is that their kernels are found
+            heads = {"llama-3-8b": heads["llama-3-8b"]}
         for model, (group, sizes) in heads.items():
             report = self.json("warmup", "--model", MODELS / f"{model}.json", "--scheme", "attention", "--tokens", "1,100,200")
             self.assertEqual((0, 2), (report["failed"], report["kernels"]))
@@ -364,8 +368,9 @@ class Warmup(CommandTest):
                              {row["desc"] for row in report["results"]})
         shape = ["attention", "b=2", "hq=32", "hkv=8", "n=40", "d=128", "dv=128", "causal=bottom_right"]
         self.assertEqual({"disk"}, {self.json("run", *shape, m, "--check", env={"KILN_MISS": "error"})["source"] for m in ("m=1", "m=50")})
-        both = self.json("warmup", "--model", MODELS / "all-minilm-l6.json", "--scheme", "w8a8-dynamic,attention", "--tokens", "1,16")
-        self.assertEqual((0, {"int8_linear", "attention"}), (both["failed"], {row["desc"].split()[0] for row in both["results"]}))
+        if not EMULATED:
+            both = self.json("warmup", "--model", MODELS / "all-minilm-l6.json", "--scheme", "w8a8-dynamic,attention", "--tokens", "1,16")
+            self.assertEqual((0, {"int8_linear", "attention"}), (both["failed"], {row["desc"].split()[0] for row in both["results"]}))
         self.write("heads.json", '{"model_type": "llama", "hidden_size": 80, "num_attention_heads": 4, "num_key_value_heads": 3}')
         self.refused("warmup", "--model", "heads.json", "--scheme", "attention", "--tokens", "1", says=["heads.json", "d=20: allowed is a multiple of 8"])
 
@@ -409,6 +414,7 @@ class Warmup(CommandTest):
         self.refused("warmup", "m.json", says=["is no manifest"])
         self.assertLess(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, max(usage, 1 << 20))  # KiB
 
+    @not_emulated
     def test_bad_manifests(self):
         kernel = '{"kernels": [\n{"op": "int8_mm",\n "m": 1,\n %s}]}'
         cases = {
@@ -524,6 +530,7 @@ class Cache(CommandTest):
         self.assertEqual(0, self.json("cache", "clear")["rows"])
         self.assertFalse((self.dir / "cache").exists())
 
+    @not_emulated
     def test_a_damaged_database(self):
         self.json("run", *SHAPE)
         directory = self.dir / "cache"
@@ -565,6 +572,7 @@ class Cache(CommandTest):
         for bad in ("", "xyz", "0" * 65):
             self.refused("cache", "inspect", bad, says="give the first digits")
 
+    @not_emulated
     def test_stats_of_all_processes(self):
         self.assertIsNone(self.json("cache", "stats")["usage"])
         began = int(time.time())
@@ -616,17 +624,20 @@ class Cache(CommandTest):
         self.assertEqual(0, self.json("cache", "verify")["bad"])
 
     def test_recompiling_the_kernels_of_every_target(self):
-        for target in self.json("info")["known_targets"]:
-            if not target["target"].startswith("nvptx"):
-                for path in ("", "portable"):
-                    for m in (1, 7, 100):
-                        self.kiln("warmup", "int8_mm", f"m={m}", "n=80", "k=72", "--target", target["name"], env={"KILN_FORCE": path})
+        # What is emitted for which target, and that it is so on every architecture, is aarch64_test's: here one kernel of each is enough under an emulator.
+        classes = "7" if EMULATED else "1, 7, 100"
+        self.write("m.json", '{"kernels": [{"op": "int8_mm", "m": [%s], "n": 80, "k": 72}]}' % classes)
+        targets = [target["name"] for target in self.json("info")["known_targets"] if not target["target"].startswith("nvptx")]
+        for target in targets:
+            for path in ("", *(() if EMULATED and target not in (targets[0], targets[-1]) else ("portable",))):
+                self.kiln("warmup", "m.json", "--target", target, env={"KILN_FORCE": path})
         rows = self.json("cache", "stats")["rows"]
-        self.assertGreater(rows, 30)
+        self.assertGreater(rows, 5 if EMULATED else 30)
         report = self.json("cache", "verify", "--recompile")
         self.assertEqual((rows, 0), (report["ok"], report["bad"]))
         self.assertEqual({"same": rows, "different": [], "failed": [], "skipped": 0}, report["recompiled"])
 
+    @not_emulated
     def test_recompiling_tells_other_bytes_from_other_versions(self):
         key, other = (self.json("run", "int8_mm", f"m={m}", "n=64", "k=64")["key"] for m in (1, 9))
         self.forge(other, generator="0" * 64)
@@ -696,6 +707,7 @@ class Cache(CommandTest):
         self.refused("run", *SHAPE, env={"KILN_MISS": "error"}, says=["is not cached", "KILN_MISS=error"], expect=FAILED)
         self.assertTrue(self.json("run", *SHAPE, "--check", env={"KILN_MISS": "fallback"})["check"]["ok"])
 
+    @not_emulated
     def test_unusable_directories(self):
         self.write("file", "")
         for directory, word in (("/proc/kiln", "/proc/kiln"), (str(self.dir / "file"), "not trusted")):
@@ -1246,15 +1258,18 @@ class Doctor(CommandTest):
         self.assertIn("free space", states)
         self.assertRegex(self.kiln("doctor").stdout, r"(?m)^ok +SQLite +3\.")
 
+    @not_emulated
     def test_open_key(self):
         self.kiln("doctor")
         (self.dir / "data" / "kiln" / "cache.key").chmod(0o644)
         done = self.kiln("doctor", expect=FAILED)
         self.assertRegex(done.stdout, r"(?m)^fail +cache key .*0600")
 
+    @not_emulated
     def test_unknown_variables(self):
         self.assertRegex(self.kiln("doctor", env={"KILN_DISBALE": "amx"}).stdout, r"(?m)^warn +environment +KILN_DISBALE is no variable")
 
+    @not_emulated
     def test_forbidden_compiling_is_no_failure(self):
         report = self.json("doctor", env={"KILN_MISS": "error"})
         self.assertIn({"state": "warn", "name": "run int8_mm"}, [{name: check[name] for name in ("state", "name")} for check in report["checks"]])
