@@ -1447,6 +1447,96 @@ class BadCalls(CommandTest):
         for command in ("explain", "disasm", "warmup"):
             self.refused(command, "attention", *(f"{name}={value}" for name, value in shape.items()), "scale=1", says="scale=1: this command takes no tensors")
 
+    @not_emulated
+    def test_every_op_names_what_is_wrong(self):
+        self.write("q.npy", npy("<u2", (1, 4, 5, 64), bytes(2560)))
+        self.write("f32.npy", npy("<f4", (1, 4, 5, 64), bytes(5120)))
+        self.write("cut.npy", npy("<u2", (1, 4, 5, 64), bytes(2560))[:300])
+        self.write("lengths.npy", npy("<i4", (1,), struct.pack("<i", 34)))
+        self.write("empty.npy", "")
+        (self.dir / "folder").mkdir()
+        attention, linear, bmm = "attention hq=4 hkv=2 m=5 n=33 d=64 dv=64", "int8_linear m=5 n=33 k=70", "fp8_block_bmm b=2 m=5 n=136 k=144"
+        model = f"warmup --model {MODELS / 'llama-3-8b.json'}"
+        for words, says in {
+            "run attention": "attention: field hq is missing: give an integer from 0 to 65536",
+            "run attention hq=4 hkv=2 m=5 n=33 d=257 dv=64": "d=257: allowed is an integer from 8 to 256",
+            "run attention hq=99999999999999999999 hkv=2 m=5 n=33 d=64 dv=64": "hq=99999999999999999999: allowed is an integer from 0 to 65536",
+            "run attention hq=4 hkv=2 m=5 n=any d=64 dv=64": "n=any: to run, give a number",
+            f"run {attention} d=64": "field d is given twice",
+            f"run {attention} D=64": "unknown field 'D': known are b, hq",
+            f"run {attention} scale=": "scale=: allowed is a number, random or @file.npy",
+            f"run {attention} q=@nosuch.npy": "nosuch.npy: cannot be read: No such file",
+            f"run {attention} q=@folder": "folder: is not a regular file",
+            f"run {attention} q=@/dev/zero": "/dev/zero: is not a regular file",
+            f"run {attention} q=@empty.npy": "empty.npy: is not a .npy file",
+            f"run {attention} q=@cut.npy": "cut.npy: is cut short",
+            f"run {attention} q=@f32.npy": "f32.npy: has dtype '<f4'",
+            f"run {attention} kv_len=@lengths.npy": "kv_len[0] is 34: allowed is 0 to n, 33",
+            f"run {attention} device=cuda:300": "device=cuda:300: allowed is cpu, cuda or cuda:0 to cuda:255",
+            "run Attention": "unknown op 'Attention': known are int8_mm",
+            "run int8_linear": "int8_linear: field m is missing",
+            "run int8_linear m=-1 n=33 k=70": "m=-1: allowed is an integer from 0",
+            "run int8_linear m=5 n=33 k=9999999999": "k=9999999999: allowed is an integer from 0 to 2147483647",
+            f"run {linear} x_dtype=s8": "x_dtype=s8: allowed is one of bf16, f16, f32",
+            f"run {linear} bias=3": "bias=3: allowed is an integer from 0 to 1",
+            f"run {linear} w=@q.npy": "tensor w has shape [1, 4, 5, 64]: int8_linear takes [33, 70]",
+            "run fp8_block_bmm": "fp8_block_bmm: field b is missing: give an integer from 0 to 65535",
+            "run fp8_block_bmm b=70000 m=5 n=136 k=144": "b=70000: allowed is an integer from 0 to 65535",
+            "run fp8_block_bmm b=2 m=5 n=135 k=144": "n=135: allowed is a multiple of 8",
+            "run fp8_block_bmm b=2 m=5 n=136 k=145": "k=145: allowed is a multiple of 16",
+            f"run {bmm} z_dtype=e4m3": "z_dtype=e4m3: allowed is one of bf16, f16, f32",
+            f"run {bmm} batch_invariant=maybe": "batch_invariant=maybe: allowed is an integer from 0 to 1",
+            f"run {bmm} x=@q.npy": "tensor x has shape",
+            "bench attention": "field hq is missing",
+            "explain attention hq=4 hkv=3 m=1 n=1 d=8 dv=8": "hq=4: allowed is a multiple of hkv, 3",
+            "disasm attention hq=4 hkv=2 m=1 n=1 d=9 dv=8": "d=9: allowed is a multiple of 8",
+            f"warmup {attention} --target vax": "target 'vax': unknown name",
+            f"warmup {attention} -j 0": "--jobs: Value 0 not in range 1 to 1024",
+            "warmup --tune": "nothing to warm up: give a manifest",
+            "warmup folder": "folder: cannot be read: it is a directory",
+            "warmup empty.npy": "empty.npy:1: not JSON",
+            model: "--scheme and --tokens go together: --scheme is missing",
+            f"{model} --scheme attention": "go together: --tokens is missing",
+            "warmup --scheme attention --tokens 1": "go together: --model is missing",
+            f"{model} --scheme attention,foo --tokens 1": "--scheme foo: known are w8a8, w8a8-dynamic, fp8-block, attention",
+            f"{model} --scheme attention --tokens 0": "--tokens: Value 0 not in range 1 to 2147483647",
+            f"{model} --scheme attention --tokens x": "--tokens: Value x not in range",
+            f"{model} --scheme attention --tokens 99999999999": "--tokens: Value 99999999999 not in range",
+            "warmup --model folder --scheme attention --tokens 1": "folder: cannot be read: it is a directory",
+            "warmup --model /dev/zero --scheme attention --tokens 1": "/dev/zero: is larger than 64 MiB",
+        }.items():
+            with self.subTest(words):
+                self.refused(*words.split(), says=says)
+        for words, says in {
+            f"run {attention} out=@folder": "cannot write folder: it is not a regular file",
+            f"run {attention} out=@nosuch/o.npy": "cannot write nosuch/o.npy: No such file",
+            f"run {attention} out=@/dev/full": "cannot write /dev/full: it is not a regular file",
+            "run int8_linear m=1 n=2147483647 k=1000000": "no memory for 2147483647000000 bytes",
+            "run fp8_block_bmm b=65535 m=2147483647 n=8 k=16": "no memory for 2251765452898320 bytes",
+            "cache export folder": "folder: cannot write: not a regular file",
+            "cache import folder": "folder: not a regular file",
+        }.items():
+            with self.subTest(words):
+                self.refused(*words.split(), says=says, expect=FAILED)
+        done = self.kiln("warmup", *attention.split(), "--target", "sm_90a", expect=FAILED)
+        self.assertIn("attention has no path for cuda devices", done.stderr)
+
+    def test_a_full_or_read_only_cache_stops_warmup_and_no_run(self):
+        probe = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m none "$1" && umount "$1"', "-", str(self.dir)]
+        if EMULATED or subprocess.run(probe, capture_output=True).returncode != 0:
+            self.skipTest("nothing can be mounted")
+        (self.dir / "cache").mkdir(mode=0o700)
+        for options, reason in (("size=4k", "No space left on device"), ("size=1m,ro", "Read-only file system")):
+            mounted = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o mode=700,{options} none "$1" && shift && exec "$@"', "-", str(self.dir / "cache"), *KILN]
+            with self.subTest(options):
+                done = subprocess.run([*mounted, "run", *SHAPE, "--check"], env=self.env, cwd=self.dir, capture_output=True, text=True, timeout=60)
+                self.assertEqual(OK, done.returncode, done.stderr)
+                self.assertRegex(done.stderr, rf"^kiln: \[warn\] [^\n]*{reason}")
+                done = subprocess.run([*mounted, "warmup", *SHAPE], env=self.env, cwd=self.dir, capture_output=True, text=True, timeout=60)
+                self.assertEqual(FAILED, done.returncode, done.stderr)
+                self.assertRegex(done.stderr, rf"could not be stored: [^\n]*{reason}")
+                self.assertIn("1 failed", done.stdout + done.stderr)
+
     def test_too_large_for_memory(self):
         self.refused("run", "int8_mm", "m=1", "n=2147483647", "k=1000000", says=["tensor b", "no memory for 2147483647000000 bytes"], expect=FAILED)
 
