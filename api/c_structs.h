@@ -41,16 +41,23 @@ Status read_sized(std::string_view what, const void* given, std::size_t size, st
   return {};
 }
 
-/// Fills as much of a caller's struct as it has room for; its size field stays the caller's.
-template <class T> Status write_sized(std::string_view what, T value, T* out) {
+/// Whether write_sized would take a caller's struct: for calls that work long before they fill it.
+template <class T> Status check_sized(std::string_view what, const T* out) {
   if (out == nullptr)
     return Status::error(Code::invalid_argument,
                          fmt::format("{} is null: allowed is a struct of {} bytes", what, sizeof(T)));
   const std::size_t size = out->size;
   if (size < sizeof(std::size_t) || size > (1 << 16))
     return Status::error(Code::invalid_argument, fmt::format("{}.size is {}: set it with its _INIT macro", what, size));
-  value.size = size;
-  std::memcpy(out, &value, std::min(size, sizeof(T)));
+  return {};
+}
+
+/// Fills as much of a caller's struct as it has room for; its size field stays the caller's.
+template <class T> Status write_sized(std::string_view what, T value, T* out) {
+  if (Status s = check_sized(what, out); !s)
+    return s;
+  value.size = out->size;
+  std::memcpy(out, &value, std::min(out->size, sizeof(T)));
   return {};
 }
 

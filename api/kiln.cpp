@@ -437,6 +437,9 @@ kiln_status kiln_warmup(kiln_engine* engine, const kiln_desc* const* descs, size
   return guarded([&]() -> Status {
     if (engine == nullptr)
       return null_argument("engine");
+    if (result != nullptr)
+      if (Status s = check_sized("result", result); !s)
+        return s;
     std::vector<KernelDesc> list;
     if (Status s = read_descs(descs, count, list); !s)
       return s;
@@ -470,6 +473,9 @@ kiln_status kiln_tune(kiln_engine* engine, const kiln_desc* const* descs, size_t
   return guarded([&]() -> Status {
     if (engine == nullptr)
       return null_argument("engine");
+    if (result != nullptr)
+      if (Status s = check_sized("result", result); !s)
+        return s;
     std::vector<KernelDesc> list;
     if (Status s = read_descs(descs, count, list); !s)
       return s;

@@ -476,7 +476,7 @@ typedef struct kiln_fp8_block_bmm_args {
   kiln_args base;
   int64_t m; /* rows of this call, one of those that the kernel serves; m = 0 does nothing */
   const void* x; /* of x_dtype */
-  int64_t x_stride_b, ldx; /* ≥ k, in either order: [m][b][k] has x_stride_b = k and ldx = b·k */
+  int64_t x_stride_b, ldx; /* ≥ 0, in either order: [m][b][k] has x_stride_b = k and ldx = b·k; 0 repeats a row or a batch, less than k overlaps */
   const void* y; /* of y_dtype, contiguous */
   const float* xs;
   int64_t xs_stride_b, xs_stride_m, xs_stride_k; /* ≥ 0; 0 repeats one scale. Read as they lie: no transposed copy is needed */
@@ -488,9 +488,10 @@ typedef struct kiln_fp8_block_bmm_args {
 #define KILN_FP8_BLOCK_BMM_ARGS_INIT \
   {{sizeof(kiln_fp8_block_bmm_args), KILN_OP_FP8_BLOCK_BMM, 0}, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
-/* In elements: from a batch, head or row of a tensor [b][heads][rows][columns] to the next. The columns of a row follow one another. Each is, where there is
- * more than one, at least the columns of a row; of q, k and v it may also be 0, which reads the same again. Any order: [b][rows][heads][columns] has a row
- * stride of heads·columns and a head stride of columns; a cache with room for more than n keys has the head stride of its capacity. */
+/* In elements: from a batch, head or row of a tensor [b][heads][rows][columns] to the next; the columns of a row follow one another. Any number, in any order:
+ * [b][rows][heads][columns] has a row stride of heads·columns and a head stride of columns; a cache with room for more than n keys has the head stride of its
+ * capacity; keys and values may lie in one tensor. Of q, k and v, 0 reads the same again, less than the columns of a row overlaps; below 0 goes back from the
+ * pointer, which is to the first element in the order above. One whose extent is 1 means nothing. A tensor spans at most 2^60 elements. */
 typedef struct kiln_attention_strides {
   int64_t batch, head, row;
 } kiln_attention_strides;

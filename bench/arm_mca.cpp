@@ -38,6 +38,7 @@
 
 #include "backends/table.h"
 #include "bench/arm_loops.h"
+#include "bench/options.h"
 #include "bench/plot.h"
 #include "jit/implementation.h"
 #include "jit/ops/attention.h"
@@ -388,46 +389,6 @@ bool is_plotted(std::int64_t m) {
   return m == 1 || m == 4 || m == kAny;
 }
 
-struct Options {
-  std::vector<std::string> only;
-  std::string plot, json;
-  bool loops = false;
-
-  bool wants(IsaPath isa) const {
-    return only.empty() || std::find(only.begin(), only.end(), name_of(isa)) != only.end();
-  }
-};
-
-/// Nothing when the arguments are not understood.
-std::optional<Options> parse(int argc, char** argv) {
-  Options options;
-  for (int i = 1; i < argc; ++i) {
-    const std::string_view name = argv[i];
-    const bool has_value = i + 1 < argc;
-    if (name == "--loops")
-      options.loops = true;
-    else if (name == "--plot" && has_value)
-      options.plot = argv[++i];
-    else if (name == "--json" && has_value)
-      options.json = argv[++i];
-    else if (name == "--only" && has_value) {
-      std::string_view list = argv[++i];
-      while (!list.empty()) {
-        const std::string_view path = list.substr(0, list.find(','));
-        const bool known = std::any_of(implementation_table().begin(), implementation_table().end(), [&](auto& row) {
-          return name_of(row.isa) == path && (row.arch == Arch::aarch64 || row.any_arch);
-        });
-        if (!known)
-          return std::nullopt;
-        options.only.emplace_back(path);
-        list.remove_prefix(std::min(list.size(), path.size() + 1));
-      }
-    } else
-      return std::nullopt;
-  }
-  return options;
-}
-
 /// Figures of the loop itself, the same on every core. Counts one that falls short.
 int judge_mix(const Kernel& kernel) {
   const Loop& loop = kernel.hot;
@@ -475,10 +436,11 @@ void print_kernel(const Kernel& kernel, bool with_loop) {
       fmt::print("    {:5x}: {}\n", instruction.offset, instruction.text);
 }
 
-int run(const Options& options) {
+int run(const Options& options, bool loops, const std::string& plot) {
+  const auto wants = [&](IsaPath isa) { return options.wants(name_of(isa)); };
   std::vector<std::string> failures;
   std::vector<Kernel> kernels = emit_all(failures);
-  std::erase_if(kernels, [&](const Kernel& kernel) { return !options.wants(kernel.row->isa); });
+  std::erase_if(kernels, [&](const Kernel& kernel) { return !wants(kernel.row->isa); });
   std::vector<Modelled> modelled;
   for (const Core& core : kCores)
     for (Modelled& one : model(kernels, core))
@@ -492,7 +454,7 @@ int run(const Options& options) {
       return one.kernel->row->isa == required.isa && one.kernel->m == kAny && one.core->mcpu == required.mcpu &&
              one.core->judged && ratio_to_reach(*one.kernel) > 0;
     });
-    if (found != modelled.end() || !options.wants(required.isa))
+    if (found != modelled.end() || !wants(required.isa))
       continue;
     fmt::print("SHORT {} m=any on {}: nothing to judge\n", name_of(required.isa), required.mcpu);
     ++short_of;
@@ -500,7 +462,7 @@ int run(const Options& options) {
   std::vector<PlotPoint> points;
   nlohmann::ordered_json rows = nlohmann::ordered_json::array();
   for (const Kernel& kernel : kernels) {
-    print_kernel(kernel, options.loops);
+    print_kernel(kernel, loops);
     short_of += judge_mix(kernel);
     for (const Modelled& one : modelled) {
       if (one.kernel != &kernel)
@@ -532,12 +494,12 @@ int run(const Options& options) {
   fmt::print("{} kernels on {} cores; {} ratios had to be reached; {} figures fell short\n", kernels.size(),
              std::size(kCores), judged, short_of);
   bool written =
-      options.plot.empty() ||
-      write_plot(options.plot,
+      plot.empty() ||
+      write_plot(plot,
                  "int8_mm on aarch64: bound / cycles of the hot loops, by the models of llvm-mca-19 (none knows SME)",
                  points);
-  if (!options.json.empty()) {
-    std::ofstream file(options.json);
+  if (!options.json().empty()) {
+    std::ofstream file(options.json());
     file << rows.dump(1) << '\n';
     file.close();
     written &= static_cast<bool>(file);
@@ -549,10 +511,17 @@ int run(const Options& options) {
 } // namespace kiln::bench
 
 int main(int argc, char** argv) {
-  const auto options = kiln::bench::parse(argc, argv);
-  if (!options) {
-    fmt::print(stderr, "usage: bench_arm_mca [--only PATH,…] [--plot FILE] [--json FILE] [--loops]\n");
-    return 2;
-  }
-  return kiln::bench::run(*options);
+  using namespace kiln::bench;
+  std::vector<std::string> paths;
+  for (const kiln::Implementation& row : kiln::implementation_table())
+    if (const std::string path(kiln::name_of(row.isa));
+        (row.arch == kiln::Arch::aarch64 || row.any_arch) && std::find(paths.begin(), paths.end(), path) == paths.end())
+      paths.push_back(path);
+  Options options("bench_arm_mca", "Hot loops of the aarch64 kernels by LLVM's models of cores.", paths);
+  bool loops = false;
+  std::string plot;
+  options.app.add_flag("--loops", loops, "print the loops too");
+  options.app.add_option("--plot", plot, "also draw the ratios there")->type_name("FILE.svg");
+  options.parse(argc, argv);
+  return run(options, loops, plot);
 }

@@ -1,7 +1,11 @@
-/// attention on one machine: prefill against the peak of its instruction, decode against what the machine reads, few
-/// queries against the line between one and many, and compile times. `--smoke` runs everything once, tiny; `limits`
-/// prints the limits of this moment alone, for bench/attention_torch.py: a line for each instruction, its path and
-/// GFLOP/s on one thread.
+/// bench_attention: attention on one machine: prefill against the peak of its instruction, decode against what the
+/// machine reads, few queries against the line between one and many, and compile times.
+///
+///   bench_attention [--only GROUP,…] [--json FILE] [--smoke] [--limits]
+///
+/// Groups: compile, prefill, decode (one thread), few, decode2 (two threads). --limits prints the limits of this moment
+/// alone, for bench/attention_torch.py: a line for each instruction, its path and GFLOP/s on one thread.
+/// Exit code: 0 all figures reached, 1 one fell short or failed, 2 usage.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -14,6 +18,7 @@
 #include "bench/host.h"
 #include "bench/machine.h"
 #include "bench/measure.h"
+#include "bench/options.h"
 #include "bench/report.h"
 #include "jit/bf16.h"
 #include "jit/engine.h"
@@ -240,34 +245,39 @@ void print_limits() {
 } // namespace
 
 int main(int argc, char** argv) {
-  const bool smoke = argc > 1 && std::strcmp(argv[1], "--smoke") == 0;
-  const auto wanted = [&](std::string_view group) { return smoke || argc < 2 || group == argv[1]; };
+  Options options("bench_attention", "attention against the machine's limits.",
+                  {"compile", "prefill", "decode", "few", "decode2"});
+  bool limits = false;
+  options.app.add_flag("--limits", limits, "print the peak of each instruction, in GFLOP/s, and nothing else");
+  options.parse(argc, argv);
   if (float_compute_loops().empty()) {
     fmt::print("bench_attention: no calibration loop for this CPU\n");
     return 0;
   }
-  if (argc > 1 && std::strcmp(argv[1], "limits") == 0) {
+  if (limits) {
     print_limits();
     return 0;
   }
-  Bench bench{Report(clock_hz()), smoke};
-  if (wanted("compile"))
+  Bench bench{Report(clock_hz()), options.smoke()};
+  if (options.wants("compile"))
     compile_times(bench); // first: it shows the process's first
   const std::vector<int> cpus = allowed_cpus();
   pin_to(cpus[0]);
-  if (wanted("prefill"))
+  if (options.wants("prefill"))
     for (const ComputeLoop& loop : float_compute_loops()) {
       const PrefillReach& reach = *std::find_if(std::begin(kPrefillReach), std::end(kPrefillReach),
                                                 [&](const PrefillReach& r) { return name_of(r.isa) == loop.isa; });
       const std::unique_ptr<Engine> engine = engine_for(reach.isa, 1);
       prefill(bench, *engine, loop, loop.isa, reach.all_keys, reach.causal);
     }
-  if (wanted("decode"))
+  if (options.wants("decode"))
     decode(bench, 1);
-  if (wanted("few"))
+  if (options.wants("few"))
     few_queries(bench, *engine_for({}, 1));
   unpin(cpus);
-  if (wanted("decode2") && cpus.size() > 1)
+  if (options.wants("decode2") && cpus.size() > 1)
     decode(bench, 2);
-  return smoke || bench.report.all_met() ? 0 : 1;
+  if (!options.json().empty() && !bench.report.write_json(options.json()))
+    return 1;
+  return options.smoke() || bench.report.all_met() ? 0 : 1;
 }

@@ -7,7 +7,7 @@ Needs torch, and libkiln as the Python package finds it (KILN_LIBRARY, else the 
 in turn; a sample is the mean of some calls after one that is not counted, with a pause before it, so that the other's threads sleep. Told is
 the median over the rounds. All pages are warm: inputs are written first, and freed memory stays in the process, so that the outputs
 which torch allocates on each call reuse it. Of torch the fastest way counts that a user has: enable_gqa, K and V expanded to all query
-heads before the clock starts, or, for one query, the heads of a group as its rows. --limits names bench_attention, whose `limits` tells
+heads before the clock starts, or, for one query, the heads of a group as its rows. --limits names bench_attention, whose `--limits` tells
 each round what the multiply-add instruction of Kiln's path can do at that moment on one thread.
 
 Exit code: 0 all figures reached and the results agree, 1 not, 2 usage."""
@@ -137,7 +137,7 @@ def calls_for(run, seconds):
 
 
 def read_limits(program):
-    lines = subprocess.run([program, "limits"], check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run([program, "--limits"], check=True, capture_output=True, text=True).stdout.splitlines()
     return {name: float(gflops) for name, gflops in (line.split() for line in lines)}
 
 

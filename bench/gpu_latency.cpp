@@ -1,6 +1,6 @@
 /// bench_gpu_latency: what GPU kernels cost a host beside their own time.
 ///
-///   bench_gpu_latency [--json FILE] [--smoke]
+///   bench_gpu_latency [--only GROUP,…] [--json FILE] [--smoke]
 ///
 /// Making PTX is timed on any machine; the driver's compiler, loading and launching on one with a GPU, else they are
 /// left out, which is said. --smoke: figures printed but not judged. Exit code: 0 all figures reached, 1 one fell short
@@ -22,6 +22,7 @@
 #include "bench/host.h"
 #include "bench/machine.h"
 #include "bench/measure.h"
+#include "bench/options.h"
 #include "bench/report.h"
 #include "jit/cuda/assemble.h"
 #include "jit/cuda/driver.h"
@@ -324,21 +325,24 @@ void launch(Report& report, const Gpu& gpu) {
           3, fmt::format("of which cuLaunchKernel {:.2f} µs", both[0].median() * 1e6));
 }
 
-int run(bool smoke, const std::string& json) {
+int run(const Options& options) {
   constexpr std::uint64_t links = 1'000'000;
   const Contender clock[] = {timed("clock", [] { run_clock_chain(links); })};
   // Compiling is measured, not the driver's own cache (CUDA C++ Programming Guide, "CUDA Environment Variables").
   setenv("CUDA_CACHE_DISABLE", "1", 1);
   Report report(kCyclesPerLink * static_cast<double>(links) / race(clock, {.rounds = 5})[0].median());
-  make_ptx(report);
+  if (options.wants("ptx"))
+    make_ptx(report);
   if (const std::optional<Gpu> gpu = Gpu::find()) {
     fmt::print("{}, CUDA {}\n", gpu->name(), gpu->driver().version_text());
-    compile_and_load(report, *gpu);
-    launch(report, *gpu);
+    if (options.wants("compile"))
+      compile_and_load(report, *gpu);
+    if (options.wants("launch"))
+      launch(report, *gpu);
   }
-  if (!json.empty() && !report.write_json(json))
+  if (!options.json().empty() && !report.write_json(options.json()))
     return 1;
-  return smoke || report.all_met() ? 0 : 1;
+  return options.smoke() || report.all_met() ? 0 : 1;
 }
 
 } // namespace
@@ -347,16 +351,8 @@ int run(bool smoke, const std::string& json) {
 int main(int argc, char** argv) {
   if (argc == 3 && std::string_view(argv[1]) == "--child")
     return kiln::bench::child(argv[2]);
-  bool smoke = false;
-  std::string json;
-  for (int i = 1; i < argc; ++i)
-    if (std::string_view(argv[i]) == "--smoke") {
-      smoke = true;
-    } else if (std::string_view(argv[i]) == "--json" && i + 1 < argc) {
-      json = argv[++i];
-    } else {
-      fmt::print(stderr, "usage: bench_gpu_latency [--json FILE] [--smoke]\n");
-      return 2;
-    }
-  return kiln::bench::run(smoke, json);
+  kiln::bench::Options options("bench_gpu_latency", "What GPU kernels cost a host beside their own time.",
+                               {"ptx", "compile", "launch"});
+  options.parse(argc, argv);
+  return kiln::bench::run(options);
 }

@@ -1,7 +1,7 @@
 /// bench_int8_linear: Kiln's int8_linear (bf16 in and out) against the machine's limits, against its own int8_mm, and
 /// against a bf16 linear layer by oneDNN, interleaved in one run on one core.
 ///
-///   bench_int8_linear [--json FILE] [--smoke]
+///   bench_int8_linear [--only GROUP,…] [--json FILE] [--smoke]
 ///
 /// Limits are measured beside each figure: plain reads of cold weights (24 copies in turn) for one row, a register-only
 /// loop of the path's own multiply-add for many. Figures are medians over rounds of the ratio within a round. --smoke
@@ -22,6 +22,7 @@
 #include "bench/machine.h"
 #include "bench/measure.h"
 #include "bench/onednn.h"
+#include "bench/options.h"
 #include "bench/report.h"
 #include "jit/bf16.h"
 
@@ -199,11 +200,11 @@ void gemm(Report& report, kiln_engine* engine) {
   }
 }
 
-int run(const std::string& json, bool smoke) {
+int run(const Options& options) {
   const std::vector<int> cpus = allowed_cpus();
   pin_to(cpus[0]);
   const EngineHandle engine = make_engine(nullptr, 1);
-  if (smoke) {
+  if (options.smoke()) {
     const Layer layer(5, 256, 512);
     Kiln kiln(engine.get(), layer, 1);
     OneDnn peer(layer.m, layer.n, layer.k, layer.x.as<std::uint16_t>(), layer.w_bf16.as<std::uint16_t>(),
@@ -216,10 +217,12 @@ int run(const std::string& json, bool smoke) {
   constexpr std::uint64_t links = 1000000;
   const Contender clock[] = {timed("clock", [] { run_clock_chain(links); })};
   Report report(kCyclesPerLink * static_cast<double>(links) / race(clock, {.rounds = 9})[0].median());
-  cold(report, engine.get());
-  gemm(report, engine.get());
+  if (options.wants("cold"))
+    cold(report, engine.get());
+  if (options.wants("gemm"))
+    gemm(report, engine.get());
   unpin(cpus);
-  const bool written = json.empty() || report.write_json(json);
+  const bool written = options.json().empty() || report.write_json(options.json());
   return written && report.all_met() ? 0 : 1;
 }
 
@@ -227,18 +230,8 @@ int run(const std::string& json, bool smoke) {
 } // namespace kiln::bench
 
 int main(int argc, char** argv) {
-  std::string json;
-  bool smoke = false;
-  for (int i = 1; i < argc; ++i) {
-    const std::string name = argv[i];
-    if (name == "--smoke")
-      smoke = true;
-    else if (name == "--json" && i + 1 < argc)
-      json = argv[++i];
-    else {
-      fmt::print(stderr, "usage: bench_int8_linear [--json FILE] [--smoke]\n");
-      return 2;
-    }
-  }
-  return kiln::bench::run(json, smoke);
+  kiln::bench::Options options("bench_int8_linear", "int8_linear against the machine's limits, int8_mm and oneDNN.",
+                               {"cold", "gemm"});
+  options.parse(argc, argv);
+  return kiln::bench::run(options);
 }

@@ -28,6 +28,7 @@
 #include "bench/machine.h"
 #include "bench/measure.h"
 #include "bench/onednn.h"
+#include "bench/options.h"
 #include "bench/plot.h"
 #include "bench/report.h"
 #include "jit/engine.h"
@@ -670,60 +671,21 @@ constexpr Group kGroups[] = {{"calibration", calibration},
                              {"paths", paths},
                              {"walk", walk}};
 
-struct Options {
-  std::vector<std::string> only;
-  std::string json, plot;
-  bool smoke = false;
-};
-
-/// Nothing when the arguments are not understood.
-std::optional<Options> parse(int argc, char** argv) {
-  Options options;
-  for (int i = 1; i < argc; ++i) {
-    const std::string name = argv[i];
-    const bool has_value = i + 1 < argc;
-    if (name == "--smoke")
-      options.smoke = true;
-    else if (name == "--json" && has_value)
-      options.json = argv[++i];
-    else if (name == "--plot" && has_value)
-      options.plot = argv[++i];
-    else if (name == "--only" && has_value) {
-      std::string group;
-      for (const char* c = argv[++i];; ++c) {
-        if (*c != ',' && *c != 0) {
-          group += *c;
-          continue;
-        }
-        const bool known =
-            std::any_of(std::begin(kGroups), std::end(kGroups), [&](const Group& g) { return group == g.name; });
-        if (!known)
-          return std::nullopt;
-        options.only.push_back(std::exchange(group, {}));
-        if (*c == 0)
-          break;
-      }
-    } else
-      return std::nullopt;
-  }
-  return options;
-}
-
-int run(const Options& options) {
+int run(const Options& options, const std::string& plot_file) {
   std::vector<PlotPoint> plot;
   constexpr std::uint64_t links = 1000000;
   const Contender clock[] = {timed("clock", [] { run_clock_chain(links); })};
   Report report(kCyclesPerLink * static_cast<double>(links) / race(clock, {.rounds = 9})[0].median());
   Bench bench{report, plot, allowed_cpus()};
-  if (options.smoke)
+  if (options.smoke())
     return smoke(bench);
   for (const Group& group : kGroups)
-    if (options.only.empty() || std::find(options.only.begin(), options.only.end(), group.name) != options.only.end())
+    if (options.wants(group.name))
       group.run(bench);
-  bool written = options.json.empty() || report.write_json(options.json);
-  if (!options.plot.empty())
+  bool written = options.json().empty() || report.write_json(options.json());
+  if (!plot_file.empty())
     written =
-        write_plot(options.plot, fmt::format("int8_mm, fraction of the machine's limit: {}", report.machine()), plot) &&
+        write_plot(plot_file, fmt::format("int8_mm, fraction of the machine's limit: {}", report.machine()), plot) &&
         written;
   return written && report.all_met() ? 0 : 1;
 }
@@ -732,11 +694,13 @@ int run(const Options& options) {
 } // namespace kiln::bench
 
 int main(int argc, char** argv) {
-  const auto options = kiln::bench::parse(argc, argv);
-  if (!options) {
-    fmt::print(stderr, "usage: bench_int8_mm [--only GROUP,…] [--json FILE] [--plot FILE.svg] [--smoke]\n"
-                       "groups: calibration, gemm, epilogue, cold, warm, scale, paths, walk\n");
-    return 2;
-  }
-  return kiln::bench::run(*options);
+  using namespace kiln::bench;
+  std::vector<std::string> groups;
+  for (const Group& group : kGroups)
+    groups.emplace_back(group.name);
+  Options options("bench_int8_mm", "int8_mm against the machine's limits and oneDNN.", groups);
+  std::string plot;
+  options.app.add_option("--plot", plot, "also draw the figures there")->type_name("FILE.svg");
+  options.parse(argc, argv);
+  return run(options, plot);
 }

@@ -35,6 +35,7 @@
 #include "bench/host.h"
 #include "bench/machine.h"
 #include "bench/measure.h"
+#include "bench/options.h"
 #include "bench/report.h"
 #include "jit/engine.h"
 #include "jit/ops/int8_mm_driver.h"
@@ -442,76 +443,31 @@ void threads(Bench& bench) {
                 fmt::format("mean of {} keys", keys));
 }
 
-struct Options {
-  std::vector<std::string> only;
-  std::string json, on;
-  std::size_t rows = 10000;
-  bool smoke = false;
-
-  bool wants(std::string_view group) const {
-    return only.empty() || std::find(only.begin(), only.end(), group) != only.end();
-  }
-};
-
-/// Nothing when the arguments are not understood.
-std::optional<Options> parse(int argc, char** argv) {
-  constexpr std::string_view groups[] = {"compile", "memory", "disk", "scale", "process", "attention", "threads"};
-  Options options;
-  for (int i = 1; i < argc; ++i) {
-    const std::string_view name = argv[i];
-    const bool has_value = i + 1 < argc;
-    if (name == "--smoke")
-      options.smoke = true;
-    else if (name == "--json" && has_value)
-      options.json = argv[++i];
-    else if (name == "--on" && has_value)
-      options.on = argv[++i];
-    else if (name == "--rows" && has_value) {
-      options.rows = std::strtoull(argv[++i], nullptr, 10);
-      if (options.rows == 0)
-        return std::nullopt;
-    } else if (name == "--only" && has_value) {
-      std::string_view list = argv[++i];
-      while (true) {
-        const std::string_view group = list.substr(0, list.find(','));
-        if (std::find(std::begin(groups), std::end(groups), group) == std::end(groups))
-          return std::nullopt;
-        options.only.emplace_back(group);
-        if (group.size() == list.size())
-          break;
-        list.remove_prefix(group.size() + 1);
-      }
-    } else
-      return std::nullopt;
-  }
-  return options;
-}
-
-int run(const Options& options) {
+int run(const Options& options, std::size_t rows, const std::string& on) {
   setenv("KILN_CACHE_MAX_MB", "4096", 1); // no row is to be evicted
   constexpr std::uint64_t links = 1000000;
   const Contender clock[] = {timed("clock", [] { run_clock_chain(links); })};
   Report report(kCyclesPerLink * static_cast<double>(links) / race(clock, {.rounds = 5})[0].median());
-  Bench bench{report, options.smoke ? 50 : options.rows, options.smoke ? std::size_t{20} : std::size_t{200}};
+  Bench bench{report, options.smoke() ? 50 : rows, options.smoke() ? std::size_t{20} : std::size_t{200}};
   if (options.wants("compile"))
     compile(bench);
   if (options.wants("memory"))
     memory(bench);
   if (options.wants("disk") || options.wants("process")) {
-    FilledCache cache(bench.rows, options.on);
+    FilledCache cache(bench.rows, on);
     if (options.wants("disk"))
       disk(bench, cache);
     if (options.wants("process"))
       process(bench, cache);
   }
   if (options.wants("scale"))
-    scale(bench, options.smoke ? 20 : 1000, options.smoke ? 60 : 100'000, options.on);
+    scale(bench, options.smoke() ? 20 : 1000, options.smoke() ? 60 : 100'000, on);
   if (options.wants("attention"))
     attention(bench);
   if (options.wants("threads"))
     threads(bench);
-  const bool written = options.json.empty() || report.write_json(options.json);
-  return written && (options.smoke || report.all_met()) ? 0 : 1;
+  const bool written = options.json().empty() || report.write_json(options.json());
+  return written && (options.smoke() || report.all_met()) ? 0 : 1;
 }
 
 } // namespace
@@ -523,11 +479,12 @@ int main(int argc, char** argv) {
     return kiln::bench::child(begin, argv[2]);
   if (argc == 3 && std::string_view(argv[1]) == "--attention-child")
     return kiln::bench::attention_child(argv[2]);
-  const auto options = kiln::bench::parse(argc, argv);
-  if (!options) {
-    fmt::print(stderr, "usage: bench_latency [--only GROUP,…] [--rows N] [--on DIRECTORY] [--json FILE] [--smoke]\n"
-                       "groups: compile, memory, disk, scale, process, attention, threads\n");
-    return 2;
-  }
-  return kiln::bench::run(*options);
+  kiln::bench::Options options("bench_latency", "What compiling, finding and calling kernels costs a host.",
+                               {"compile", "memory", "disk", "scale", "process", "attention", "threads"});
+  std::size_t rows = 10000;
+  std::string on;
+  options.app.add_option("--rows", rows, "of the cache that `disk` and `process` read")->check(CLI::PositiveNumber);
+  options.app.add_option("--on", on, "where caches are made; in memory by default")->type_name("DIRECTORY");
+  options.parse(argc, argv);
+  return kiln::bench::run(options, rows, on);
 }

@@ -777,6 +777,9 @@ Result<Choice> Engine::State::choose(const KernelDesc& canonical, const Target& 
     if (row.op == canonical.op && (!forced || row.isa == *forced) && row.device == canonical.device.kind)
       reasons +=
           fmt::format("; {}: {}", name_of(row.isa), refusal(row, canonical, for_target, config(), forced, layout));
+  if (reasons.empty() && !forced)
+    reasons = fmt::format(": {} has no path for {} devices", find_op(canonical.op)->name,
+                          canonical.device.kind == DeviceKind::cuda ? "cuda" : "cpu");
   if (forced)
     reasons = fmt::format(" by {}, which KILN_FORCE demands{}", name_of(*forced),
                           reasons.empty() ? "; it has no such path" : reasons);

@@ -505,22 +505,29 @@ TEST_CASE("a bad argument is named, and nothing is written") {
       {[](Args& a) { a.k_strides.column = 2; }, "k's innermost stride is 2: allowed is 1"},
       {[](Args& a) { a.v_strides.column = 0; }, "v's innermost stride is 0: allowed is 1"},
       {[](Args& a) { a.o_strides.column = 3; }, "o's innermost stride is 3: allowed is 1"},
-      {[](Args& a) { a.v_strides.row = -8; },
-       "v's row stride is -8: allowed is 8 or more, the elements of a row, or 0"},
-      {[](Args& a) { a.q_strides.row = 15; }, "q's row stride is 15: allowed is 16 or more"},
-      {[](Args& a) { a.k_strides.head = 1; }, "k's head stride is 1: allowed is 16 or more"},
-      {[](Args& a) { a.v_strides.batch = 7; }, "v's batch stride is 7: allowed is 8 or more"},
-      {[](Args& a) { a.o_strides.row = 7; }, "o's row stride is 7: allowed is 8 or more"},
-      {[](Args& a) { a.o_strides.head = 0; }, "o's head stride is 0: allowed is 8 or more, the elements of a row"},
+      {[](Args& a) { a.o_strides.row = 7; }, "o's strides is 96, 24, 7: allowed is strides by which no two rows of o"},
+      {[](Args& a) { a.o_strides.row = -7; }, "o's strides is 96, 24, -7"},
+      {[](Args& a) { a.o_strides.head = 0; }, "o's strides is 96, 0, 8"},
       {[](Args& a) { a.o_strides.batch = 16; },
        "o's strides is 16, 24, 8: allowed is strides by which no two rows of o overlap"},
       {[](Args& a) { a.q_strides.batch = kHuge + 1; }, "a tensor within 2^60 elements"},
+      {[](Args& a) { a.k_strides.row = -kHuge; }, "a tensor within 2^60 elements"},
+      {[](Args& a) { a.v_strides.head = std::numeric_limits<std::int64_t>::min(); }, "a tensor within 2^60 elements"},
+      {[](Args& a) { a.o_strides.row = std::numeric_limits<std::int64_t>::min(); }, "a tensor within 2^60 elements"},
       // Overlapping in whole, and by the last row or the first.
       {[&](Args& a) { a.o = v; }, "o is in memory that v spans: allowed is memory of its own"},
       {[&](Args& a) { a.q = o; }, "o is in memory that q spans"},
       {[&](Args& a) { a.o = o - 1; }, "o is in memory that v spans"},
       {[&](Args& a) { a.o = q - 1 - (lse - o) + 8; }, "o is in memory that q spans"},
       {[&](Args& a) { a.k = o + 8; }, "o is in memory that k spans"},
+      // Backwards: the pointer is to the last row in memory, or behind the output.
+      {[&](Args& a) {
+         a.o = lse - 8, a.o_strides = {-96, -24, -8}, a.v = v + 1;
+       },
+       "o is in memory that v spans"},
+      {[&](Args& a) { a.v = lse, a.v_strides.row = -8; }, "o is in memory that v spans"},
+      {[&](Args& a) { a.k = memory.data() + memory.size() - 16, a.k_strides.batch = -2970; },
+       "o is in memory that k spans"},
       {[&](Args& a) { a.lse = reinterpret_cast<float*>(lse - 2); }, "lse is in memory that o spans", true},
       {[&](Args& a) { a.lse = reinterpret_cast<float*>(k); }, "lse is in memory that k spans", true},
       {[&](Args& a) { a.kv_len = reinterpret_cast<std::int32_t*>(o + 4); }, "o is in memory that kv_len spans"},
@@ -566,6 +573,139 @@ TEST_CASE("a bad argument is named, and nothing is written") {
     const Result<KernelDesc> desc = parse_desc(text);
     REQUIRE_FALSE(desc.is_ok());
     CHECK(desc.status().message().find(because) != std::string::npos);
+  }
+}
+
+/// Elements of a tensor [2][heads][rows][columns] from its first in memory to its last, random, and nothing beside
+/// them.
+struct StridedInput {
+  Strides strides;
+  std::int64_t heads, rows, columns, before = 0; ///< elements before the one that the pointer is for
+  std::int64_t size;
+  std::optional<GuardedBuffer> own;
+  std::uint16_t* data = nullptr;
+
+  StridedInput(const Strides& strides_, std::int64_t heads_, std::int64_t rows_, std::int64_t columns_, Guard guard)
+      : strides(strides_), heads(heads_), rows(rows_), columns(columns_), size(columns_) {
+    for (const auto& [extent, stride] :
+         {std::pair{std::int64_t{2}, strides.batch}, {heads, strides.head}, {rows, strides.row}}) {
+      size += (extent - 1) * std::abs(stride);
+      before += stride < 0 ? (extent - 1) * -stride : 0;
+    }
+    own.emplace(static_cast<std::size_t>(size) * 2, guard);
+    data = own->as<std::uint16_t>() + before;
+    static const std::vector<std::uint16_t> values = Problem::random(4099); // a prime: no two rows alike
+    for (std::int64_t i = 0; i < size; ++i)
+      own->as<std::uint16_t>()[i] = values[static_cast<std::size_t>((i + 131 * columns + 17 * rows) % 4099)];
+  }
+  std::vector<std::uint16_t> contiguous() const {
+    std::vector<std::uint16_t> copy;
+    for (std::int64_t batch = 0; batch < 2; ++batch)
+      for (std::int64_t head = 0; head < heads; ++head)
+        for (std::int64_t row = 0; row < rows; ++row) {
+          const std::uint16_t* const from = data + batch * strides.batch + head * strides.head + row * strides.row;
+          copy.insert(copy.end(), from, from + columns);
+        }
+    return copy;
+  }
+};
+
+TEST_CASE("any strides: rows that overlap, repeat, run backwards or lie among other tensors' give the same bits") {
+  struct Layout {
+    const char* name;
+    Strides (*of)(std::int64_t heads, std::int64_t rows, std::int64_t columns);
+    bool separates = true; ///< rows: an output may have it too
+  };
+  const Layout layouts[] = {
+      {"heads within a row",
+       [](auto h, auto r, auto c) {
+         return Strides{r * h * c, c, h * c};
+       }},
+      {"batches within a row",
+       [](auto h, auto, auto c) {
+         return Strides{h * c, c, 2 * h * c};
+       }},
+      {"a cache with room for more",
+       [](auto h, auto r, auto c) {
+         return Strides{h * (r + 17) * c, (r + 17) * c, c};
+       }},
+      {"every other row of heads",
+       [](auto h, auto r, auto c) {
+         return Strides{2 * r * h * c, c, 2 * h * c};
+       }},
+      {"rows backwards",
+       [](auto h, auto r, auto c) {
+         return Strides{h * r * c, r * c, -c};
+       }},
+      {"all backwards",
+       [](auto h, auto r, auto c) {
+         return Strides{-h * r * c, -r * c, -c};
+       }},
+      {"one row for all",
+       [](auto, auto, auto) {
+         return Strides{0, 0, 0};
+       },
+       false},
+      {"one batch for all, heads and rows by one element",
+       [](auto, auto, auto) {
+         return Strides{0, 1, 1};
+       },
+       false},
+      {"a sliding window",
+       [](auto, auto, auto) {
+         return Strides{5, -3, 8};
+       },
+       false},
+      {"a row's half",
+       [](auto h, auto r, auto c) {
+         return Strides{-h * r * c, r * c, c / 2};
+       },
+       false},
+  };
+  constexpr std::int64_t kHq = 4, kHkv = 2;
+  const std::int64_t kN = is_emulated() ? 37 : 70;
+  for (const IsaPath isa : paths_here()) {
+    const std::unique_ptr<Engine> engine = engine_for(isa, 1);
+    for (const std::int64_t m : is_emulated() ? std::vector<std::int64_t>{3, 17} : std::vector<std::int64_t>{1, 5, 20})
+      for (const std::int64_t d : is_emulated() ? std::vector<std::int64_t>{64} : std::vector<std::int64_t>{64, 72}) {
+        Problem p(2, kHq, kHkv, m, kN, d, d);
+        const KernelRef kernel = kernel_of(*engine, p.desc(Causal::bottom_right));
+        const auto check = [&](Args strided, const StridedInput& q, const StridedInput& k, const StridedInput& v,
+                               const Layout& out) {
+          Args args = p.args();
+          const std::vector<std::uint16_t> q_copy = q.contiguous(), k_copy = k.contiguous(), v_copy = v.contiguous();
+          args.q = q_copy.data();
+          args.k = k_copy.data();
+          args.v = v_copy.data();
+          REQUIRE(attention::run(*kernel, args).is_ok());
+          strided.q = q.data, strided.q_strides = q.strides;
+          strided.k = k.data, strided.k_strides = k.strides;
+          strided.v = v.data, strided.v_strides = v.strides;
+          const StridedInput o(out.of(kHq, m, d), kHq, m, d, Guard::after);
+          strided.o = o.data;
+          strided.o_strides = o.strides;
+          const Status status = attention::run(*kernel, strided);
+          REQUIRE_MESSAGE(status.is_ok(), status.message());
+          CHECK(o.contiguous() == p.o);
+        };
+        for (std::size_t i = 0; i < std::size(layouts); ++i) {
+          INFO("path ", std::string(kiln::name_of(isa)), " m=", m, " d=", d, " ", layouts[i].name);
+          const Guard guard = i % 2 ? Guard::after : Guard::before;
+          const StridedInput q(layouts[i].of(kHq, m, d), kHq, m, d, guard),
+              k(layouts[i].of(kHkv, kN, d), kHkv, kN, d, guard),
+              v(layouts[(i + 3) % std::size(layouts)].of(kHkv, kN, d), kHkv, kN, d, guard);
+          check(p.args(), q, k, v, layouts[layouts[i].separates ? i : 0]);
+        }
+        INFO("path ", std::string(kiln::name_of(isa)), " m=", m, " d=", d, " K and V in one tensor");
+        const StridedInput q(Strides::contiguous(kHq, m, d), kHq, m, d, Guard::after),
+            k({kN * 2 * kHkv * d, d, 2 * kHkv * d}, kHkv, kN, d, Guard::before);
+        StridedInput v(k.strides, kHkv, kN, d, Guard::after); // of its memory none is used
+        std::vector<std::uint16_t> both = Problem::random(k.size + kHkv * d);
+        StridedInput k_of_both(k.strides, kHkv, kN, d, Guard::before);
+        k_of_both.data = both.data();
+        v.data = both.data() + kHkv * d;
+        check(p.args(), q, k_of_both, v, layouts[0]);
+      }
   }
 }
 
@@ -630,7 +770,7 @@ TEST_CASE("a host that runs other calls between the tasks of one spoils none") {
   INFO("path ", std::string(kiln::name_of(isa)));
   const std::unique_ptr<Engine> alone = engine_for(isa, 1);
   // Keys in several parts, whose sums meet in memory that all tasks of a call share; the other call wants more of it.
-  Problem p(1, 6, 2, 3, 3000, 72, 40), other(1, 6, 2, 5, 5000, 72, 40);
+  Problem p(1, 6, 2, 3, 2000, 72, 40), other(1, 6, 2, 5, 2600, 72, 40);
   const KernelRef kernel = kernel_of(*alone, p.desc()), other_kernel = kernel_of(*alone, other.desc());
   REQUIRE(attention::run(*kernel, p.args()).is_ok());
   REQUIRE(attention::run(*other_kernel, other.args()).is_ok());
@@ -745,6 +885,11 @@ TEST_CASE("what K and V hold at hidden keys changes no bit, be it infinite or Na
     const std::unique_ptr<Engine> engine = engine_for(isa, 1);
     for (const Size& size : kSizes)
       for (const Causal causal : {Causal::none, Causal::top_left, Causal::bottom_right}) {
+        // Compiling takes half a second there. The kernels differ by whether rows end together, and those of few rows
+        // not at all.
+        if (is_emulated() &&
+            (causal == Causal::top_left || (causal == Causal::none && size.m < attention::kMostFewRows)))
+          continue;
         Problem p(1, size.hq, size.hkv, size.m, size.n, size.d, size.dv);
         INFO("hq ", size.hq, " m ", size.m, " n ", size.n, " d ", size.d, " dv ", size.dv, " causal ",
              static_cast<int>(causal));

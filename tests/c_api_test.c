@@ -639,8 +639,8 @@ static void test_attention(kiln_engine* engine) {
   REFUSED(args.kv_len = negative, "attention: kv_len[0] is -1");
   REFUSED(args.lse = &alse[0][0][0], "attention: lse is given: allowed is null, as lse=0 says");
   REFUSED(args.o = &aq[1][0][0][0], "attention: o is in memory that q spans");
-  REFUSED(args.k_strides.row = AD - 1, "attention: k's row stride is 23: allowed is 24 or more");
-  REFUSED(args.o_strides.row = 0, "attention: o's row stride is 0: allowed is 16 or more");
+  REFUSED(args.k_strides.row = INT64_MIN, "attention: k's strides is");
+  REFUSED(args.o_strides.row = 0, "allowed is strides by which no two rows of o overlap");
   REFUSED(args.reserved = 1, "attention: reserved is 1: allowed is 0");
   REFUSED(args.base.op = KILN_OP_INT8_MM, "args.op is 1: the kernel computes attention");
   REFUSED(args.base.size = 64, "kiln_attention_args.size is 64");
@@ -745,8 +745,8 @@ static void test_fp8(kiln_engine* engine) {
   args.m = 9;
   CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "fp8_block_bmm: m is 9: allowed is 0 to 8");
   args.m = M8;
-  args.ldx = K8 - 1;
-  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "fp8_block_bmm: ldx is 143: allowed is 144");
+  args.ldx = -1;
+  CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "fp8_block_bmm: ldx is -1: allowed is 0 to");
   args.ldx = X_STRIDE;
   args.z_stride_b = N8;
   CHECK_ERROR(kiln_run(kernel, &args.base), KILN_INVALID_ARGUMENT, "fp8_block_bmm: z_stride_b is 136: allowed is one whose rows do not overlap");
@@ -844,6 +844,15 @@ static void test_ahead_of_time(kiln_engine* engine) {
   one.m = 1;
   two.n = 64;
   const kiln_desc* list[] = {&one.base, &two.base};
+  /* a result that cannot be filled is refused before any work */
+  kiln_stats before = KILN_STATS_INIT, after = KILN_STATS_INIT;
+  CHECK(kiln_get_stats(engine, &before) == KILN_OK);
+  kiln_warmup_result no_result = {0, 0, 0, 0};
+  kiln_tune_result no_tune_result = {(size_t)1 << 20, 0, 0, 0};
+  CHECK_ERROR(kiln_warmup(engine, list, 2, NULL, &no_result), KILN_INVALID_ARGUMENT, "result.size is 0: set it with its _INIT macro");
+  CHECK_ERROR(kiln_tune(engine, list, 2, &no_tune_result), KILN_INVALID_ARGUMENT, "result.size is 1048576: set it with its _INIT macro");
+  CHECK(kiln_get_stats(engine, &after) == KILN_OK);
+  CHECK(after.compiled == before.compiled && after.cache_puts == before.cache_puts);
   kiln_warmup_result result = KILN_WARMUP_RESULT_INIT;
   CHECK(kiln_warmup(engine, list, 2, NULL, &result) == KILN_OK);
   CHECK(result.compiled + result.hit == 2 && result.failed == 0);

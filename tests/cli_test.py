@@ -84,7 +84,8 @@ class CommandTest(unittest.TestCase):
 
 
 # What reads files, keys and words is the same code on every architecture, and each of these starts the command some dozens of times.
-not_emulated = unittest.skipIf(os.environ.get("TEST_EMULATOR"), "not of one architecture: the tests of this machine's own build have it")
+EMULATED = bool(os.environ.get("TEST_EMULATOR"))
+not_emulated = unittest.skipIf(EMULATED, "not of one architecture: the tests of this machine's own build have it")
 
 
 class Info(CommandTest):
@@ -293,6 +294,7 @@ class Files(CommandTest):
                 self.write("a.npy", content)
                 self.refused("run", "int8_mm", "a=@a.npy", "n=2", says=["a.npy", message])
 
+    @not_emulated
     def test_random_damage_never_crashes(self):
         good = npy("|i1", (3, 4), bytes(12))
         for _ in range(60):
@@ -357,6 +359,8 @@ class Warmup(CommandTest):
     def test_attention_layers(self):
         heads = {"all-minilm-l6": ("1 hkv=1", "32 dv=32 causal=none"), "llama-3-8b": ("4 hkv=1", "128 dv=128 causal=bottom_right"),
                  "qwen3-1.7b": ("2 hkv=1", "128 dv=128 causal=bottom_right"), "deepseek-v3": ("1 hkv=1", "192 dv=128 causal=bottom_right")}
+        if EMULATED:  # models are read alike everywhere: what is left is that their kernels are found
+            heads = {"llama-3-8b": heads["llama-3-8b"]}
         for model, (group, sizes) in heads.items():
             report = self.json("warmup", "--model", MODELS / f"{model}.json", "--scheme", "attention", "--tokens", "1,100,200")
             self.assertEqual((0, 2), (report["failed"], report["kernels"]))
@@ -364,8 +368,9 @@ class Warmup(CommandTest):
                              {row["desc"] for row in report["results"]})
         shape = ["attention", "b=2", "hq=32", "hkv=8", "n=40", "d=128", "dv=128", "causal=bottom_right"]
         self.assertEqual({"disk"}, {self.json("run", *shape, m, "--check", env={"KILN_MISS": "error"})["source"] for m in ("m=1", "m=50")})
-        both = self.json("warmup", "--model", MODELS / "all-minilm-l6.json", "--scheme", "w8a8-dynamic,attention", "--tokens", "1,16")
-        self.assertEqual((0, {"int8_linear", "attention"}), (both["failed"], {row["desc"].split()[0] for row in both["results"]}))
+        if not EMULATED:
+            both = self.json("warmup", "--model", MODELS / "all-minilm-l6.json", "--scheme", "w8a8-dynamic,attention", "--tokens", "1,16")
+            self.assertEqual((0, {"int8_linear", "attention"}), (both["failed"], {row["desc"].split()[0] for row in both["results"]}))
         self.write("heads.json", '{"model_type": "llama", "hidden_size": 80, "num_attention_heads": 4, "num_key_value_heads": 3}')
         self.refused("warmup", "--model", "heads.json", "--scheme", "attention", "--tokens", "1", says=["heads.json", "d=20: allowed is a multiple of 8"])
 
@@ -409,6 +414,7 @@ class Warmup(CommandTest):
         self.refused("warmup", "m.json", says=["is no manifest"])
         self.assertLess(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, max(usage, 1 << 20))  # KiB
 
+    @not_emulated
     def test_bad_manifests(self):
         kernel = '{"kernels": [\n{"op": "int8_mm",\n "m": 1,\n %s}]}'
         cases = {
@@ -524,6 +530,7 @@ class Cache(CommandTest):
         self.assertEqual(0, self.json("cache", "clear")["rows"])
         self.assertFalse((self.dir / "cache").exists())
 
+    @not_emulated
     def test_a_damaged_database(self):
         self.json("run", *SHAPE)
         directory = self.dir / "cache"
@@ -565,6 +572,7 @@ class Cache(CommandTest):
         for bad in ("", "xyz", "0" * 65):
             self.refused("cache", "inspect", bad, says="give the first digits")
 
+    @not_emulated
     def test_stats_of_all_processes(self):
         self.assertIsNone(self.json("cache", "stats")["usage"])
         began = int(time.time())
@@ -616,17 +624,20 @@ class Cache(CommandTest):
         self.assertEqual(0, self.json("cache", "verify")["bad"])
 
     def test_recompiling_the_kernels_of_every_target(self):
-        for target in self.json("info")["known_targets"]:
-            if not target["target"].startswith("nvptx"):
-                for path in ("", "portable"):
-                    for m in (1, 7, 100):
-                        self.kiln("warmup", "int8_mm", f"m={m}", "n=80", "k=72", "--target", target["name"], env={"KILN_FORCE": path})
+        # What is emitted for which target, and that it is so on every architecture, is aarch64_test's: here one kernel of each is enough under an emulator.
+        classes = "7" if EMULATED else "1, 7, 100"
+        self.write("m.json", '{"kernels": [{"op": "int8_mm", "m": [%s], "n": 80, "k": 72}]}' % classes)
+        targets = [target["name"] for target in self.json("info")["known_targets"] if not target["target"].startswith("nvptx")]
+        for target in targets:
+            for path in ("", *(() if EMULATED and target not in (targets[0], targets[-1]) else ("portable",))):
+                self.kiln("warmup", "m.json", "--target", target, env={"KILN_FORCE": path})
         rows = self.json("cache", "stats")["rows"]
-        self.assertGreater(rows, 30)
+        self.assertGreater(rows, 5 if EMULATED else 30)
         report = self.json("cache", "verify", "--recompile")
         self.assertEqual((rows, 0), (report["ok"], report["bad"]))
         self.assertEqual({"same": rows, "different": [], "failed": [], "skipped": 0}, report["recompiled"])
 
+    @not_emulated
     def test_recompiling_tells_other_bytes_from_other_versions(self):
         key, other = (self.json("run", "int8_mm", f"m={m}", "n=64", "k=64")["key"] for m in (1, 9))
         self.forge(other, generator="0" * 64)
@@ -696,6 +707,7 @@ class Cache(CommandTest):
         self.refused("run", *SHAPE, env={"KILN_MISS": "error"}, says=["is not cached", "KILN_MISS=error"], expect=FAILED)
         self.assertTrue(self.json("run", *SHAPE, "--check", env={"KILN_MISS": "fallback"})["check"]["ok"])
 
+    @not_emulated
     def test_unusable_directories(self):
         self.write("file", "")
         for directory, word in (("/proc/kiln", "/proc/kiln"), (str(self.dir / "file"), "not trusted")):
@@ -1246,15 +1258,18 @@ class Doctor(CommandTest):
         self.assertIn("free space", states)
         self.assertRegex(self.kiln("doctor").stdout, r"(?m)^ok +SQLite +3\.")
 
+    @not_emulated
     def test_open_key(self):
         self.kiln("doctor")
         (self.dir / "data" / "kiln" / "cache.key").chmod(0o644)
         done = self.kiln("doctor", expect=FAILED)
         self.assertRegex(done.stdout, r"(?m)^fail +cache key .*0600")
 
+    @not_emulated
     def test_unknown_variables(self):
         self.assertRegex(self.kiln("doctor", env={"KILN_DISBALE": "amx"}).stdout, r"(?m)^warn +environment +KILN_DISBALE is no variable")
 
+    @not_emulated
     def test_forbidden_compiling_is_no_failure(self):
         report = self.json("doctor", env={"KILN_MISS": "error"})
         self.assertIn({"state": "warn", "name": "run int8_mm"}, [{name: check[name] for name in ("state", "name")} for check in report["checks"]])
@@ -1431,6 +1446,96 @@ class BadCalls(CommandTest):
                 self.assertFalse((self.dir / "o.npy").exists())
         for command in ("explain", "disasm", "warmup"):
             self.refused(command, "attention", *(f"{name}={value}" for name, value in shape.items()), "scale=1", says="scale=1: this command takes no tensors")
+
+    @not_emulated
+    def test_every_op_names_what_is_wrong(self):
+        self.write("q.npy", npy("<u2", (1, 4, 5, 64), bytes(2560)))
+        self.write("f32.npy", npy("<f4", (1, 4, 5, 64), bytes(5120)))
+        self.write("cut.npy", npy("<u2", (1, 4, 5, 64), bytes(2560))[:300])
+        self.write("lengths.npy", npy("<i4", (1,), struct.pack("<i", 34)))
+        self.write("empty.npy", "")
+        (self.dir / "folder").mkdir()
+        attention, linear, bmm = "attention hq=4 hkv=2 m=5 n=33 d=64 dv=64", "int8_linear m=5 n=33 k=70", "fp8_block_bmm b=2 m=5 n=136 k=144"
+        model = f"warmup --model {MODELS / 'llama-3-8b.json'}"
+        for words, says in {
+            "run attention": "attention: field hq is missing: give an integer from 0 to 65536",
+            "run attention hq=4 hkv=2 m=5 n=33 d=257 dv=64": "d=257: allowed is an integer from 8 to 256",
+            "run attention hq=99999999999999999999 hkv=2 m=5 n=33 d=64 dv=64": "hq=99999999999999999999: allowed is an integer from 0 to 65536",
+            "run attention hq=4 hkv=2 m=5 n=any d=64 dv=64": "n=any: to run, give a number",
+            f"run {attention} d=64": "field d is given twice",
+            f"run {attention} D=64": "unknown field 'D': known are b, hq",
+            f"run {attention} scale=": "scale=: allowed is a number, random or @file.npy",
+            f"run {attention} q=@nosuch.npy": "nosuch.npy: cannot be read: No such file",
+            f"run {attention} q=@folder": "folder: is not a regular file",
+            f"run {attention} q=@/dev/zero": "/dev/zero: is not a regular file",
+            f"run {attention} q=@empty.npy": "empty.npy: is not a .npy file",
+            f"run {attention} q=@cut.npy": "cut.npy: is cut short",
+            f"run {attention} q=@f32.npy": "f32.npy: has dtype '<f4'",
+            f"run {attention} kv_len=@lengths.npy": "kv_len[0] is 34: allowed is 0 to n, 33",
+            f"run {attention} device=cuda:300": "device=cuda:300: allowed is cpu, cuda or cuda:0 to cuda:255",
+            "run Attention": "unknown op 'Attention': known are int8_mm",
+            "run int8_linear": "int8_linear: field m is missing",
+            "run int8_linear m=-1 n=33 k=70": "m=-1: allowed is an integer from 0",
+            "run int8_linear m=5 n=33 k=9999999999": "k=9999999999: allowed is an integer from 0 to 2147483647",
+            f"run {linear} x_dtype=s8": "x_dtype=s8: allowed is one of bf16, f16, f32",
+            f"run {linear} bias=3": "bias=3: allowed is an integer from 0 to 1",
+            f"run {linear} w=@q.npy": "tensor w has shape [1, 4, 5, 64]: int8_linear takes [33, 70]",
+            "run fp8_block_bmm": "fp8_block_bmm: field b is missing: give an integer from 0 to 65535",
+            "run fp8_block_bmm b=70000 m=5 n=136 k=144": "b=70000: allowed is an integer from 0 to 65535",
+            "run fp8_block_bmm b=2 m=5 n=135 k=144": "n=135: allowed is a multiple of 8",
+            "run fp8_block_bmm b=2 m=5 n=136 k=145": "k=145: allowed is a multiple of 16",
+            f"run {bmm} z_dtype=e4m3": "z_dtype=e4m3: allowed is one of bf16, f16, f32",
+            f"run {bmm} batch_invariant=maybe": "batch_invariant=maybe: allowed is an integer from 0 to 1",
+            f"run {bmm} x=@q.npy": "tensor x has shape",
+            "bench attention": "field hq is missing",
+            "explain attention hq=4 hkv=3 m=1 n=1 d=8 dv=8": "hq=4: allowed is a multiple of hkv, 3",
+            "disasm attention hq=4 hkv=2 m=1 n=1 d=9 dv=8": "d=9: allowed is a multiple of 8",
+            f"warmup {attention} --target vax": "target 'vax': unknown name",
+            f"warmup {attention} -j 0": "--jobs: Value 0 not in range 1 to 1024",
+            "warmup --tune": "nothing to warm up: give a manifest",
+            "warmup folder": "folder: cannot be read: it is a directory",
+            "warmup empty.npy": "empty.npy:1: not JSON",
+            model: "--scheme and --tokens go together: --scheme is missing",
+            f"{model} --scheme attention": "go together: --tokens is missing",
+            "warmup --scheme attention --tokens 1": "go together: --model is missing",
+            f"{model} --scheme attention,foo --tokens 1": "--scheme foo: known are w8a8, w8a8-dynamic, fp8-block, attention",
+            f"{model} --scheme attention --tokens 0": "--tokens: Value 0 not in range 1 to 2147483647",
+            f"{model} --scheme attention --tokens x": "--tokens: Value x not in range",
+            f"{model} --scheme attention --tokens 99999999999": "--tokens: Value 99999999999 not in range",
+            "warmup --model folder --scheme attention --tokens 1": "folder: cannot be read: it is a directory",
+            "warmup --model /dev/zero --scheme attention --tokens 1": "/dev/zero: is larger than 64 MiB",
+        }.items():
+            with self.subTest(words):
+                self.refused(*words.split(), says=says)
+        for words, says in {
+            f"run {attention} out=@folder": "cannot write folder: it is not a regular file",
+            f"run {attention} out=@nosuch/o.npy": "cannot write nosuch/o.npy: No such file",
+            f"run {attention} out=@/dev/full": "cannot write /dev/full: it is not a regular file",
+            "run int8_linear m=1 n=2147483647 k=1000000": "no memory for 2147483647000000 bytes",
+            "run fp8_block_bmm b=65535 m=2147483647 n=8 k=16": "no memory for 2251765452898320 bytes",
+            "cache export folder": "folder: cannot write: not a regular file",
+            "cache import folder": "folder: not a regular file",
+        }.items():
+            with self.subTest(words):
+                self.refused(*words.split(), says=says, expect=FAILED)
+        done = self.kiln("warmup", *attention.split(), "--target", "sm_90a", expect=FAILED)
+        self.assertIn("attention has no path for cuda devices", done.stderr)
+
+    def test_a_full_or_read_only_cache_stops_warmup_and_no_run(self):
+        probe = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m none "$1" && umount "$1"', "-", str(self.dir)]
+        if EMULATED or subprocess.run(probe, capture_output=True).returncode != 0:
+            self.skipTest("nothing can be mounted")
+        (self.dir / "cache").mkdir(mode=0o700)
+        for options, reason in (("size=4k", "No space left on device"), ("size=1m,ro", "Read-only file system")):
+            mounted = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o mode=700,{options} none "$1" && shift && exec "$@"', "-", str(self.dir / "cache"), *KILN]
+            with self.subTest(options):
+                done = subprocess.run([*mounted, "run", *SHAPE, "--check"], env=self.env, cwd=self.dir, capture_output=True, text=True, timeout=60)
+                self.assertEqual(OK, done.returncode, done.stderr)
+                self.assertRegex(done.stderr, rf"^kiln: \[warn\] [^\n]*{reason}")
+                done = subprocess.run([*mounted, "warmup", *SHAPE], env=self.env, cwd=self.dir, capture_output=True, text=True, timeout=60)
+                self.assertEqual(FAILED, done.returncode, done.stderr)
+                self.assertRegex(done.stderr, rf"could not be stored: [^\n]*{reason}")
+                self.assertIn("1 failed", done.stdout + done.stderr)
 
     def test_too_large_for_memory(self):
         self.refused("run", "int8_mm", "m=1", "n=2147483647", "k=1000000", says=["tensor b", "no memory for 2147483647000000 bytes"], expect=FAILED)

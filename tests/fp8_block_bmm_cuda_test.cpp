@@ -322,6 +322,17 @@ TEST_CASE_FIXTURE(Fixture,
   CHECK(made_by(other) == 2); // X and Z
   other.x_stride_b += 16;
   CHECK(made_by(other) == 1);
+  for (const auto& [stride_b, ldx] :
+       {std::pair<std::int64_t, std::int64_t>{16, 144}, {720, 32}, {0, 144}}) { // overlapping
+    other.x_stride_b = stride_b;
+    other.ldx = ldx;
+    TensorMapContent x;
+    fake().kernel = [&](const fake_cuda::Launch&, void** parameters) { x = map_at(parameters[0]); };
+    CHECK(made_by(other) == 1);
+    CHECK(x.strides[0] == std::uint64_t(ldx));
+    CHECK(x.strides[1] == std::uint64_t(stride_b));
+  }
+  fake().kernel = nullptr;
   other.xs_stride_m = 0; // no part of a map
   CHECK(made_by(other) == 0);
   other.y += 16;

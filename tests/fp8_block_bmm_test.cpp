@@ -314,6 +314,23 @@ TEST_CASE("desc: text and back; what is refused, by name") {
   refused("b=65535 m=2147483647 n=2147483640 k=2147483632", "at most 2^61 bytes");
 }
 
+TEST_CASE("rows and batches of X may overlap and repeat") {
+  const auto engine = make_cpu_engine();
+  for (const auto& [stride_b, ldx] :
+       {std::pair<std::int64_t, std::int64_t>{0, 144}, {16, 144}, {720, 16}, {32, 16}, {0, 0}, {5, 1}}) {
+    CAPTURE(stride_b);
+    CAPTURE(ldx);
+    Product p({.b = 2, .m = 5, .n = 16, .k = 144});
+    const Result<KernelRef> kernel = engine->get(p.desc);
+    REQUIRE(kernel.is_ok());
+    p.t.x_stride_b = stride_b;
+    p.t.ldx = ldx;
+    const Status status = fp8_block_bmm::run(**kernel, {.tensors = p.t});
+    REQUIRE_MESSAGE(status.is_ok(), status.message());
+    p.check();
+  }
+}
+
 TEST_CASE("a call's arguments: what is refused, by name, with nothing written") {
   const auto engine = make_cpu_engine();
   Product p({.b = 2, .m = 5, .n = 16, .k = 144});
@@ -330,9 +347,10 @@ TEST_CASE("a call's arguments: what is refused, by name, with nothing written") 
   refused([](Args& a) { a.tensors.m = 9; }, "m is 9: allowed is 0 to 8");
   refused([](Args& a) { a.tensors.m = -1; }, "m is -1");
   refused([](Args& a) { a.threads = -1; }, "threads is -1");
-  refused([](Args& a) { a.tensors.ldx = 143; }, "ldx is 143: allowed is 144 to 2147483647");
+  refused([](Args& a) { a.tensors.ldx = -144; }, "ldx is -144: allowed is 0 to 2147483647");
+  refused([](Args& a) { a.tensors.ldx = std::int64_t{1} << 31; }, "ldx is 2147483648");
   refused([](Args& a) { a.tensors.ldz = 15; }, "ldz is 15: allowed is 16");
-  refused([](Args& a) { a.tensors.x_stride_b = 100; }, "x_stride_b is 100: allowed is 144 to");
+  refused([](Args& a) { a.tensors.x_stride_b = -16; }, "x_stride_b is -16: allowed is 0 to");
   refused([](Args& a) { a.tensors.z_stride_b = 24; }, "z_stride_b is 24: allowed is one whose rows do not overlap");
   refused([](Args& a) { a.tensors.z_stride_b = std::int64_t{1} << 60; }, "z_stride_b is");
   refused([](Args& a) { a.tensors.xs_stride_m = -1; }, "xs_stride_m is -1: allowed is 0 to");

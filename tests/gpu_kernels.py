@@ -45,3 +45,31 @@ def all_ptx(kiln, target, descs):
 
 def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- what scripts/gpu-verify writes
+
+# Figures of two records can stand in one only when these are the same.
+SAME = ("target", "device", "driver", "torch")
+
+
+def why_not_updated(older, record):
+    """Why rows of `record` cannot stand beside those of `older`: what differs, or ""."""
+    return ", ".join(f"{key} is {older.get(key)!r} there and {record[key]!r} here" for key in SAME if older.get(key) != record[key])
+
+
+def updated(older, rows, date, listed_descs):
+    """The record `older` with `rows`, which were verified at `date`: a row that was not verified now stays as it is. In the list's order; what the
+    list no longer has comes last."""
+    merged = {row["desc"]: row for row in older["kernels"]}
+    merged.update({row["desc"]: {**row, "date": date} for row in rows})
+    order = {desc: i for i, desc in enumerate(listed_descs)}
+    return {**older, "kernels": sorted(merged.values(), key=lambda row: order.get(row["desc"], len(order)))}
+
+
+def table(record):
+    """Its figures, as Markdown."""
+    lines = [f"Medians by CUDA events; an empty kernel takes {record['empty_us']} µs. L2 flushed by writing 512 MiB; in the second column by reading them.", "",
+             "| kernel | µs | L2 clean | torch's operator | bf16 matmul | floor |", "| --- | --- | --- | --- | --- | --- |"]
+    return lines + [f"| {r['desc']} | {r['us']} | {r['clean_us']} | {r.get('torch_us', '–')} | {r.get('bf16_us', '–')} | {r['floor_us']} |"
+                    for r in record["kernels"] if "us" in r]

@@ -2,6 +2,7 @@
 Usage: python_test.py SOURCE_ROOT LIBKILN"""
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import types
@@ -193,7 +194,7 @@ class Python(unittest.TestCase):
             "q has strides": lambda: self.engine.attention(np.asfortranarray(q), k, v, out),
             "kv_len has shape (1,): allowed is (2": lambda: self.engine.attention(q, k, v, out, kv_len=kv_len[:1]),
             "lse has shape": lambda: self.engine.attention(q, k, v, out, lse=lse[0]),
-            "causal is 'left': allowed is none, top_left, bottom_right": lambda: self.engine.attention(q, k, v, out, "left"),
+            "causal is 'left': allowed is 'none', 'top_left', 'bottom_right'": lambda: self.engine.attention(q, k, v, out, "left"),
             "scale is 0": lambda: self.engine.attention(q, k, v, out, scale=0),
         }.items():
             with self.subTest(says), self.assertRaises((TypeError, ValueError)) as raised:
@@ -328,6 +329,106 @@ class Python(unittest.TestCase):
         with self.assertRaises(kiln.Error) as raised:
             self.engine.pack_int4(w[:, :24].copy(), np.zeros((1, 64, 2), np.uint16), 48)
         self.assertIn("group is 48: allowed is 32, 64, 128 or 256", str(raised.exception))
+
+    def test_plain_arguments_are_named(self):
+        """What ctypes would cut off or refuse without a name."""
+        b = np.zeros((16, 32), np.int8)
+        int4 = self.engine.pack_int4(np.zeros((8, 16), np.uint8), np.zeros((1, 8, 2), np.uint16), 32)
+        int8, linear = self.engine.pack_int8(b), self.engine.pack_int8_linear(b)
+        a, out, x, y, ws = np.zeros((1, 32), np.int8), np.zeros((1, 16), np.int32), np.zeros((1, 32), np.uint16), np.zeros((1, 8), np.uint16), np.zeros(16, np.float32)
+        q = np.zeros((1, 1, 2, 8), np.uint16)
+        f8, scales, z = np.zeros((1, 8, 16), np.uint8), np.zeros((1, 8, 1), np.float32), np.zeros((1, 8, 8), np.float32)
+        attention = lambda *arguments, **named: self.engine.attention(q, q, q, q.copy(), *arguments, **named)  # noqa: E731
+        fp8_kernel = lambda **named: self.engine.fp8_kernel(**{"b": 1, "m": 1, "n": 8, "k": 16, **named})  # noqa: E731
+        fixed = lambda array: np.broadcast_to(array, array.shape)  # noqa: E731  read-only
+        for says, call in {
+            "x_dtype is 'foo': allowed is 'e4m3', 'e5m2'": lambda: fp8_kernel(x_dtype="foo"),
+            "x_dtype is 'bf16': allowed is 'e4m3', 'e5m2'": lambda: fp8_kernel(x_dtype="bf16"),
+            "y_dtype is None: allowed is 'e4m3', 'e5m2'": lambda: fp8_kernel(y_dtype=None),
+            "z_dtype is ['bf16']: allowed is 'bf16', 'f16', 'f32'": lambda: fp8_kernel(z_dtype=["bf16"]),
+            "m is '1': allowed is an integer": lambda: fp8_kernel(m="1"),
+            "n is 8.0: allowed is an integer": lambda: fp8_kernel(n=8.0),
+            "k is 18446744073709551632: allowed is 0 to": lambda: fp8_kernel(k=2**64 + 16),
+            "m is -2: allowed is -1 to": lambda: fp8_kernel(m=-2),
+            "b is True: allowed is an integer": lambda: fp8_kernel(b=True),
+            "batch_invariant is 'no': allowed is True or False": lambda: fp8_kernel(batch_invariant="no"),
+            "batch_invariant is 2: allowed is True or False": lambda: attention(batch_invariant=2),
+            "device 'cuda:4294967296': allowed is cpu, cuda or cuda:N": lambda: fp8_kernel(device="cuda:4294967296"),
+            "device 'cuda:256': allowed is cpu, cuda or cuda:N": lambda: fp8_kernel(device="cuda:256"),
+            "device 'cuda:²'": lambda: fp8_kernel(device="cuda:²"),
+            "device 'cuda:'": lambda: fp8_kernel(device="cuda:"),
+            "device 'None'": lambda: fp8_kernel(device=None),
+            "m is 1.5: allowed is an integer": lambda: self.engine.int4_kernel(1.5, int4),
+            "m is None: allowed is an integer": lambda: self.engine.int4_kernel(None, int4),
+            "batch_invariant is None: allowed is True or False": lambda: self.engine.int4_mm(x, int4, y, batch_invariant=None),
+            "weights is NoneType: allowed is a pack of int4_mm": lambda: self.engine.int4_mm(x, None, y),
+            "weights is a pack of int8_mm: allowed is a pack of int4_mm": lambda: self.engine.int4_kernel(1, int8),
+            "weights is a pack of int4_mm: allowed is a pack of int8_mm": lambda: self.engine.int8_mm(a, int4, out),
+            "weights is ndarray: allowed is a pack of int8_mm": lambda: self.engine.int8_mm(a, b, out),
+            "weights is a pack of int8_mm: allowed is a pack of int8_linear": lambda: self.engine.int8_linear(x, int8, ws, x[:, :16]),
+            "stream is 'default': allowed is the address": lambda: self.engine.int4_mm(x, int4, y, stream="default"),
+            "stream is -1: allowed is the address": lambda: self.engine.int8_mm(a, int8, out, stream=-1),
+            "group is '32': allowed is an integer": lambda: self.engine.pack_int4(np.zeros((8, 16), np.uint8), np.zeros((1, 8, 2), np.uint16), "32"),
+            "group is 32.0: allowed is an integer": lambda: self.engine.pack_int4(np.zeros((8, 16), np.uint8), np.zeros((1, 8, 2), np.uint16), 32.0),
+            "w has shape (1, 1, 32, 0): allowed is (n/8, k/(T·16), 32, T/2)": lambda: self.engine.pack_int4(np.zeros((1, 1, 32, 0), np.int32), np.zeros((0, 8, 2), np.uint16), 32),
+            "layout is ['nk']: allowed is 'kn', 'nk'": lambda: self.engine.pack_int8(b, ["nk"]),
+            "layout is None: allowed is 'kn', 'nk'": lambda: self.engine.pack_int8_linear(b, None),
+            "rounding is ['even']: allowed is 'zero'": lambda: self.engine.int8_mm(a, int8, out, shift_right=1, rounding=["even"]),
+            "act is 1: allowed is None, 'relu'": lambda: self.engine.int8_mm(a, int8, out, act=1),
+            "causal is ['none']": lambda: attention(["none"]),
+            "causal is 0": lambda: attention(0),
+            "scale is '1': allowed is a number": lambda: attention(scale="1"),
+            "x is NoneType": lambda: self.engine.int4_mm(None, int4, y),
+            "out is NoneType": lambda: self.engine.int8_mm(a, int8, None),
+            "ws is NoneType": lambda: self.engine.int8_linear(x, linear, None, x[:, :16]),
+            "k is NoneType": lambda: self.engine.attention(q, None, q, q),
+            "xs is NoneType": lambda: self.engine.fp8_block_bmm(f8, f8, None, scales, z, "e4m3", "e4m3"),
+            "out is read-only": lambda: self.engine.int4_mm(x, int4, fixed(y)),
+            "out is read-only: allowed is an array that may be written": lambda: self.engine.int8_mm(a, int8, fixed(out)),
+            "out is read-only:": lambda: self.engine.int8_linear(x, linear, ws, fixed(x[:, :16])),
+            "out is read-only: allowed": lambda: self.engine.attention(q, q, q, fixed(q)),
+            "lse is read-only": lambda: attention(lse=fixed(np.zeros((1, 1, 2), np.float32))),
+            "out is read-only: allowed is": lambda: self.engine.fp8_block_bmm(f8, f8, scales, scales[:, :1], fixed(z), "e4m3", "e4m3"),
+            "out is read-only: allowed is an": lambda: kiln.int4_to_tensor_core(np.zeros((8, 16), np.uint8), 2, fixed(np.zeros((1, 1, 32, 1), np.int32))),
+            "inner_k_tiles is 2.0: allowed is an integer": lambda: kiln.int4_to_tensor_core(np.zeros((8, 16), np.uint8), 2.0, np.zeros((1, 1, 32, 1), np.int32)),
+            "threads is 'all': allowed is an integer": lambda: kiln.Engine(threads="all"),
+            "threads is 4294967297: allowed is 0 to 4096": lambda: kiln.Engine(threads=2**32 + 1),
+            "cache is 3: allowed is None, 'rw', 'ro' or 'off'": lambda: kiln.Engine(cache=3),
+            "cache_dir is 3: allowed is a path": lambda: kiln.Engine(cache_dir=3),
+            "cache_dir is '/tmp\\x00x': allowed is a path without a null character": lambda: kiln.Engine(cache_dir="/tmp\0x"),
+            "path is None: allowed is a path": lambda: int4.save(None),
+        }.items():
+            with self.subTest(says), self.assertRaises((TypeError, ValueError)) as raised:
+                call()
+            self.assertIn(says, str(raised.exception))
+        for says, call in {
+            "options.cache_mode is 'r': allowed is rw, ro or off": lambda: kiln.Engine(cache="r"),
+            "options.cache_dir is 'here': allowed is an absolute path": lambda: kiln.Engine(cache_dir="here"),
+        }.items():
+            with self.subTest(says), self.assertRaises(kiln.Error) as raised:
+                call()
+            self.assertIn(says, str(raised.exception))
+
+    def test_streams_as_their_owners_have_them(self):
+        from kiln import _values
+        self.assertEqual([5, 6, 7], [_values.stream(given) for given in (5, types.SimpleNamespace(cuda_stream=6), types.SimpleNamespace(ptr=7))])
+
+    def test_sources_are_those_of_the_header(self):
+        header = (ROOT / "api/kiln.h").read_text(encoding="utf-8")
+        listed = re.search(r"typedef enum kiln_source \{(.*?)\}", header)[1]
+        names = [re.sub("KILN_(FROM_)?", "", part.split("=")[0].strip()).lower() for part in listed.split(",")]
+        self.assertEqual(names, list(kiln._library.SOURCES))
+
+    def test_attention_reads_what_overlaps_repeats_and_runs_backwards(self):
+        rng = np.random.default_rng(5)
+        line = (rng.integers(0, 0x4000, 400, dtype=np.uint16) & 0x3FFF).astype(np.uint16)
+        q = np.lib.stride_tricks.as_strided(line, (1, 2, 3, 16), (0, 2, 10, 2))
+        k = line[:320].reshape(1, 1, 20, 16)[:, :, ::-1]
+        v = np.broadcast_to(line[40:56], (1, 1, 20, 16))
+        strided, dense = (np.zeros((1, 2, 3, 16), np.uint16) for _ in range(2))
+        self.engine.attention(q, k, v, strided)
+        self.engine.attention(q.copy(), k.copy(), v.copy(), dense)
+        np.testing.assert_array_equal(dense, strided)
 
     def test_version(self):
         self.assertRegex(kiln.version(), r"^\d+\.\d+\.\d+$")

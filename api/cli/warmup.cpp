@@ -36,7 +36,10 @@ Status usage(std::string message) {
 
 Result<std::vector<KernelDesc>> asked_descs(const Options& options) {
   if (options.model.empty() != options.scheme.empty() || options.model.empty() != options.tokens.empty())
-    return usage("--model config.json, --scheme and --tokens go together");
+    return usage(fmt::format("--model config.json, --scheme and --tokens go together: {} is missing",
+                             options.model.empty()    ? "--model"
+                             : options.scheme.empty() ? "--scheme"
+                                                      : "--tokens"));
   if (!options.model.empty()) {
     if (!options.words.empty())
       return usage(fmt::format("'{}': give either --model, a manifest or an op", options.words.front()));

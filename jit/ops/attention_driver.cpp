@@ -29,33 +29,52 @@ struct Extents {
   bool empty() const { return batches == 0 || heads == 0 || rows == 0 || columns == 0; }
 };
 
-/// Elements from the first to one beyond the last.
-std::int64_t span_of(const Extents& e, const Strides& s) {
-  return e.empty() ? 0 : (e.batches - 1) * s.batch + (e.heads - 1) * s.head + (e.rows - 1) * s.row + e.columns;
+/// Elements that a tensor takes, counted from the one at its pointer: [begin, end).
+struct Span {
+  std::int64_t begin = 0, end = 0;
+
+  /// Of rows [0, rows) of every head of one batch; strides may be negative.
+  static Span of(std::int64_t batch, std::int64_t rows, const Extents& e, const Strides& s) {
+    const std::int64_t last_head = (e.heads - 1) * s.head, last_row = (rows - 1) * s.row;
+    return {batch * s.batch + std::min<std::int64_t>(last_head, 0) + std::min<std::int64_t>(last_row, 0),
+            batch * s.batch + std::max<std::int64_t>(last_head, 0) + std::max<std::int64_t>(last_row, 0) + e.columns};
+  }
+  void include(const Span& other) {
+    *this = end == begin ? other : Span{std::min(begin, other.begin), std::max(end, other.end)};
+  }
+};
+
+Span span_of(const Extents& e, const Strides& s) {
+  Span span;
+  if (!e.empty())
+    for (const std::int64_t batch : {std::int64_t{0}, e.batches - 1})
+      span.include(Span::of(batch, e.rows, e, s));
+  return span;
 }
 
-/// Of an input any stride may be 0: the same is read again.
-Status check_tensor(std::string_view name, const void* data, const Extents& e, const Strides& s,
-                    bool is_output = false) {
+/// Of K or V: the keys that each batch has.
+Span span_of_keys(const Extents& e, const Strides& s, const std::int32_t* kv_len) {
+  if (kv_len == nullptr)
+    return span_of(e, s);
+  Span span;
+  for (std::int64_t batch = 0; batch < e.batches; ++batch)
+    if (kv_len[batch] > 0 && e.heads > 0)
+      span.include(Span::of(batch, kv_len[batch], e, s));
+  return span;
+}
+
+/// An input's rows may overlap and repeat; whether an output's lie apart is for rows_lie_apart.
+Status check_tensor(std::string_view name, const void* data, const Extents& e, const Strides& s) {
   if (s.column != 1)
     return bad(fmt::format("{}'s innermost stride", name), std::to_string(s.column), "1");
-  double span = 0;
-  const struct {
-    std::string_view what;
-    std::int64_t extent, stride;
-  } dimensions[] = {{"batch", e.batches, s.batch}, {"head", e.heads, s.head}, {"row", e.rows, s.row}};
-  for (const auto& dimension : dimensions) {
-    const bool reads_again = dimension.stride == 0 && !is_output;
-    const bool is_taken = dimension.extent > 1 && !e.empty();
-    if (dimension.stride < 0 || (is_taken && dimension.stride < e.columns && !reads_again))
-      return bad(fmt::format("{}'s {} stride", name, dimension.what), std::to_string(dimension.stride),
-                 fmt::format("{} or more, the elements of a row{}", e.columns, is_output ? "" : ", or 0"));
-    span +=
-        static_cast<double>(std::max<std::int64_t>(dimension.extent, 1) - 1) * static_cast<double>(dimension.stride);
+  if (!e.empty()) {
+    double span = 0;
+    for (const auto& [extent, stride] : {std::pair{e.batches, s.batch}, {e.heads, s.head}, {e.rows, s.row}})
+      span += std::fabs(static_cast<double>(extent - 1) * static_cast<double>(stride));
+    if (span > 0x1p60)
+      return bad(fmt::format("{}'s strides", name), fmt::format("{}, {}, {}", s.batch, s.head, s.row),
+                 "a tensor within 2^60 elements");
   }
-  if (span > 0x1p60)
-    return bad(fmt::format("{}'s strides", name), fmt::format("{}, {}, {}", s.batch, s.head, s.row),
-               "a tensor within 2^60 elements");
   if (data == nullptr && !e.empty())
     return bad(name, "null", fmt::format("a {} x {} x {} x {} tensor", e.batches, e.heads, e.rows, e.columns));
   return check_aligned(bad, name, data, sizeof(std::uint16_t));
@@ -65,6 +84,8 @@ Status check_tensor(std::string_view name, const void* data, const Extents& e, c
 bool rows_lie_apart(const Extents& e, const Strides& s) {
   std::array<std::pair<std::int64_t, std::int64_t>, 3> dimensions = {
       {{s.batch, e.batches}, {s.head, e.heads}, {s.row, e.rows}}};
+  for (auto& [stride, extent] : dimensions)
+    stride = extent > 1 ? std::abs(stride) : 0; // of one row, batch or head it means nothing
   std::sort(dimensions.begin(), dimensions.end());
   std::int64_t span = e.columns;
   for (const auto& [stride, extent] : dimensions) {
@@ -80,27 +101,20 @@ bool rows_lie_apart(const Extents& e, const Strides& s) {
 struct Memory {
   std::string_view name;
   const void* data;
-  std::int64_t bytes;
+  Span bytes; ///< from `data`
 
+  static Memory of(std::string_view name, const std::uint16_t* data, const Span& elements) {
+    return {name, data, {elements.begin * 2, elements.end * 2}};
+  }
+  /// Signed: what a tensor spans before its pointer may be more than the address.
+  std::int64_t at(std::int64_t byte) const {
+    return static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(data)) + byte;
+  }
   bool overlaps(const Memory& other) const {
-    const auto begin = reinterpret_cast<std::uintptr_t>(data),
-               other_begin = reinterpret_cast<std::uintptr_t>(other.data);
-    return bytes > 0 && other.bytes > 0 && begin < other_begin + static_cast<std::uintptr_t>(other.bytes) &&
-           other_begin < begin + static_cast<std::uintptr_t>(bytes);
+    return bytes.begin < bytes.end && other.bytes.begin < other.bytes.end &&
+           at(bytes.begin) < other.at(other.bytes.end) && other.at(other.bytes.begin) < at(bytes.end);
   }
 };
-
-/// Of K or V: to the end of the last key that its batch has.
-std::int64_t span_of_keys(const Extents& e, const Strides& s, const std::int32_t* kv_len) {
-  if (kv_len == nullptr)
-    return span_of(e, s);
-  std::int64_t span = 0;
-  for (std::int64_t batch = 0; batch < e.batches; ++batch)
-    if (kv_len[batch] > 0 && e.heads > 0)
-      span = std::max(span,
-                      batch * s.batch + (e.heads - 1) * s.head + (kv_len[batch] - std::int64_t{1}) * s.row + e.columns);
-  return span;
-}
 
 Status check_sizes(const Kernel& kernel, const Args& a) {
   const KernelDesc& desc = kernel.desc();
@@ -139,7 +153,7 @@ Status check_args(const Kernel& kernel, const Args& a) {
     return s;
   if (Status s = check_tensor("v", a.v, v, a.v_strides); !s)
     return s;
-  if (Status s = check_tensor("o", a.o, o, a.o_strides, true); !s)
+  if (Status s = check_tensor("o", a.o, o, a.o_strides); !s)
     return s;
   if (!o.empty() && !rows_lie_apart(o, a.o_strides))
     return bad("o's strides", fmt::format("{}, {}, {}", a.o_strides.batch, a.o_strides.head, a.o_strides.row),
@@ -157,11 +171,12 @@ Status check_args(const Kernel& kernel, const Args& a) {
     for (std::int64_t i = 0; i < a.b; ++i)
       if (a.kv_len[i] < 0 || a.kv_len[i] > a.n)
         return bad(fmt::format("kv_len[{}]", i), std::to_string(a.kv_len[i]), fmt::format("0 to n, {}", a.n));
-  const Memory outputs[] = {{"o", a.o, span_of(o, a.o_strides) * 2}, {"lse", a.lse, a.lse == nullptr ? 0 : rows * 4}};
-  const Memory inputs[] = {{"q", a.q, span_of(q, a.q_strides) * 2},
-                           {"k", a.k, span_of_keys(k, a.k_strides, a.kv_len) * 2},
-                           {"v", a.v, span_of_keys(v, a.v_strides, a.kv_len) * 2},
-                           {"kv_len", a.kv_len, a.kv_len == nullptr ? 0 : a.b * 4}};
+  const Memory outputs[] = {Memory::of("o", a.o, span_of(o, a.o_strides)),
+                            {"lse", a.lse, {0, a.lse == nullptr ? 0 : rows * 4}}};
+  const Memory inputs[] = {Memory::of("q", a.q, span_of(q, a.q_strides)),
+                           Memory::of("k", a.k, span_of_keys(k, a.k_strides, a.kv_len)),
+                           Memory::of("v", a.v, span_of_keys(v, a.v_strides, a.kv_len)),
+                           {"kv_len", a.kv_len, {0, a.kv_len == nullptr ? 0 : a.b * 4}}};
   for (const Memory& output : outputs)
     for (const Memory& input : inputs)
       if (output.overlaps(input))

@@ -10,8 +10,9 @@
 /// attention's driver: checks a call and cuts it into ranges for the kernel.
 namespace kiln::attention {
 
-/// Strides in elements of a tensor [batch][head][row][column]. The innermost must be 1; each of the others, where its
-/// extent is above 1, at least the elements of a row, or 0 (an input's: the same is read again).
+/// Strides in elements of a tensor [batch][head][row][column]. The innermost must be 1, the others are any: an input's
+/// rows may overlap, repeat (0) and run backwards (below 0), an output's lie apart. One whose extent is 1 means
+/// nothing.
 struct Strides {
   std::int64_t batch = 0, head = 0, row = 0, column = 1;
 

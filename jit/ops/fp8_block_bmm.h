@@ -80,9 +80,9 @@ struct Plan {
 
 /// The tensors of one call. Strides are in elements; Y and ys are contiguous.
 struct Tensors {
-  std::int64_t m = 0;              ///< rows of this call
-  const std::uint8_t* x = nullptr; ///< [b][m][k]
-  std::int64_t x_stride_b = 0, ldx = 0;
+  std::int64_t m = 0;                                             ///< rows of this call
+  const std::uint8_t* x = nullptr;                                ///< [b][m][k]
+  std::int64_t x_stride_b = 0, ldx = 0;                           ///< any from 0 on: rows may overlap
   const std::uint8_t* y = nullptr;                                ///< [b][n][k]
   const float* xs = nullptr;                                      ///< [b][m][⌈k/128⌉]
   std::int64_t xs_stride_b = 0, xs_stride_m = 0, xs_stride_k = 0; ///< any from 0 on

@@ -28,16 +28,15 @@ Sizes sizes_of(const KernelDesc& desc, const Args& args) {
 }
 
 Status check_strides(const Sizes& s, const Tensors& t) {
-  if (t.ldx < s.k || t.ldx > kMaxSize)
-    return bad("ldx", t.ldx, fmt::format("{} to {}", s.k, kMaxSize));
   if (t.ldz < s.n || t.ldz > kMaxSize)
     return bad("ldz", t.ldz, fmt::format("{} to {}", s.n, kMaxSize));
-  for (const auto& [name, stride] : {std::pair{"xs_stride_m", t.xs_stride_m}, {"xs_stride_k", t.xs_stride_k}})
+  for (const auto& [name, stride] :
+       {std::pair{"ldx", t.ldx}, {"xs_stride_m", t.xs_stride_m}, {"xs_stride_k", t.xs_stride_k}})
     if (stride < 0 || stride > kMaxSize)
       return bad(name, stride, fmt::format("0 to {}", kMaxSize));
   if (s.b <= 1)
     return {}; // strides of batches mean nothing
-  for (const auto& [name, stride, least] : {std::tuple{"x_stride_b", t.x_stride_b, s.k},
+  for (const auto& [name, stride, least] : {std::tuple{"x_stride_b", t.x_stride_b, std::int64_t{0}},
                                             {"z_stride_b", t.z_stride_b, s.n},
                                             {"xs_stride_b", t.xs_stride_b, std::int64_t{0}}})
     if (stride < least || stride > kMaxBatchStride)

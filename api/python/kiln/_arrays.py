@@ -1,4 +1,5 @@
 """What the package needs to know of an array: torch tensors by their methods, all else by the array interfaces. Imports none of them."""
+import re
 import sys
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ class Array:
     strides: tuple  # in elements
     dtype: str      # "bf16", "s8", …
     device: tuple   # (CPU, 0) or (CUDA, index)
+    writable: bool = True
 
     def expect(self, name, dtype, shape, device=None):
         """Raises TypeError or ValueError that names the array. −1 in `shape`: any."""
@@ -28,6 +30,11 @@ class Array:
             raise ValueError(f"{name} has shape {self.shape}: allowed is ({wanted})")
         if device is not None and self.device != device:
             raise ValueError(f"{name} is on {device_text(self.device)}: allowed is {device_text(device)}")
+        return self
+
+    def expect_writable(self, name):
+        if not self.writable:
+            raise ValueError(f"{name} is read-only: allowed is an array that may be written")
         return self
 
     def row_stride(self, name):
@@ -76,10 +83,11 @@ def device_text(device):
 
 def parse_device(text):
     """Of "cpu", "cuda" and "cuda:1"."""
-    kind, _, index = str(text).partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
-        raise ValueError(f"device '{text}': allowed is cpu, cuda or cuda:N")
-    return (CUDA if kind == "cuda" else CPU, int(index or 0))
+    found = re.fullmatch("cpu|cuda(?::([0-9]{1,3}))?", str(text))
+    index = int(found[1] or 0) if found else -1
+    if not 0 <= index <= 255:
+        raise ValueError(f"device '{text}': allowed is cpu, cuda or cuda:N with N from 0 to 255")
+    return (CUDA if str(text).startswith("cuda") else CPU, index)
 
 
 def as_array(value, name="array"):
@@ -113,7 +121,8 @@ def as_array(value, name="array"):
             raise ValueError(f"{name} has strides {interface['strides']} in bytes: allowed are whole elements")
         strides = [stride // size for stride in interface["strides"]]
     device = (CUDA, getattr(getattr(value, "device", None), "id", 0)) if on_gpu else (CPU, 0)
-    return Array(value, interface["data"][0] or 0, shape, tuple(strides), dtype, device)
+    address, read_only = interface.get("data") or (0, False)
+    return Array(value, address or 0, shape, tuple(strides), dtype, device, not read_only)
 
 
 def current_stream(array):

@@ -3,27 +3,12 @@ import ctypes
 import numbers
 
 from . import _library as c
+from . import _values as check
 from ._arrays import as_array
-
-_S32_MIN, _S32_MAX = -2**31, 2**31 - 1
 
 
 def _checked(name, value, kind):
-    if kind is ctypes.c_float:
-        if not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} is {value!r}: allowed is a number")
-        return float(value)
-    if not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} is {value!r}: allowed is an integer")
-    if not _S32_MIN <= value <= _S32_MAX:
-        raise ValueError(f"{name} is {value}: allowed is {_S32_MIN} to {_S32_MAX}")
-    return int(value)
-
-
-def _chosen(name, value, table):
-    if value not in table:
-        raise ValueError(f"{name} is {value!r}: allowed is {', '.join(repr(key) for key in table)}")
-    return table[value]
+    return check.number(name, value) if kind is ctypes.c_float else check.integer(name, value, check.S32_MIN, check.S32_MAX)
 
 
 class Epilogue:
@@ -40,8 +25,8 @@ class Epilogue:
                 raise TypeError(f"bias is {bias!r}: allowed is an array of {n}")
             self.desc["bias"], self.args["bias"] = c.EACH, self._pointer("bias", bias, n, ctypes.c_int32)
         self._add_rescale(n, scale, mult, shift, shift_right, shift_left)
-        self.desc["rounding"] = _chosen("rounding", rounding, c.ROUNDINGS)
-        self.desc["act"] = _chosen("act", act, c.ACTS)
+        self.desc["rounding"] = c.ROUNDINGS[check.chosen("rounding", rounding, c.ROUNDINGS)]
+        self.desc["act"] = c.ACTS[check.chosen("act", act, c.ACTS)]
         self._add_slope(act, slope, slope_mult, slope_shift)
         if c_zp is not None:
             self.desc["c_zp"], self.args["c_zp"] = c.ONE, _checked("c_zp", c_zp, ctypes.c_int32)

@@ -15,7 +15,7 @@ ACTS = {None: 0, "relu": 1, "leaky_relu": 2}
 ABSENT, ONE, EACH = 0, 1, 2
 OP_INT8_MM, OP_INT8_LINEAR, OP_INT4_MM, OP_FP8_BLOCK_BMM, OP_ATTENTION = 1, 2, 3, 4, 5
 CAUSAL = ("none", "top_left", "bottom_right")
-SOURCES = ("memory", "disk", "compiled", "builtin")
+SOURCES = ("memory", "disk", "compiled", "builtin", "remote")  # kiln_source
 
 
 class Error(Exception):
