@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cfloat>
-#include <cstddef>
 #include <numeric>
 
 #include <llvm/IR/Module.h>
@@ -252,11 +251,6 @@ private:
       done += piece;
     }
     return out;
-  }
-
-  Value* q_row(Value* row) {
-    Value* offset = ir_.CreateLoad(ir_.getInt64Ty(), advance(ir_, at(b_.q_rows), times(row, 8)));
-    return advance(ir_, pointer(offsetof(attention::Call, q)), offset);
   }
 
   /// Q as the workspace has it.

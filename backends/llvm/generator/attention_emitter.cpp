@@ -44,7 +44,6 @@ void AttentionEmitter::read_call() {
   v_stride_ = ir_.CreateShl(integer(offsetof(Call, v_row_stride)), 1);
   Value* scale = load(ir_.getFloatTy(), advance(ir_, call_, offsetof(Call, scale_log2e)), 4);
   scale_ = ir_.CreateVectorSplat(static_cast<unsigned>(unit_.lanes), scale);
-  q_ = pointer(offsetof(Call, q));
   k_ = pointer(offsetof(Call, k));
   v_ = pointer(offsetof(Call, v));
 }
@@ -78,7 +77,9 @@ void AttentionEmitter::set_up_rows(Value* first, Value* last, Value* rows) {
 }
 
 Value* AttentionEmitter::q_row(Value* row) {
-  return advance(ir_, q_, ir_.CreateLoad(ir_.getInt64Ty(), advance(ir_, at(rows_.q_rows), times(row, 8))));
+  Value* offset = ir_.CreateLoad(ir_.getInt64Ty(), advance(ir_, at(rows_.q_rows), times(row, 8)));
+  // Loaded here: kept from the kernel's start, it would take a register from the loops that come after Q's.
+  return advance(ir_, pointer(offsetof(Call, q)), offset);
 }
 
 // ---------------------------------------------------------------- softmax

@@ -127,7 +127,7 @@ protected:
   llvm::Value *visible_ = nullptr, *visible_step_ = nullptr;
   llvm::Value *k_stride_ = nullptr, *v_stride_ = nullptr; ///< bytes
   llvm::Value* scale_ = nullptr;                          ///< times log2 e, in all lanes
-  llvm::Value *q_ = nullptr, *k_ = nullptr, *v_ = nullptr;
+  llvm::Value *k_ = nullptr, *v_ = nullptr;
 };
 
 } // namespace kiln::generator
