@@ -47,7 +47,9 @@ struct Blocking : RowState {
   bool widens_k() const { return !few && unit.width == 1; }
   bool adds_lanes() const { return few && lanes_per_row() > 1; } ///< of products, to make scores
   std::int64_t o_row_bytes() const { return dv_vectors * unit.lanes * 4; }
-  std::int64_t p_step() const { return std::max(lanes_per_row() / unit.width, 1); } ///< dwords of P in one register's row
+  std::int64_t p_step() const {
+    return std::max(lanes_per_row() / unit.width, 1);
+  } ///< dwords of P in one register's row
   /// Whether a call may leave `rest` rows over when it takes `step`, a power of two, at a time.
   bool may_leave(std::int64_t rest, std::int64_t step) const {
     return one_query ? group % step == rest : rest % std::gcd(group, step) == 0;
