@@ -650,7 +650,7 @@ private:
       Value* max = greater(ir_, tile_max, old_max);
       const auto update = [&] {
         store_register(max, maxima);
-        Value* factor = exp2_of_score(ir_, ir_.CreateFSub(old_max, max));
+        Value* factor = exp2_of_score(ir_, unit_, ir_.CreateFSub(old_max, max));
         store_register(factor, advance(ir_, at(b_.factors), state));
         store_register(ir_.CreateFMul(load_register(sums), factor), sums);
       };
@@ -715,9 +715,12 @@ private:
       for (int i = 0; i < unroll; ++i) {
         Value* score = load_register(advance(ir_, now[2], i * register_bytes()));
         Value* x = ir_.CreateIntrinsic(llvm::Intrinsic::fmuladd, {unit_.floats(ir_)}, {score, scale_, negative_max});
-        p.push_back(exp2_of_score(ir_, x));
+        p.push_back(x);
+      }
+      exp2_of_scores(ir_, unit_, p);
+      for (int i = 0; i < unroll; ++i) {
         Value*& sum = now[static_cast<std::size_t>(i % 2)];
-        sum = ir_.CreateFAdd(sum, p.back());
+        sum = ir_.CreateFAdd(sum, p[static_cast<std::size_t>(i)]);
       }
       for (int i = 0; i < unroll; i += pairs_registers ? 2 : 1) {
         Value* to = advance(ir_, now[3], i * out_bytes);

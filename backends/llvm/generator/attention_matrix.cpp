@@ -133,7 +133,7 @@ void MatrixAttention::soften(const Tile& tile, const Step& step) {
       // Row by row: a row's bits must not depend on those that share its register.
       Value* exceeds = ir_.CreateFCmpOGT(row_max, ir_.CreateFAdd(old_max, float_constant(kSlack)));
       Value* max = ir_.CreateSelect(exceeds, row_max, old_max);
-      Value* factor = exp2_of_score(ir_, ir_.CreateFSub(old_max, max));
+      Value* factor = exp2_of_score(ir_, unit_, ir_.CreateFSub(old_max, max));
       store_register(max, maxima);
       store_register(ir_.CreateFMul(load_register(sums), factor), sums);
       rescale(advance(ir_, o, offset), factor);
@@ -170,32 +170,24 @@ Value* MatrixAttention::greatest(Value* scores, Value* padded) {
   return greater(ir_, carried[1], carried[0]);
 }
 
-/// P in place of the scores; their sums, lane by lane. Four registers at a time, operation by operation: each is a
-/// chain of a dozen, and a core's window is too small to find another chain behind it.
+/// P in place of the scores; their sums, lane by lane. Four registers at a time.
 Value* MatrixAttention::exponentiate(Value* scores, Value* padded, Value* max) {
   constexpr int kPairs = 2;
   const int pair_keys = 2 * b_.lanes_per_row();
   Value* negative_max = ir_.CreateFNeg(max);
   Values carried{float_constant(0), float_constant(0), scores, scores};
   const auto take_pairs = [&](int pairs, Values& now) {
-    Value* x = nullptr; // all registers as one vector
-    for (int i = 0; i < 2 * pairs; ++i) {
-      Value* score = load_register(advance(ir_, now[2], i * b_.chunk_bytes()));
-      score = ir_.CreateIntrinsic(llvm::Intrinsic::fmuladd, {unit_.floats(ir_)}, {score, scale_, negative_max});
-      x = x == nullptr ? score : joined(x, score);
-    }
-    x = exp2_of_score(ir_, x);
+    Values p;
+    for (int i = 0; i < 2 * pairs; ++i)
+      p.push_back(
+          ir_.CreateIntrinsic(llvm::Intrinsic::fmuladd, {unit_.floats(ir_)},
+                              {load_register(advance(ir_, now[2], i * b_.chunk_bytes())), scale_, negative_max}));
+    exp2_of_scores(ir_, unit_, p);
     for (int pair = 0; pair < pairs; ++pair) {
-      Value* p[2];
-      for (int i = 0; i < 2; ++i) {
-        llvm::SmallVector<int, 16> order;
-        for (int lane = 0; lane < unit_.lanes; ++lane)
-          order.push_back((2 * pair + i) * unit_.lanes + lane);
-        p[i] = ir_.CreateShuffleVector(x, order);
-        Value*& sum = now[static_cast<std::size_t>(i)];
-        sum = ir_.CreateFAdd(sum, p[i]);
-      }
-      store(narrow(p[0], p[1]), advance(ir_, now[3], pair * b_.chunk_bytes()), b_.register_bytes());
+      Value** two = &p[static_cast<std::size_t>(2 * pair)];
+      for (std::size_t i = 0; i < 2; ++i)
+        now[i] = ir_.CreateFAdd(now[i], two[i]);
+      store(narrow(two[0], two[1]), advance(ir_, now[3], pair * b_.chunk_bytes()), b_.register_bytes());
     }
     now[2] = advance(ir_, now[2], 2 * pairs * b_.chunk_bytes());
     now[3] = advance(ir_, now[3], pairs * b_.chunk_bytes());
@@ -205,18 +197,6 @@ Value* MatrixAttention::exponentiate(Value* scores, Value* padded, Value* max) {
   if (b_.step_keys % (kPairs * pair_keys) != 0)
     loop(ir_, whole, padded, pair_keys, carried, [&](Value*, Values& now) { take_pairs(1, now); });
   return ir_.CreateFAdd(carried[0], carried[1]);
-}
-
-/// The lanes of a vector and those of another, no longer one.
-Value* MatrixAttention::joined(Value* a, Value* b) {
-  const int n = static_cast<int>(llvm::cast<llvm::FixedVectorType>(a->getType())->getNumElements()),
-            m = static_cast<int>(llvm::cast<llvm::FixedVectorType>(b->getType())->getNumElements());
-  llvm::SmallVector<int, 64> longer, order;
-  for (int i = 0; i < n; ++i)
-    longer.push_back(i < m ? i : -1);
-  for (int i = 0; i < n + m; ++i)
-    order.push_back(i);
-  return ir_.CreateShuffleVector(a, n == m ? b : ir_.CreateShuffleVector(b, longer), order);
 }
 
 void MatrixAttention::rescale(Value* o, Value* factor) {

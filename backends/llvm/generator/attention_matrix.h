@@ -130,7 +130,6 @@ private:
   void soften(const Tile& tile, const Step& step);
   void mask_step(llvm::Value* scores, llvm::Value* limits, llvm::Value* key, llvm::Value* seen_by_all,
                  llvm::Value* padded);
-  llvm::Value* joined(llvm::Value* a, llvm::Value* b);
   llvm::Value* any_of(llvm::Value* lanes);
   llvm::Value* greatest(llvm::Value* scores, llvm::Value* padded);
   llvm::Value* exponentiate(llvm::Value* scores, llvm::Value* padded, llvm::Value* max);
