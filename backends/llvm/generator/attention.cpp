@@ -2,26 +2,17 @@
 
 #include <algorithm>
 #include <cfloat>
-#include <cstddef>
 #include <numeric>
 
 #include <llvm/IR/Module.h>
 
+#include "backends/llvm/generator/attention_emitter.h"
 #include "backends/llvm/generator/attention_matrix.h"
-#include "backends/llvm/generator/attention_unit.h"
-#include "backends/llvm/generator/ir.h"
 
 namespace kiln::generator {
 namespace {
 
-using attention::Call;
 using llvm::Value;
-
-constexpr std::int64_t kCacheLine = 64;
-
-constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) {
-  return (v + step - 1) / step * step;
-}
 
 /// The tile shapes and everything that follows from them: written once, for the code and for its launch plan.
 ///
@@ -29,14 +20,11 @@ constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) {
 /// of a key, broadcast, multiplies `lanes` rows of Q: K is read as it lies, and maxima and sums need nothing across
 /// lanes. With few rows, every load of a key is multiplied with each of row_lanes rows, and the products' lanes are
 /// added so that a register holds the scores of lanes_per_row keys for each of them.
-struct Blocking {
-  DotUnit unit;
-  std::int64_t group, d, dv;
+struct Blocking : RowState {
+  std::int64_t d, dv;
   bool few;                ///< rows: K and V are read once, as they lie
   bool one_query;          ///< the kernel's rows are one query's: `group` of them
   bool overlaps_tiles;     ///< the next tile's scores are made before this one's P · V
-  int lanes_per_row;       ///< 1 for many rows
-  int row_lanes;           ///< rows in a register
   int vectors;             ///< registers of rows in a block
   int rows;                ///< of a block: vectors · row_lanes
   int keys;                ///< of one step of Q·K, a multiple of lanes_per_row and of unit.width
@@ -46,9 +34,6 @@ struct Blocking {
   std::int64_t q_dwords;   ///< of a row of Q, padded to whole registers where its rows are not along lanes
   std::int64_t dv_vectors; ///< registers of a row of V, the last one padded
   // Workspace: byte offsets.
-  std::int64_t q_rows, o_rows;        ///< s64 [rows]: byte offset of each row of Q and O
-  std::int64_t limits;                ///< s32 [vectors][lanes]: keys below it are visible to the lane's row
-  std::int64_t maxima, sums, factors; ///< f32 [vectors][lanes]: the softmax's state, and what O is multiplied by
   std::int64_t squares;               ///< two of [lanes][lanes], for transposing Q
   std::int64_t q;                     ///< [q_dwords][vectors][lanes]; few rows [q_dwords / lanes][rows][lanes]
   std::int64_t scores, scores_vector; ///< f32 [vectors][tile / lanes_per_row][lanes], then P in its place
@@ -60,9 +45,11 @@ struct Blocking {
   std::int64_t bytes;
 
   bool widens_k() const { return !few && unit.width == 1; }
-  bool adds_lanes() const { return few && lanes_per_row > 1; } ///< of products, to make scores
+  bool adds_lanes() const { return few && lanes_per_row() > 1; } ///< of products, to make scores
   std::int64_t o_row_bytes() const { return dv_vectors * unit.lanes * 4; }
-  std::int64_t p_step() const { return std::max(lanes_per_row / unit.width, 1); } ///< dwords of P in one register's row
+  std::int64_t p_step() const {
+    return std::max(lanes_per_row() / unit.width, 1);
+  } ///< dwords of P in one register's row
   /// Whether a call may leave `rest` rows over when it takes `step`, a power of two, at a time.
   bool may_leave(std::int64_t rest, std::int64_t step) const {
     return one_query ? group % step == rest : rest % std::gcd(group, step) == 0;
@@ -107,10 +94,9 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
   if (b.few) {
     constexpr std::int64_t kMostRows = 32; // whose O stays in L1 with a tile
     b.row_lanes = static_cast<int>(std::min<std::int64_t>(most_rows <= 2 ? most_rows : 4, lanes));
-    b.lanes_per_row = lanes / b.row_lanes;
     b.vectors = static_cast<int>((std::min(most_rows, kMostRows) + b.row_lanes - 1) / b.row_lanes);
     b.overlaps_tiles = most_rows <= attention::kFewRows;
-    b.keys = b.lanes_per_row > 1 ? b.lanes_per_row : 8;
+    b.keys = b.lanes_per_row() > 1 ? b.lanes_per_row() : 8;
     // Whole rows of V, if possible, so that memory is read in its order.
     const int sums = b.unit.rows * b.unit.value_vectors,
               rows = power_of_two_below(std::min<std::int64_t>(most_rows, b.row_lanes));
@@ -121,7 +107,6 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
     b.tile = round_up(tile_of_few(most_rows, b.d, lanes), b.keys);
   } else {
     b.row_lanes = lanes;
-    b.lanes_per_row = 1;
     b.vectors = b.unit.row_vectors;
     b.keys = b.unit.keys;
     b.value_rows = b.unit.rows;
@@ -133,19 +118,9 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
   b.value_vectors = static_cast<int>(std::min<std::int64_t>(b.value_vectors, b.dv_vectors));
   b.q_dwords = round_up(b.d / b.unit.width, b.adds_lanes() ? lanes : 1);
 
-  std::int64_t end = 0;
-  const auto take = [&](std::int64_t bytes) {
-    const std::int64_t begin = end;
-    end += round_up(bytes, kCacheLine);
-    return begin;
-  };
-  const std::int64_t state = b.vectors * lanes * 4;
-  b.q_rows = take(b.rows * 8);
-  b.o_rows = take(b.rows * 8);
-  b.limits = take(state);
-  b.maxima = take(state);
-  b.sums = take(state);
-  b.factors = take(state);
+  WorkspaceLayout workspace;
+  const auto take = [&](std::int64_t bytes) { return workspace.take(bytes); };
+  b.lay_out(workspace, b.rows);
   b.squares = take(2 * lanes * lanes * 4);
   b.q = take(b.q_dwords * b.rows * 4);
   b.scores_vector = b.tile * b.row_lanes * 4;
@@ -155,7 +130,7 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
   b.k_rest = take(b.few ? b.keys * b.d * 2 : 0);
   b.k_tile = take(b.widens_k() ? b.tile * b.d * 4 : 0);
   b.v_tile = take(b.few ? 0 : b.tile / b.unit.width * b.dv_vectors * lanes * 4);
-  b.bytes = end;
+  b.bytes = workspace.bytes();
   return b;
 }
 
@@ -170,34 +145,17 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
 ///     O / sum
 ///
 /// Where tiles overlap, S of the next one is made before O, so that the chain of softmax has company.
-class Attention {
+class Attention : AttentionEmitter {
 public:
-  Attention(llvm::Function* function, const KernelDesc& desc, const Target& target)
-      : ir_(function->getContext()), call_(function->getArg(0)), b_(blocking_of(desc, target)), unit_(b_.unit) {
-    ir_.SetInsertPoint(llvm::BasicBlock::Create(ir_.getContext(), "entry", function));
-  }
+  Attention(llvm::Function* function, const Blocking& blocking) : AttentionEmitter(function, blocking), b_(blocking) {}
 
   void emit() {
-    workspace_ = pointer(offsetof(Call, workspace));
-    key_begin_ = integer(offsetof(Call, key_begin));
-    key_end_ = integer(offsetof(Call, key_end));
-    row_begin_ = integer(offsetof(Call, row_begin));
-    row_end_ = integer(offsetof(Call, row_end));
-    visible_ = integer(offsetof(Call, visible));
-    visible_step_ = integer(offsetof(Call, visible_step));
-    k_stride_ = ir_.CreateShl(integer(offsetof(Call, k_row_stride)), 1);
-    v_stride_ = ir_.CreateShl(integer(offsetof(Call, v_row_stride)), 1);
-    Value* scale =
-        ir_.CreateAlignedLoad(ir_.getFloatTy(), advance(ir_, call_, offsetof(Call, scale_log2e)), llvm::Align(4));
-    scale_ = ir_.CreateVectorSplat(static_cast<unsigned>(unit_.lanes), scale);
-    k_ = pointer(offsetof(Call, k));
-    v_ = pointer(offsetof(Call, v));
-
+    read_call();
     Values none;
     loop(ir_, row_begin_, row_end_, b_.rows, none, [&](Value* row, Values&) {
       Value* rows = smaller(ir_.CreateSub(row_end_, row), ir_.getInt64(b_.rows));
       Value* last = ir_.CreateSub(ir_.CreateAdd(row, rows), ir_.getInt64(1));
-      set_up_rows(row, last);
+      set_up_rows(row, last, ir_.getInt64(b_.rows));
       transpose_q();
       clear_state();
       // Later queries see no less than earlier ones.
@@ -258,32 +216,6 @@ private:
             scores};
   }
 
-  Value* pointer(std::size_t offset) {
-    return ir_.CreateLoad(ir_.getPtrTy(), advance(ir_, call_, static_cast<std::int64_t>(offset)));
-  }
-  Value* integer(std::size_t offset) {
-    return ir_.CreateLoad(ir_.getInt64Ty(), advance(ir_, call_, static_cast<std::int64_t>(offset)));
-  }
-  Value* smaller(Value* a, Value* b) { return ir_.CreateSelect(ir_.CreateICmpSLT(a, b), a, b); }
-  Value* larger(Value* a, Value* b) { return ir_.CreateSelect(ir_.CreateICmpSGT(a, b), a, b); }
-  Value* round_up_to(Value* v, std::int64_t step) {
-    return ir_.CreateMul(ir_.CreateUDiv(ir_.CreateAdd(v, ir_.getInt64(step - 1)), ir_.getInt64(step)),
-                         ir_.getInt64(step));
-  }
-  Value* at(std::int64_t offset) { return advance(ir_, workspace_, offset); }
-  Value* times(Value* v, std::int64_t by) { return ir_.CreateMul(v, ir_.getInt64(by)); }
-  llvm::FixedVectorType* vector_of(llvm::Type* element, std::int64_t count) {
-    return llvm::FixedVectorType::get(element, static_cast<unsigned>(count));
-  }
-  Value* load(llvm::Type* type, Value* from, int alignment) {
-    return ir_.CreateAlignedLoad(type, from, llvm::Align(static_cast<unsigned>(alignment)));
-  }
-  Value* load_floats(Value* from) { return load(unit_.floats(ir_), from, unit_.lanes * 4); }
-  void store_vector(Value* value, Value* to) {
-    ir_.CreateAlignedStore(value, to, llvm::Align(static_cast<unsigned>(unit_.lanes * 4)));
-  }
-  Value* float_constant(double v) { return llvm::ConstantFP::get(unit_.floats(ir_), v); }
-  std::int64_t register_bytes() const { return unit_.lanes * 4; }
   /// Runs body(vector) for each register of rows in use; the byte offset of its state.
   void for_row_vectors(Value* row_vectors, llvm::function_ref<void(Value* vector)> body) {
     if (b_.vectors == 1)
@@ -292,37 +224,7 @@ private:
     loop(ir_, ir_.getInt64(0), row_vectors, 1, none, [&](Value* vector, Values&) { body(vector); });
   }
 
-  // ---------------------------------------------------------------- rows
-
-  Value* query_of(Value* row) { return ir_.CreateUDiv(row, ir_.getInt64(b_.group)); }
-
-  /// The key from which on a row sees nothing, within the call's range.
-  Value* limit_of(Value* row) {
-    Value* limit = ir_.CreateAdd(visible_, ir_.CreateMul(query_of(row), visible_step_));
-    return larger(smaller(limit, key_end_), key_begin_);
-  }
-
-  /// Offsets and limits of the block's rows. Rows that do not exist repeat the last one.
-  void set_up_rows(Value* first, Value* last) {
-    Value* q_head = ir_.CreateShl(integer(offsetof(Call, q_head_stride)), 1);
-    Value* q_row = ir_.CreateShl(integer(offsetof(Call, q_row_stride)), 1);
-    Value* o_head = ir_.CreateShl(integer(offsetof(Call, o_head_stride)), 1);
-    Value* o_row = ir_.CreateShl(integer(offsetof(Call, o_row_stride)), 1);
-    Values none;
-    loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.rows), 1, none, [&](Value* i, Values&) {
-      Value* row = smaller(ir_.CreateAdd(first, i), last);
-      Value* query = query_of(row);
-      Value* head = ir_.CreateSub(row, times(query, b_.group));
-      const auto offset = [&](Value* head_stride, Value* row_stride) {
-        return ir_.CreateAdd(ir_.CreateMul(head, head_stride), ir_.CreateMul(query, row_stride));
-      };
-      ir_.CreateStore(offset(q_head, q_row), advance(ir_, at(b_.q_rows), times(i, 8)));
-      ir_.CreateStore(offset(o_head, o_row), advance(ir_, at(b_.o_rows), times(i, 8)));
-      Value* limit = ir_.CreateVectorSplat(static_cast<unsigned>(b_.lanes_per_row),
-                                           ir_.CreateTrunc(limit_of(row), ir_.getInt32Ty()));
-      ir_.CreateAlignedStore(limit, advance(ir_, at(b_.limits), times(i, b_.lanes_per_row * 4)), llvm::Align(4));
-    });
-  }
+  // ---------------------------------------------------------------- Q
 
   /// `count` dwords of a row of Q or K: pairs of bf16, or f32.
   Value* load_dwords(Value* row, Value* dword, std::int64_t count) {
@@ -353,11 +255,6 @@ private:
     return out;
   }
 
-  Value* q_row(Value* row) {
-    Value* offset = ir_.CreateLoad(ir_.getInt64Ty(), advance(ir_, at(b_.q_rows), times(row, 8)));
-    return advance(ir_, pointer(offsetof(Call, q)), offset);
-  }
-
   /// Q as the workspace has it.
   void transpose_q() {
     const std::int64_t lanes = unit_.lanes, dwords = b_.d / unit_.width;
@@ -368,12 +265,12 @@ private:
         Value* to = advance(ir_, at(b_.q), times(row, register_bytes()));
         const std::int64_t whole = dwords / lanes;
         loop(ir_, ir_.getInt64(0), ir_.getInt64(whole), 1, none, [&](Value* chunk, Values&) {
-          store_vector(load_dwords(from, times(chunk, lanes), lanes),
-                       advance(ir_, to, times(chunk, b_.rows * register_bytes())));
+          store_register(load_dwords(from, times(chunk, lanes), lanes),
+                         advance(ir_, to, times(chunk, b_.rows * register_bytes())));
         });
         if (const std::int64_t rest = dwords % lanes)
-          store_vector(load_last_dwords(from, whole * lanes, rest, lanes),
-                       advance(ir_, to, whole * b_.rows * register_bytes()));
+          store_register(load_last_dwords(from, whole * lanes, rest, lanes),
+                         advance(ir_, to, whole * b_.rows * register_bytes()));
       });
       return;
     }
@@ -417,8 +314,8 @@ private:
         Value *a = load_either(i), *b = load_either(other);
         const std::int64_t step = is_last ? b_.rows * 4 : register_bytes();
         Value* pair = advance(ir_, is_last ? to : at(into), times(i, 2 * step));
-        store_vector(ir_.CreateShuffleVector(a, b, low), pair);
-        store_vector(ir_.CreateShuffleVector(a, b, high), advance(ir_, pair, step));
+        store_register(ir_.CreateShuffleVector(a, b, low), pair);
+        store_register(ir_.CreateShuffleVector(a, b, high), advance(ir_, pair, step));
       });
       from = into;
       into = from == b_.squares ? b_.squares + lanes * register_bytes() : b_.squares;
@@ -427,22 +324,17 @@ private:
 
   void clear_state() {
     for (int vector = 0; vector < b_.vectors; ++vector) {
-      store_vector(float_constant(-FLT_MAX), at(b_.maxima + vector * register_bytes()));
-      store_vector(float_constant(0), at(b_.sums + vector * register_bytes()));
+      store_register(float_constant(-FLT_MAX), at(b_.maxima + vector * register_bytes()));
+      store_register(float_constant(0), at(b_.sums + vector * register_bytes()));
     }
     Values none;
     loop(ir_, ir_.getInt64(0), ir_.getInt64(round_up(b_.rows, b_.value_rows) * b_.dv_vectors), 1, none,
          [&](Value* i, Values&) {
-           store_vector(float_constant(0), advance(ir_, at(b_.o), times(i, register_bytes())));
+           store_register(float_constant(0), advance(ir_, at(b_.o), times(i, register_bytes())));
          });
   }
 
   // ---------------------------------------------------------------- K and V of a tile
-
-  /// Row `key` of a tile, or its last one.
-  Value* row_of(Value* tile, Value* stride, Value* key, Value* keys) {
-    return advance(ir_, tile, ir_.CreateMul(smaller(key, ir_.CreateSub(keys, ir_.getInt64(1))), stride));
-  }
 
   void widen_k(const Tile& tile) {
     Values none;
@@ -532,7 +424,7 @@ private:
       loop(ir_, ir_.getInt64(0), tile.padded, unit_.width, to, [&](Value* key, Values& at) {
         const Values vectors = load_values(value_rows(tile, key), first, count, last);
         for (int i = 0; i < count; ++i)
-          store_vector(vectors[static_cast<std::size_t>(i)], advance(ir_, at[0], i * register_bytes()));
+          store_register(vectors[static_cast<std::size_t>(i)], advance(ir_, at[0], i * register_bytes()));
         at[0] = advance(ir_, at[0], count * register_bytes());
       });
     });
@@ -562,8 +454,8 @@ private:
       Value* to = advance(ir_, tile.scores, times(key, register_bytes()));
       for (int i = 0; i < b_.keys; ++i)
         for (int vector = 0; vector < vectors; ++vector)
-          store_vector(sums[static_cast<std::size_t>(i * vectors + vector)],
-                       advance(ir_, to, vector * b_.scores_vector + i * register_bytes()));
+          store_register(sums[static_cast<std::size_t>(i * vectors + vector)],
+                         advance(ir_, to, vector * b_.scores_vector + i * register_bytes()));
     });
   }
 
@@ -643,16 +535,16 @@ private:
         keys.push_back(advance(ir_, keys.back(), stride));
       Value* to = advance(ir_, scores, times(key, b_.row_lanes * 4));
       if (b_.adds_lanes()) {
-        for (int i = 0; i < b_.keys; i += b_.lanes_per_row)
-          store_vector(score_rows(llvm::ArrayRef(keys).slice(static_cast<std::size_t>(i),
-                                                             static_cast<std::size_t>(b_.lanes_per_row)),
-                                  q, q_registers, rows),
-                       advance(ir_, to, i * b_.row_lanes * 4));
+        for (int i = 0; i < b_.keys; i += b_.lanes_per_row())
+          store_register(score_rows(llvm::ArrayRef(keys).slice(static_cast<std::size_t>(i),
+                                                               static_cast<std::size_t>(b_.lanes_per_row())),
+                                    q, q_registers, rows),
+                         advance(ir_, to, i * b_.row_lanes * 4));
       } else {
         Values sums(keys.size(), float_constant(0));
         multiply_lanes(keys, q, 1, sums);
         for (int i = 0; i < b_.keys; ++i)
-          store_vector(sums[static_cast<std::size_t>(i)], advance(ir_, to, i * register_bytes()));
+          store_register(sums[static_cast<std::size_t>(i)], advance(ir_, to, i * register_bytes()));
       }
     });
   }
@@ -678,7 +570,7 @@ private:
 
   /// The scores of lanes_per_row keys: key j of row r in lane r · lanes_per_row + j.
   Value* score_rows(llvm::ArrayRef<Value*> keys, Value* q, const Values& q_registers, int rows) {
-    const int per_row = b_.lanes_per_row;
+    const int per_row = b_.lanes_per_row();
     constexpr int kSums = 8; // with Q read from memory, enough for each load of it
     const int at_once = q_registers.empty() ? std::clamp(kSums / rows, 1, per_row) : 1;
     LaneSums lane_sums(ir_, unit_, per_row > 4); // in the order of keys
@@ -739,37 +631,28 @@ private:
 
   // ---------------------------------------------------------------- softmax
 
-  /// Over the lanes of each row, in all of them.
-  Value* over_lanes_of_row(Value* v, llvm::function_ref<Value*(Value*, Value*)> combine) {
-    for (int distance = 1; distance < b_.lanes_per_row; distance *= 2) {
-      llvm::SmallVector<int, 16> other;
-      for (int i = 0; i < unit_.lanes; ++i)
-        other.push_back(i ^ distance);
-      v = combine(v, ir_.CreateShuffleVector(v, other));
-    }
-    return v;
-  }
-
   /// Scores to P, in place; maxima, sums, and the factors for O.
   void soften(const Tile& tile, const Block& block) {
     Value* masked = ir_.CreateICmpSGT(ir_.CreateAdd(tile.key, tile.padded), block.seen_by_all);
     for_row_vectors(block.row_vectors, [&](Value* vector) {
       Value* scores = advance(ir_, tile.scores, times(vector, b_.scores_vector));
       Value* state = times(vector, register_bytes());
-      when(ir_, masked, [&] { mask(scores, advance(ir_, at(b_.limits), state), tile); });
+      when(ir_, masked, [&] {
+        mask(scores, register_bytes(), advance(ir_, at(b_.limits), state), tile.key, ir_.getInt64(0), tile.padded);
+      });
 
       Value* maxima = advance(ir_, at(b_.maxima), state);
       Value* sums = advance(ir_, at(b_.sums), state);
-      Value* old_max = load_floats(maxima);
+      Value* old_max = load_register(maxima);
       Value* tile_max =
           over_lanes_of_row(greatest(scores, tile.padded), [&](Value* a, Value* b) { return greater(ir_, a, b); });
       tile_max = ir_.CreateFMul(tile_max, scale_);
       Value* max = greater(ir_, tile_max, old_max);
       const auto update = [&] {
-        store_vector(max, maxima);
-        Value* factor = exp2_of_score(ir_, ir_.CreateFSub(old_max, max));
-        store_vector(factor, advance(ir_, at(b_.factors), state));
-        store_vector(ir_.CreateFMul(load_floats(sums), factor), sums);
+        store_register(max, maxima);
+        Value* factor = exp2_of_score(ir_, unit_, ir_.CreateFSub(old_max, max));
+        store_register(factor, advance(ir_, at(b_.factors), state));
+        store_register(ir_.CreateFMul(load_register(sums), factor), sums);
       };
       if (b_.few) { // O is multiplied here, and hardly ever: a tile's work is short beside it
         when(ir_, ir_.CreateOrReduce(ir_.CreateFCmpOGT(tile_max, old_max)), [&] {
@@ -779,7 +662,7 @@ private:
       } else {
         update();
       }
-      store_vector(ir_.CreateFAdd(load_floats(sums), exponentiate(scores, tile.padded, max)), sums);
+      store_register(ir_.CreateFAdd(load_register(sums), exponentiate(scores, tile.padded, max)), sums);
     });
   }
 
@@ -788,50 +671,29 @@ private:
     Values none;
     loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.row_lanes), 1, none, [&](Value* lane, Values&) {
       Value* row = ir_.CreateAdd(times(vector, b_.row_lanes), lane);
-      Value* factor = splat_float(advance(ir_, at(b_.factors), times(row, b_.lanes_per_row * 4)));
+      Value* factor = splat_float(advance(ir_, at(b_.factors), times(row, b_.lanes_per_row() * 4)));
       Value* o = advance(ir_, at(b_.o), times(row, b_.o_row_bytes()));
       loop(ir_, ir_.getInt64(0), ir_.getInt64(b_.o_row_bytes()), register_bytes(), none, [&](Value* byte, Values&) {
-        store_vector(ir_.CreateFMul(load_floats(advance(ir_, o, byte)), factor), advance(ir_, o, byte));
+        store_register(ir_.CreateFMul(load_register(advance(ir_, o, byte)), factor), advance(ir_, o, byte));
       });
     });
   }
 
   /// Registers of scores in one step of a loop: a divisor of those of any padded tile, and even where pairs are narrowed.
   int scores_unroll() const {
-    if (b_.lanes_per_row == 1)
+    if (b_.lanes_per_row() == 1)
       return b_.keys;
-    return static_cast<int>(std::min<std::int64_t>(b_.tile / b_.lanes_per_row, 8));
-  }
-
-  /// -infinity for the keys that a row does not see.
-  void mask(Value* scores, Value* limits, const Tile& tile) {
-    llvm::SmallVector<llvm::Constant*, 16> lanes;
-    for (int i = 0; i < unit_.lanes; ++i)
-      lanes.push_back(ir_.getInt32(static_cast<std::uint32_t>(i % b_.lanes_per_row)));
-    Value* first = ir_.CreateAdd(
-        ir_.CreateVectorSplat(static_cast<unsigned>(unit_.lanes), ir_.CreateTrunc(tile.key, ir_.getInt32Ty())),
-        llvm::ConstantVector::get(lanes));
-    Value* limit = load(unit_.dwords(ir_), limits, static_cast<int>(register_bytes()));
-    Values carried{first, scores};
-    loop(ir_, ir_.getInt64(0), tile.padded, b_.lanes_per_row, carried, [&](Value*, Values& now) {
-      Value* visible = ir_.CreateICmpSLT(now[0], limit);
-      store_vector(
-          ir_.CreateSelect(visible, load_floats(now[1]), llvm::ConstantFP::getInfinity(unit_.floats(ir_), true)),
-          now[1]);
-      now[0] = ir_.CreateAdd(now[0],
-                             llvm::ConstantInt::get(unit_.dwords(ir_), static_cast<std::uint64_t>(b_.lanes_per_row)));
-      now[1] = advance(ir_, now[1], register_bytes());
-    });
+    return static_cast<int>(std::min<std::int64_t>(b_.tile / b_.lanes_per_row(), 8));
   }
 
   Value* greatest(Value* scores, Value* padded) {
     const int unroll = scores_unroll();
     Values maxima(static_cast<std::size_t>(unroll), llvm::ConstantFP::getInfinity(unit_.floats(ir_), true));
-    loop(ir_, ir_.getInt64(0), padded, unroll * b_.lanes_per_row, maxima, [&](Value* key, Values& now) {
+    loop(ir_, ir_.getInt64(0), padded, unroll * b_.lanes_per_row(), maxima, [&](Value* key, Values& now) {
       Value* from = advance(ir_, scores, times(key, b_.row_lanes * 4));
       for (int i = 0; i < unroll; ++i) {
         Value*& max = now[static_cast<std::size_t>(i)];
-        max = greater(ir_, load_floats(advance(ir_, from, i * register_bytes())), max);
+        max = greater(ir_, load_register(advance(ir_, from, i * register_bytes())), max);
       }
     });
     Value* max = maxima[0];
@@ -843,29 +705,32 @@ private:
   /// P in place of the scores, as dwords of unit.width keys; their sums, lane by lane.
   Value* exponentiate(Value* scores, Value* padded, Value* max) {
     const int unroll = scores_unroll();
-    const bool pairs_registers = unit_.width == 2 && b_.lanes_per_row == 1;
+    const bool pairs_registers = unit_.width == 2 && b_.lanes_per_row() == 1;
     const std::int64_t out_bytes =
         unit_.width == 2 ? register_bytes() / 2 : register_bytes(); // of a register of scores
     Value* negative_max = ir_.CreateFNeg(max);
     Values carried{float_constant(0), float_constant(0), scores, scores};
-    loop(ir_, ir_.getInt64(0), padded, unroll * b_.lanes_per_row, carried, [&](Value*, Values& now) {
+    loop(ir_, ir_.getInt64(0), padded, unroll * b_.lanes_per_row(), carried, [&](Value*, Values& now) {
       Values p;
       for (int i = 0; i < unroll; ++i) {
-        Value* score = load_floats(advance(ir_, now[2], i * register_bytes()));
+        Value* score = load_register(advance(ir_, now[2], i * register_bytes()));
         Value* x = ir_.CreateIntrinsic(llvm::Intrinsic::fmuladd, {unit_.floats(ir_)}, {score, scale_, negative_max});
-        p.push_back(exp2_of_score(ir_, x));
+        p.push_back(x);
+      }
+      exp2_of_scores(ir_, unit_, p);
+      for (int i = 0; i < unroll; ++i) {
         Value*& sum = now[static_cast<std::size_t>(i % 2)];
-        sum = ir_.CreateFAdd(sum, p.back());
+        sum = ir_.CreateFAdd(sum, p[static_cast<std::size_t>(i)]);
       }
       for (int i = 0; i < unroll; i += pairs_registers ? 2 : 1) {
         Value* to = advance(ir_, now[3], i * out_bytes);
         const std::size_t first = static_cast<std::size_t>(i);
         if (pairs_registers)
-          store_vector(unit_.narrow_pairs(ir_, p[first], p[first + 1]), to);
+          store_register(unit_.narrow_pairs(ir_, p[first], p[first + 1]), to);
         else if (unit_.width == 2)
           ir_.CreateAlignedStore(unit_.narrow(ir_, p[first]), to, llvm::Align(static_cast<unsigned>(out_bytes)));
         else
-          store_vector(p[first], to);
+          store_register(p[first], to);
       }
       now[2] = advance(ir_, now[2], unroll * register_bytes());
       now[3] = advance(ir_, now[3], unroll * out_bytes);
@@ -915,7 +780,7 @@ private:
   }
   /// The lane of row `row + i` in a piece of state.
   Value* state_of(std::int64_t state, Value* row, std::int64_t i) {
-    return advance(ir_, at(state), lane_offset(row, i, register_bytes(), b_.lanes_per_row * 4));
+    return advance(ir_, at(state), lane_offset(row, i, register_bytes(), b_.lanes_per_row() * 4));
   }
   Value* splat_float(Value* from) {
     return ir_.CreateVectorSplat(static_cast<unsigned>(unit_.lanes), load(ir_.getFloatTy(), from, 4));
@@ -928,7 +793,7 @@ private:
     for (int i = 0; i < rows; ++i) {
       Value* factor = b_.few ? nullptr : splat_float(state_of(b_.factors, row, i));
       for (int j = 0; j < chunk.count; ++j) {
-        Value* sum = load_floats(advance(ir_, o, i * b_.o_row_bytes() + j * register_bytes()));
+        Value* sum = load_register(advance(ir_, o, i * b_.o_row_bytes() + j * register_bytes()));
         sums.push_back(factor == nullptr ? sum : ir_.CreateFMul(sum, factor));
       }
     }
@@ -947,8 +812,8 @@ private:
     accumulate_masked(tile, chunk, row, rows, seen_by_all, seen_by_any, sums);
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < chunk.count; ++j)
-        store_vector(sums[static_cast<std::size_t>(i * chunk.count + j)],
-                     advance(ir_, o, i * b_.o_row_bytes() + j * register_bytes()));
+        store_register(sums[static_cast<std::size_t>(i * chunk.count + j)],
+                       advance(ir_, o, i * b_.o_row_bytes() + j * register_bytes()));
   }
 
   // P of a row: dwords of `p_step` after one another in each register's worth of keys.
@@ -1053,37 +918,10 @@ private:
   // ---------------------------------------------------------------- the end of a block of rows
 
   void finish(Value* first_row, const Block& block) {
-    for_row_vectors(block.row_vectors, [&](Value* vector) {
-      Value* state = times(vector, register_bytes());
-      Value* sums = advance(ir_, at(b_.sums), state);
-      Value* sum = over_lanes_of_row(load_floats(sums), [&](Value* a, Value* b) { return ir_.CreateFAdd(a, b); });
-      store_vector(sum, sums);
-      Value* nothing = ir_.CreateFCmpOEQ(sum, float_constant(0));
-      Value* inverse = ir_.CreateFDiv(float_constant(1), ir_.CreateSelect(nothing, float_constant(1), sum));
-      store_vector(inverse, advance(ir_, at(b_.factors), state));
-    });
-    Value* partial = pointer(offsetof(Call, partial));
-    Value* stats = pointer(offsetof(Call, stats));
-    Value* o = pointer(offsetof(Call, o));
-    Value* is_partial = ir_.CreateIsNotNull(partial);
-    Value* first = ir_.CreateSub(first_row, row_begin_);
-    Values none;
-    loop(ir_, ir_.getInt64(0), block.rows, 1, none, [&](Value* row, Values&) {
-      Value* from = advance(ir_, at(b_.o), times(row, b_.o_row_bytes()));
-      Value* index = ir_.CreateAdd(first, row);
-      Value* state = times(row, b_.lanes_per_row * 4);
-      when(ir_, ir_.CreateIsNotNull(stats), [&] {
-        Value* to = advance(ir_, stats, times(index, 8));
-        ir_.CreateAlignedStore(load(ir_.getFloatTy(), advance(ir_, at(b_.maxima), state), 4), to, llvm::Align(4));
-        ir_.CreateAlignedStore(load(ir_.getFloatTy(), advance(ir_, at(b_.sums), state), 4), advance(ir_, to, 4),
-                               llvm::Align(4));
-      });
-      when(ir_, is_partial, [&] { store_row(from, advance(ir_, partial, times(index, b_.dv * 4)), nullptr); });
-      when(ir_, ir_.CreateNot(is_partial), [&] {
-        Value* offset = ir_.CreateLoad(ir_.getInt64Ty(), advance(ir_, at(b_.o_rows), times(row, 8)));
-        store_row(from, advance(ir_, o, offset), load(ir_.getFloatTy(), advance(ir_, at(b_.factors), state), 4));
-      });
-    });
+    for_row_vectors(block.row_vectors, [&](Value* vector) { finish_sums(times(vector, register_bytes())); });
+    store_rows(
+        first_row, block.rows, b_.dv, [&](Value* row) { return advance(ir_, at(b_.o), times(row, b_.o_row_bytes())); },
+        [&](Value* from, Value* to, Value* factor) { store_row(from, to, factor); });
   }
 
   /// A row of O: bf16 of its product with `factor`, or as it is when that is null.
@@ -1116,13 +954,7 @@ private:
       store(ir_.getInt64(whole), sums_of(ir_.getInt64(whole), b_.dv - whole));
   }
 
-  llvm::IRBuilder<> ir_;
-  Value* call_;
-  const Blocking b_;
-  const DotUnit& unit_;
-  Value *workspace_ = nullptr, *key_begin_ = nullptr, *key_end_ = nullptr, *row_begin_ = nullptr, *row_end_ = nullptr;
-  Value *visible_ = nullptr, *visible_step_ = nullptr, *scale_ = nullptr;
-  Value *k_ = nullptr, *v_ = nullptr, *k_stride_ = nullptr, *v_stride_ = nullptr; ///< bytes
+  const Blocking& b_;
 };
 
 } // namespace
@@ -1145,15 +977,15 @@ llvm::Function* emit_attention(llvm::Module& module, const KernelDesc& desc, con
   else if (uses_bfmmla(desc, target))
     emit_bfmmla_attention(function, desc, target);
   else
-    Attention(function, desc, target).emit();
+    Attention(function, blocking_of(desc, target)).emit();
   return function;
 }
 
 attention::Plan attention_plan(const KernelDesc& desc, const Target& target) {
   if (target.features.has(Feature::amx_bf16))
-    return amx_blocking(desc).plan();
+    return amx_blocking(desc, target).plan();
   if (uses_bfmmla(desc, target))
-    return bfmmla_blocking(desc).plan();
+    return bfmmla_blocking(desc, target).plan();
   const Blocking b = blocking_of(desc, target);
   return {.block_rows = b.rows, .workspace_bytes = b.bytes, .makes_partials = true};
 }

@@ -41,8 +41,8 @@ std::int64_t depth_steps(std::int64_t d) {
 
 class AmxAttention final : public MatrixAttention {
 public:
-  AmxAttention(llvm::Function* function, const KernelDesc& desc, const Target& target)
-      : MatrixAttention(function, amx_blocking(desc), target), module_(*function->getParent()) {}
+  AmxAttention(llvm::Function* function, const MatrixBlocking& blocking)
+      : MatrixAttention(function, blocking), module_(*function->getParent()) {}
 
 private:
   // ---- tiles
@@ -107,11 +107,11 @@ private:
                                             content, "tile_config");
     global->setAlignment(llvm::Align(64));
     global->setUnnamedAddr(llvm::GlobalValue::UnnamedAddr::Global);
-    ir_.CreateIntrinsic(llvm::Intrinsic::x86_sttilecfg, {}, {at(b_.unit)});
+    ir_.CreateIntrinsic(llvm::Intrinsic::x86_sttilecfg, {}, {at(b_.unit_state)});
     ld_tile_config(global);
   }
   /// Without a configuration of the caller's this loads zeros, the initial state: the system has no tiles to save.
-  void leave() override { ld_tile_config(at(b_.unit)); }
+  void leave() override { ld_tile_config(at(b_.unit_state)); }
 
   // ---- rearranging
 
@@ -241,7 +241,7 @@ private:
         llvm::SmallVector<int, 32> order;
         for (int i = first; i < first + 16; ++i)
           order.append({i, width + i});
-        store(ir_.CreateShuffleVector(a, b, order), advance(ir_, to, (done + first) / b_.lanes * b_.v_part_bytes()),
+        store(ir_.CreateShuffleVector(a, b, order), advance(ir_, to, (done + first) / unit_.lanes * b_.v_part_bytes()),
               kTileRowBytes);
       }
       done += count;
@@ -257,7 +257,7 @@ private:
       Values none;
       loop(ir_, constant(0), step.padded, b_.step_keys, none, [&](Value* key, Values&) {
         Value* k = advance(ir_, at(b_.k), times(ir_.CreateAdd(step.begin, key), group_bytes / kTileRows));
-        Value* scores = advance(ir_, at(b_.scores), times(divided(key, b_.lanes), b_.chunk_bytes()));
+        Value* scores = advance(ir_, at(b_.scores), times(divided(key, unit_.lanes), b_.chunk_bytes()));
         for_sums(row_tiles, 2, scores, [&](int tile, Value*) { zero_tile(tile); });
         loop(ir_, constant(0), constant(depth_steps(b_.d)), 1, none, [&](Value* i, Values&) {
           multiply_step(row_tiles, 2, advance(ir_, q, times(i, b_.step_rows * kTileRowBytes)),
@@ -301,31 +301,31 @@ private:
 
 } // namespace
 
-MatrixBlocking amx_blocking(const KernelDesc& desc) {
+MatrixBlocking amx_blocking(const KernelDesc& desc, const Target& target) {
   const std::int64_t d = desc.value[attention::kD], dv = desc.value[attention::kDv];
   constexpr std::int64_t kBlockRows = 256, kKeys = 512, kScoreKeys = 256;
-  MatrixBlocking b{.lanes = 16,
-                   .row_lanes = 1,
-                   .step_rows = 2 * kTileRows,
-                   .step_keys = kTileDepth,
-                   .value_step = kTileRows,
-                   .block_rows = kBlockRows,
-                   .chunk_gap = 64,
-                   .tile = kKeys,
-                   .score_keys = kScoreKeys,
-                   .q_step_bytes = depth_steps(d) * 2 * kTileBytes,
-                   .k_bytes = kKeys / kTileRows * depth_steps(d) * kTileBytes,
-                   .v_parts = (dv + kTileRows - 1) / kTileRows,
-                   .v_step_bytes = kTileBytes,
-                   .unit_bytes = kTileRowBytes,
-                   .d = d,
-                   .dv = dv};
+  MatrixBlocking b{};
+  b.unit = DotUnit::of(target);
+  b.row_lanes = 1;
+  b.step_rows = 2 * kTileRows;
+  b.step_keys = kTileDepth;
+  b.value_step = kTileRows;
+  b.block_rows = kBlockRows;
+  b.chunk_gap = 64;
+  b.tile = kKeys;
+  b.score_keys = kScoreKeys;
+  b.q_step_bytes = depth_steps(d) * 2 * kTileBytes;
+  b.k_bytes = kKeys / kTileRows * depth_steps(d) * kTileBytes;
+  b.v_parts = (dv + kTileRows - 1) / kTileRows;
+  b.v_step_bytes = kTileBytes;
+  b.unit_bytes = kTileRowBytes;
   b.lay_out(desc);
   return b;
 }
 
 void emit_amx_attention(llvm::Function* function, const KernelDesc& desc, const Target& target) {
-  AmxAttention(function, desc, target).emit();
+  const MatrixBlocking blocking = amx_blocking(desc, target);
+  AmxAttention(function, blocking).emit();
 }
 
 } // namespace kiln::generator

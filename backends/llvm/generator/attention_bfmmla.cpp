@@ -22,8 +22,7 @@ constexpr std::int64_t kRegisterBytes = 16;
 
 class BfmmlaAttention final : public MatrixAttention {
 public:
-  BfmmlaAttention(llvm::Function* function, const KernelDesc& desc, const Target& target)
-      : MatrixAttention(function, bfmmla_blocking(desc), target) {}
+  BfmmlaAttention(llvm::Function* function, const MatrixBlocking& blocking) : MatrixAttention(function, blocking) {}
 
 private:
   llvm::FixedVectorType* halves(int count) { return vector_of(ir_.getInt16Ty(), count); }
@@ -169,31 +168,31 @@ private:
 
 } // namespace
 
-MatrixBlocking bfmmla_blocking(const KernelDesc& desc) {
+MatrixBlocking bfmmla_blocking(const KernelDesc& desc, const Target& target) {
   const std::int64_t d = desc.value[attention::kD], dv = desc.value[attention::kDv];
   // O, Q and a tile of K and V at D = 128 take 200 KiB of the smallest L2 in use, 512 KiB.
   constexpr std::int64_t kBlockRows = 8 * 2 * kRowPairs, kKeys = 128;
-  MatrixBlocking b{.lanes = 4,
-                   .row_lanes = 2,
-                   .step_rows = 2 * kRowPairs,
-                   .step_keys = kColumns,
-                   .value_step = kColumns,
-                   .block_rows = kBlockRows,
-                   .tile = kKeys,
-                   .score_keys = kKeys,
-                   .q_step_bytes = d / kDepth * kRowPairs * kRegisterBytes,
-                   .k_bytes = kKeys * d * 2,
-                   .v_parts = dv / kColumns,
-                   .v_step_bytes = kColumns * kColumns * 2,
-                   .unit_bytes = 0,
-                   .d = d,
-                   .dv = dv};
+  MatrixBlocking b{};
+  b.unit = DotUnit::of(target);
+  b.row_lanes = 2;
+  b.step_rows = 2 * kRowPairs;
+  b.step_keys = kColumns;
+  b.value_step = kColumns;
+  b.block_rows = kBlockRows;
+  b.tile = kKeys;
+  b.score_keys = kKeys;
+  b.q_step_bytes = d / kDepth * kRowPairs * kRegisterBytes;
+  b.k_bytes = kKeys * d * 2;
+  b.v_parts = dv / kColumns;
+  b.v_step_bytes = kColumns * kColumns * 2;
+  b.unit_bytes = 0;
   b.lay_out(desc);
   return b;
 }
 
 void emit_bfmmla_attention(llvm::Function* function, const KernelDesc& desc, const Target& target) {
-  BfmmlaAttention(function, desc, target).emit();
+  const MatrixBlocking blocking = bfmmla_blocking(desc, target);
+  BfmmlaAttention(function, blocking).emit();
 }
 
 } // namespace kiln::generator

@@ -2,76 +2,41 @@
 
 #include <algorithm>
 #include <cfloat>
-#include <cstddef>
 
 namespace kiln::generator {
 
-using attention::Call;
 using llvm::Value;
 
 namespace {
 
-constexpr std::int64_t kCacheLine = 64;
 /// How far a row's greatest score, in the exponent of 2, may be above what is subtracted from it.
 constexpr double kSlack = 8;
-
-constexpr std::int64_t round_up(std::int64_t v, std::int64_t step) {
-  return (v + step - 1) / step * step;
-}
 
 } // namespace
 
 void MatrixBlocking::lay_out(const KernelDesc& desc) {
   group = attention::group_of(desc);
+  d = desc.value[attention::kD];
+  dv = desc.value[attention::kDv];
   rows_differ = desc.value[attention::kCausal] != static_cast<std::int64_t>(attention::Causal::none);
-  std::int64_t end = 0;
-  const auto take = [&](std::int64_t size) {
-    const std::int64_t begin = end;
-    end += round_up(size, kCacheLine);
-    return begin;
-  };
-  const std::int64_t state = block_rows / row_lanes * register_bytes();
-  unit = take(unit_bytes);
-  q_rows = take(block_rows * 8);
-  o_rows = take(block_rows * 8);
-  limits = take(state);
-  maxima = take(state);
-  sums = take(state);
-  factors = take(state);
+  WorkspaceLayout workspace;
+  const auto take = [&](std::int64_t size) { return workspace.take(size); };
+  unit_state = take(unit_bytes);
+  RowState::lay_out(workspace, block_rows);
   scores = take(score_bytes());
   q = take(block_rows / step_rows * q_step_bytes);
   o = take(block_rows / step_rows * o_step_bytes());
   k = take(k_bytes);
   v = take(v_parts * v_part_bytes());
-  bytes = end;
+  bytes = workspace.bytes();
 }
 
 attention::Plan MatrixBlocking::plan() const {
   return {.block_rows = block_rows, .workspace_bytes = bytes, .makes_partials = true};
 }
 
-MatrixAttention::MatrixAttention(llvm::Function* function, const MatrixBlocking& blocking, const Target& target)
-    : ir_(function->getContext()), call_(function->getArg(0)), b_(blocking), unit_(DotUnit::of(target)) {
-  ir_.SetInsertPoint(llvm::BasicBlock::Create(ir_.getContext(), "entry", function));
-}
-
 void MatrixAttention::emit() {
-  workspace_ = pointer(offsetof(Call, workspace));
-  key_begin_ = integer(offsetof(Call, key_begin));
-  key_end_ = integer(offsetof(Call, key_end));
-  row_begin_ = integer(offsetof(Call, row_begin));
-  row_end_ = integer(offsetof(Call, row_end));
-  visible_ = integer(offsetof(Call, visible));
-  visible_step_ = integer(offsetof(Call, visible_step));
-  k_stride_ = ir_.CreateShl(integer(offsetof(Call, k_row_stride)), 1);
-  v_stride_ = ir_.CreateShl(integer(offsetof(Call, v_row_stride)), 1);
-  Value* scale =
-      ir_.CreateAlignedLoad(ir_.getFloatTy(), advance(ir_, call_, offsetof(Call, scale_log2e)), llvm::Align(4));
-  scale_ = ir_.CreateVectorSplat(static_cast<unsigned>(b_.lanes), scale);
-  q_ = pointer(offsetof(Call, q));
-  Value* k = pointer(offsetof(Call, k));
-  Value* v = pointer(offsetof(Call, v));
-
+  read_call();
   enter();
   Values none;
   loop(ir_, row_begin_, row_end_, b_.block_rows, none, [&](Value* row, Values&) {
@@ -85,8 +50,8 @@ void MatrixAttention::emit() {
     Value* seen_by_any = limit_of(last);
     loop(ir_, key_begin_, seen_by_any, b_.tile, none, [&](Value* key, Values&) {
       Value* keys = smaller(ir_.CreateSub(seen_by_any, key), constant(b_.tile));
-      Value* v_of_tile = advance(ir_, v, ir_.CreateMul(key, v_stride_));
-      rearrange_k(advance(ir_, k, ir_.CreateMul(key, k_stride_)), keys);
+      Value* v_of_tile = advance(ir_, v_, ir_.CreateMul(key, v_stride_));
+      rearrange_k(advance(ir_, k_, ir_.CreateMul(key, k_stride_)), keys);
       rearrange_v(v_of_tile, keys);
       Tile tile{row, rows, key, keys, v_of_tile, nullptr};
       if (b_.rows_differ) {
@@ -124,14 +89,6 @@ void MatrixAttention::take_steps(const Tile& tile) {
   });
 }
 
-Value* MatrixAttention::pointer(std::size_t offset) {
-  return ir_.CreateLoad(ir_.getPtrTy(), advance(ir_, call_, static_cast<std::int64_t>(offset)));
-}
-
-Value* MatrixAttention::integer(std::size_t offset) {
-  return ir_.CreateLoad(ir_.getInt64Ty(), advance(ir_, call_, static_cast<std::int64_t>(offset)));
-}
-
 void MatrixAttention::for_vectors(Value* first, Value* rows,
                                   llvm::function_ref<void(Value* vector, Value* state)> body) {
   Value* state = state_of(first);
@@ -139,40 +96,6 @@ void MatrixAttention::for_vectors(Value* first, Value* rows,
   Values none;
   loop(ir_, constant(0), vectors, 1, none,
        [&](Value* vector, Values&) { body(vector, ir_.CreateAdd(state, times(vector, b_.register_bytes()))); });
-}
-
-// ---------------------------------------------------------------- rows
-
-/// The key from which on a row sees nothing, within the call's range.
-Value* MatrixAttention::limit_of(Value* row) {
-  Value* limit = ir_.CreateAdd(visible_, ir_.CreateMul(divided(row, b_.group), visible_step_));
-  return larger(smaller(limit, key_end_), key_begin_);
-}
-
-Value* MatrixAttention::q_row(Value* row) {
-  return advance(ir_, q_, ir_.CreateLoad(ir_.getInt64Ty(), advance(ir_, at(b_.q_rows), times(row, 8))));
-}
-
-/// Offsets and limits of the block's rows. Rows that do not exist repeat the last one.
-void MatrixAttention::set_up_rows(Value* first, Value* last, Value* rows) {
-  Value* q_head = ir_.CreateShl(integer(offsetof(Call, q_head_stride)), 1);
-  Value* q_row = ir_.CreateShl(integer(offsetof(Call, q_row_stride)), 1);
-  Value* o_head = ir_.CreateShl(integer(offsetof(Call, o_head_stride)), 1);
-  Value* o_row = ir_.CreateShl(integer(offsetof(Call, o_row_stride)), 1);
-  Values none;
-  loop(ir_, constant(0), rows, 1, none, [&](Value* i, Values&) {
-    Value* row = smaller(ir_.CreateAdd(first, i), last);
-    Value* query = divided(row, b_.group);
-    Value* head = ir_.CreateSub(row, times(query, b_.group));
-    const auto offset = [&](Value* head_stride, Value* row_stride) {
-      return ir_.CreateAdd(ir_.CreateMul(head, head_stride), ir_.CreateMul(query, row_stride));
-    };
-    ir_.CreateStore(offset(q_head, q_row), advance(ir_, at(b_.q_rows), times(i, 8)));
-    ir_.CreateStore(offset(o_head, o_row), advance(ir_, at(b_.o_rows), times(i, 8)));
-    Value* limit = ir_.CreateVectorSplat(static_cast<unsigned>(b_.lanes_per_row()),
-                                         ir_.CreateTrunc(limit_of(row), ir_.getInt32Ty()));
-    store(limit, advance(ir_, at(b_.limits), times(i, b_.lanes_per_row() * 4)), 4);
-  });
 }
 
 void MatrixAttention::clear_state(Value* rows) {
@@ -187,17 +110,6 @@ void MatrixAttention::clear_state(Value* rows) {
 
 // ---------------------------------------------------------------- softmax
 
-/// Over the lanes of each row, in all of them.
-Value* MatrixAttention::over_lanes_of_row(Value* v, llvm::function_ref<Value*(Value*, Value*)> combine) {
-  for (int distance = b_.lanes_per_row() / 2; distance > 0; distance /= 2) {
-    llvm::SmallVector<int, 16> other;
-    for (int i = 0; i < b_.lanes; ++i)
-      other.push_back(i ^ distance);
-    v = combine(v, ir_.CreateShuffleVector(v, other));
-  }
-  return v;
-}
-
 /// Scores to P, in place; maxima, sums; O times the factors.
 void MatrixAttention::soften(const Tile& tile, const Step& step) {
   Value* key = ir_.CreateAdd(tile.key, step.begin);
@@ -208,7 +120,7 @@ void MatrixAttention::soften(const Tile& tile, const Step& step) {
   for_vectors(step.first, step.rows, [&](Value* vector, Value* state) {
     Value* offset = times(vector, b_.register_bytes());
     Value* row_scores = advance(ir_, at(b_.scores), offset);
-    when(ir_, is_masked, [&] { mask(row_scores, advance(ir_, at(b_.limits), state), key, seen_by_all, padded); });
+    when(ir_, is_masked, [&] { mask_step(row_scores, advance(ir_, at(b_.limits), state), key, seen_by_all, padded); });
 
     // Any bound near the maximum serves as well: P is at most 2^kSlack then. So a new one is rare, most tiles need
     // nothing from other lanes, and the exponentials wait for no maximum.
@@ -221,7 +133,7 @@ void MatrixAttention::soften(const Tile& tile, const Step& step) {
       // Row by row: a row's bits must not depend on those that share its register.
       Value* exceeds = ir_.CreateFCmpOGT(row_max, ir_.CreateFAdd(old_max, float_constant(kSlack)));
       Value* max = ir_.CreateSelect(exceeds, row_max, old_max);
-      Value* factor = exp2_of_score(ir_, ir_.CreateFSub(old_max, max));
+      Value* factor = exp2_of_score(ir_, unit_, ir_.CreateFSub(old_max, max));
       store_register(max, maxima);
       store_register(ir_.CreateFMul(load_register(sums), factor), sums);
       rescale(advance(ir_, o, offset), factor);
@@ -239,25 +151,11 @@ Value* MatrixAttention::any_of(Value* lanes) {
 }
 
 /// -infinity for the keys that a row does not see, of which all are behind seen_by_all.
-void MatrixAttention::mask(Value* scores, Value* limits, Value* key, Value* seen_by_all, Value* padded) {
+void MatrixAttention::mask_step(Value* scores, Value* limits, Value* key, Value* seen_by_all, Value* padded) {
   const int per_row = b_.lanes_per_row();
-  llvm::SmallVector<llvm::Constant*, 16> lanes;
-  for (int i = 0; i < b_.lanes; ++i)
-    lanes.push_back(ir_.getInt32(static_cast<std::uint32_t>(i % per_row)));
   Value* begin = times(divided(larger(ir_.CreateSub(seen_by_all, key), constant(0)), per_row), per_row);
-  Value* limit = load(unit_.dwords(ir_), limits, b_.register_bytes());
-  Value* first_key = ir_.CreateTrunc(ir_.CreateAdd(key, begin), ir_.getInt32Ty());
-  Values carried{ir_.CreateAdd(ir_.CreateVectorSplat(static_cast<unsigned>(b_.lanes), first_key),
-                               llvm::ConstantVector::get(lanes)),
-                 advance(ir_, scores, times(divided(begin, per_row), b_.chunk_bytes()))};
-  loop(ir_, begin, padded, per_row, carried, [&](Value*, Values& now) {
-    Value* is_visible = ir_.CreateICmpSLT(now[0], limit);
-    store_register(
-        ir_.CreateSelect(is_visible, load_register(now[1]), llvm::ConstantFP::getInfinity(unit_.floats(ir_), true)),
-        now[1]);
-    now[0] = ir_.CreateAdd(now[0], llvm::ConstantInt::get(unit_.dwords(ir_), static_cast<std::uint64_t>(per_row)));
-    now[1] = advance(ir_, now[1], b_.chunk_bytes());
-  });
+  mask(advance(ir_, scores, times(divided(begin, per_row), b_.chunk_bytes())), b_.chunk_bytes(), limits,
+       ir_.CreateAdd(key, begin), begin, padded);
 }
 
 Value* MatrixAttention::greatest(Value* scores, Value* padded) {
@@ -272,32 +170,24 @@ Value* MatrixAttention::greatest(Value* scores, Value* padded) {
   return greater(ir_, carried[1], carried[0]);
 }
 
-/// P in place of the scores; their sums, lane by lane. Four registers at a time, operation by operation: each is a
-/// chain of a dozen, and a core's window is too small to find another chain behind it.
+/// P in place of the scores; their sums, lane by lane. Four registers at a time.
 Value* MatrixAttention::exponentiate(Value* scores, Value* padded, Value* max) {
   constexpr int kPairs = 2;
   const int pair_keys = 2 * b_.lanes_per_row();
   Value* negative_max = ir_.CreateFNeg(max);
   Values carried{float_constant(0), float_constant(0), scores, scores};
   const auto take_pairs = [&](int pairs, Values& now) {
-    Value* x = nullptr; // all registers as one vector
-    for (int i = 0; i < 2 * pairs; ++i) {
-      Value* score = load_register(advance(ir_, now[2], i * b_.chunk_bytes()));
-      score = ir_.CreateIntrinsic(llvm::Intrinsic::fmuladd, {unit_.floats(ir_)}, {score, scale_, negative_max});
-      x = x == nullptr ? score : joined(x, score);
-    }
-    x = exp2_of_score(ir_, x);
+    Values p;
+    for (int i = 0; i < 2 * pairs; ++i)
+      p.push_back(
+          ir_.CreateIntrinsic(llvm::Intrinsic::fmuladd, {unit_.floats(ir_)},
+                              {load_register(advance(ir_, now[2], i * b_.chunk_bytes())), scale_, negative_max}));
+    exp2_of_scores(ir_, unit_, p);
     for (int pair = 0; pair < pairs; ++pair) {
-      Value* p[2];
-      for (int i = 0; i < 2; ++i) {
-        llvm::SmallVector<int, 16> order;
-        for (int lane = 0; lane < b_.lanes; ++lane)
-          order.push_back((2 * pair + i) * b_.lanes + lane);
-        p[i] = ir_.CreateShuffleVector(x, order);
-        Value*& sum = now[static_cast<std::size_t>(i)];
-        sum = ir_.CreateFAdd(sum, p[i]);
-      }
-      store(narrow(p[0], p[1]), advance(ir_, now[3], pair * b_.chunk_bytes()), b_.register_bytes());
+      Value** two = &p[static_cast<std::size_t>(2 * pair)];
+      for (std::size_t i = 0; i < 2; ++i)
+        now[i] = ir_.CreateFAdd(now[i], two[i]);
+      store(narrow(two[0], two[1]), advance(ir_, now[3], pair * b_.chunk_bytes()), b_.register_bytes());
     }
     now[2] = advance(ir_, now[2], 2 * pairs * b_.chunk_bytes());
     now[3] = advance(ir_, now[3], pairs * b_.chunk_bytes());
@@ -307,18 +197,6 @@ Value* MatrixAttention::exponentiate(Value* scores, Value* padded, Value* max) {
   if (b_.step_keys % (kPairs * pair_keys) != 0)
     loop(ir_, whole, padded, pair_keys, carried, [&](Value*, Values& now) { take_pairs(1, now); });
   return ir_.CreateFAdd(carried[0], carried[1]);
-}
-
-/// The lanes of a vector and those of another, no longer one.
-Value* MatrixAttention::joined(Value* a, Value* b) {
-  const int n = static_cast<int>(llvm::cast<llvm::FixedVectorType>(a->getType())->getNumElements()),
-            m = static_cast<int>(llvm::cast<llvm::FixedVectorType>(b->getType())->getNumElements());
-  llvm::SmallVector<int, 64> longer, order;
-  for (int i = 0; i < n; ++i)
-    longer.push_back(i < m ? i : -1);
-  for (int i = 0; i < n + m; ++i)
-    order.push_back(i);
-  return ir_.CreateShuffleVector(a, n == m ? b : ir_.CreateShuffleVector(b, longer), order);
 }
 
 void MatrixAttention::rescale(Value* o, Value* factor) {
@@ -339,7 +217,7 @@ Value* MatrixAttention::is_finite(Value* bits) {
 
 /// Zeros in place of the rearranged tile's values that are not finite; whether there were any.
 Value* MatrixAttention::take_out_non_finite(Value* keys) {
-  auto* type = vector_of(ir_.getInt16Ty(), 2 * b_.lanes);
+  auto* type = vector_of(ir_.getInt16Ty(), 2 * unit_.lanes);
   Value* bytes = times(divided(round_up_to(keys, b_.step_keys), b_.step_keys), b_.v_step_bytes);
   Values found{llvm::Constant::getNullValue(type)};
   loop(ir_, constant(0), constant(b_.v_parts), 1, found, [&](Value* part, Values& outer) {
@@ -391,36 +269,14 @@ void MatrixAttention::add_non_finite(const Tile& tile, const Step& step) {
 // ---------------------------------------------------------------- the end of a block of rows
 
 void MatrixAttention::finish(Value* first_row, Value* rows) {
-  for_vectors(constant(0), rows, [&](Value*, Value* state) {
-    Value* sums = advance(ir_, at(b_.sums), state);
-    Value* sum = over_lanes_of_row(load_register(sums), [&](Value* a, Value* b) { return ir_.CreateFAdd(a, b); });
-    store_register(sum, sums);
-    Value* is_nothing = ir_.CreateFCmpOEQ(sum, float_constant(0));
-    Value* inverse = ir_.CreateFDiv(float_constant(1), ir_.CreateSelect(is_nothing, float_constant(1), sum));
-    store_register(inverse, advance(ir_, at(b_.factors), state));
-  });
-  Value* partial = pointer(offsetof(Call, partial));
-  Value* stats = pointer(offsetof(Call, stats));
-  Value* o = pointer(offsetof(Call, o));
-  Value* is_partial = ir_.CreateIsNotNull(partial);
-  Value* offset = ir_.CreateSub(first_row, row_begin_);
-  Values none;
-  loop(ir_, constant(0), rows, 1, none, [&](Value* row, Values&) {
-    Value* in_step = ir_.CreateURem(row, constant(b_.step_rows));
-    Value* from = advance(ir_, o_of_step(row), times(in_step, b_.lanes_per_row() * 4));
-    Value* index = ir_.CreateAdd(offset, row);
-    Value* state = times(row, b_.lanes_per_row() * 4);
-    when(ir_, ir_.CreateIsNotNull(stats), [&] {
-      Value* to = advance(ir_, stats, times(index, 8));
-      store(load(ir_.getFloatTy(), advance(ir_, at(b_.maxima), state), 4), to, 4);
-      store(load(ir_.getFloatTy(), advance(ir_, at(b_.sums), state), 4), advance(ir_, to, 4), 4);
-    });
-    when(ir_, is_partial, [&] { store_row(from, advance(ir_, partial, times(index, b_.dv * 4)), nullptr); });
-    when(ir_, ir_.CreateNot(is_partial), [&] {
-      Value* o_row = ir_.CreateLoad(ir_.getInt64Ty(), advance(ir_, at(b_.o_rows), times(row, 8)));
-      store_row(from, advance(ir_, o, o_row), load(ir_.getFloatTy(), advance(ir_, at(b_.factors), state), 4));
-    });
-  });
+  for_vectors(constant(0), rows, [&](Value*, Value* state) { finish_sums(state); });
+  store_rows(
+      first_row, rows, b_.dv,
+      [&](Value* row) {
+        Value* in_step = ir_.CreateURem(row, constant(b_.step_rows));
+        return advance(ir_, o_of_step(row), times(in_step, b_.lanes_per_row() * 4));
+      },
+      [&](Value* from, Value* to, Value* factor) { store_row(from, to, factor); });
 }
 
 /// `count` sums of a row of O from `value` on, both multiples of lanes_per_row, or fewer than that.

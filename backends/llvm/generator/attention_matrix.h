@@ -1,9 +1,5 @@
 #pragma once
-#include <llvm/IR/Function.h>
-#include <llvm/IR/IRBuilder.h>
-
-#include "backends/llvm/generator/attention_unit.h"
-#include "backends/llvm/generator/ir.h"
+#include "backends/llvm/generator/attention_emitter.h"
 #include "jit/ops/attention.h"
 #include "jit/target.h"
 
@@ -13,9 +9,7 @@ namespace kiln::generator {
 ///
 /// A register of scores holds `lanes_per_row` keys of each of `row_lanes` rows. A step of rows is what the unit
 /// multiplies together; the rows of a block share one rearrangement of each tile of K and V.
-struct MatrixBlocking {
-  int lanes;               ///< of a register, f32
-  int row_lanes;           ///< rows in a register
+struct MatrixBlocking : RowState {
   int step_rows;           ///< rows of a step, a multiple of row_lanes
   int step_keys;           ///< keys of a step, a multiple of two registers' keys
   int value_step;          ///< values of a row of V, a multiple of lanes_per_row, to which Dv is padded
@@ -33,17 +27,15 @@ struct MatrixBlocking {
   std::int64_t unit_bytes;   ///< and for what else the unit needs
 
   // What follows from those.
-  std::int64_t group = 1, d = 0, dv = 0;
-  bool rows_differ = false; ///< in the keys that they see
-  std::int64_t q_rows = 0, o_rows = 0, limits = 0, maxima = 0, sums = 0, factors = 0, scores = 0, q = 0, o = 0, k = 0,
-               v = 0, unit = 0, bytes = 0; ///< byte offsets in the workspace, and its size
+  std::int64_t d = 0, dv = 0;
+  bool rows_differ = false;                                                       ///< in the keys that they see
+  std::int64_t unit_state = 0, scores = 0, q = 0, o = 0, k = 0, v = 0, bytes = 0; ///< byte offsets in the workspace,
+                                                                                  ///< and its size
 
   /// Fills in the second half.
   void lay_out(const KernelDesc& desc);
   attention::Plan plan() const;
 
-  int lanes_per_row() const { return lanes / row_lanes; }
-  std::int64_t register_bytes() const { return lanes * 4; }
   int step_vectors() const { return step_rows / row_lanes; }
   /// Registers of one step: of scores of lanes_per_row keys, of O of as many values. Two of the first are one of P.
   std::int64_t chunk_bytes() const { return step_vectors() * register_bytes() + chunk_gap; }
@@ -72,13 +64,14 @@ struct MatrixBlocking {
 /// P is 0 for a key that its row does not see, and 0 · V would be a NaN where V is none of the finite. So rearranged
 /// tiles hold zeros for keys that no row of the block sees, and where rows differ in what they see, infinities and NaNs
 /// of V are taken out of the tile and added to the rows that see them one by one.
-class MatrixAttention {
+class MatrixAttention : protected AttentionEmitter {
 public:
   virtual ~MatrixAttention() = default;
   void emit();
 
 protected:
-  MatrixAttention(llvm::Function* function, const MatrixBlocking& blocking, const Target& target);
+  MatrixAttention(llvm::Function* function, const MatrixBlocking& blocking)
+      : AttentionEmitter(function, blocking), b_(blocking) {}
 
   // ---- the unit
   /// Before all else and after it.
@@ -103,30 +96,6 @@ protected:
   virtual llvm::Value* narrow(llvm::Value* first, llvm::Value* second) = 0;
 
   // ---- for the unit
-  llvm::Value* at(std::int64_t offset) { return advance(ir_, workspace_, offset); }
-  llvm::Value* constant(std::int64_t v) { return ir_.getInt64(static_cast<std::uint64_t>(v)); }
-  llvm::Value* times(llvm::Value* v, std::int64_t by) { return ir_.CreateMul(v, constant(by)); }
-  llvm::Value* divided(llvm::Value* v, std::int64_t by) { return ir_.CreateUDiv(v, constant(by)); }
-  llvm::Value* smaller(llvm::Value* a, llvm::Value* b) { return ir_.CreateSelect(ir_.CreateICmpSLT(a, b), a, b); }
-  llvm::Value* larger(llvm::Value* a, llvm::Value* b) { return ir_.CreateSelect(ir_.CreateICmpSGT(a, b), a, b); }
-  llvm::Value* round_up_to(llvm::Value* v, std::int64_t step) {
-    return times(divided(ir_.CreateAdd(v, constant(step - 1)), step), step);
-  }
-  llvm::FixedVectorType* vector_of(llvm::Type* element, std::int64_t count) {
-    return llvm::FixedVectorType::get(element, static_cast<unsigned>(count));
-  }
-  llvm::Value* load(llvm::Type* type, llvm::Value* from, std::int64_t alignment) {
-    return ir_.CreateAlignedLoad(type, from, llvm::Align(static_cast<std::uint64_t>(alignment)));
-  }
-  void store(llvm::Value* value, llvm::Value* to, std::int64_t alignment) {
-    ir_.CreateAlignedStore(value, to, llvm::Align(static_cast<std::uint64_t>(alignment)));
-  }
-  /// Address of row `row` of the block in Q.
-  llvm::Value* q_row(llvm::Value* row);
-  /// Address of row `key` of a tile, or of its last one.
-  llvm::Value* row_of(llvm::Value* tile, llvm::Value* stride, llvm::Value* key, llvm::Value* keys) {
-    return advance(ir_, tile, ir_.CreateMul(smaller(key, ir_.CreateSub(keys, constant(1))), stride));
-  }
   /// Fetches the line at `at` into the caches.
   void prefetch(llvm::Value* at) {
     ir_.CreateIntrinsic(llvm::Intrinsic::prefetch, {ir_.getPtrTy()},
@@ -139,12 +108,7 @@ protected:
     return advance(ir_, at(b_.o), times(divided(first, b_.step_rows), b_.o_step_bytes()));
   }
 
-  llvm::IRBuilder<> ir_;
-  llvm::Value* call_;
-  const MatrixBlocking b_;
-  const DotUnit unit_; ///< for what no matrix unit does
-  llvm::Value *workspace_ = nullptr, *k_stride_ = nullptr,
-              *v_stride_ = nullptr; ///< strides in bytes
+  const MatrixBlocking& b_;
 
 private:
   /// Keys that the block goes through together.
@@ -155,25 +119,17 @@ private:
     llvm::Value* has_taken_out; ///< whether some of V was no finite number; null where that cannot matter
   };
 
-  llvm::Value* pointer(std::size_t offset);
-  llvm::Value* integer(std::size_t offset);
-  llvm::Value* load_register(llvm::Value* from) { return load(unit_.floats(ir_), from, b_.register_bytes()); }
-  void store_register(llvm::Value* value, llvm::Value* to) { store(value, to, b_.register_bytes()); }
-  llvm::Value* float_constant(double v) { return llvm::ConstantFP::get(unit_.floats(ir_), v); }
   /// body(vector, byte offset of the vector's state) for each register of `rows` rows from `first` on.
   void for_vectors(llvm::Value* first, llvm::Value* rows,
                    llvm::function_ref<void(llvm::Value* vector, llvm::Value* state)> body);
 
-  llvm::Value* limit_of(llvm::Value* row);
   /// Byte offset of a row's register in an array of [rows / row_lanes][lanes].
   llvm::Value* state_of(llvm::Value* row) { return times(divided(row, b_.row_lanes), b_.register_bytes()); }
-  void set_up_rows(llvm::Value* first, llvm::Value* last, llvm::Value* rows);
   void clear_state(llvm::Value* rows);
   void take_steps(const Tile& tile);
   void soften(const Tile& tile, const Step& step);
-  void mask(llvm::Value* scores, llvm::Value* limits, llvm::Value* key, llvm::Value* seen_by_all, llvm::Value* padded);
-  llvm::Value* over_lanes_of_row(llvm::Value* v, llvm::function_ref<llvm::Value*(llvm::Value*, llvm::Value*)> combine);
-  llvm::Value* joined(llvm::Value* a, llvm::Value* b);
+  void mask_step(llvm::Value* scores, llvm::Value* limits, llvm::Value* key, llvm::Value* seen_by_all,
+                 llvm::Value* padded);
   llvm::Value* any_of(llvm::Value* lanes);
   llvm::Value* greatest(llvm::Value* scores, llvm::Value* padded);
   llvm::Value* exponentiate(llvm::Value* scores, llvm::Value* padded, llvm::Value* max);
@@ -186,20 +142,16 @@ private:
   void finish(llvm::Value* first_row, llvm::Value* rows);
   llvm::Value* gather(llvm::Value* from, llvm::Value* value, std::int64_t count);
   void store_row(llvm::Value* from, llvm::Value* to, llvm::Value* factor);
-
-  llvm::Value *key_begin_ = nullptr, *key_end_ = nullptr, *row_begin_ = nullptr, *row_end_ = nullptr;
-  llvm::Value *visible_ = nullptr, *visible_step_ = nullptr, *scale_ = nullptr;
-  llvm::Value* q_ = nullptr;
 };
 
 // ---------------------------------------------------------------- the units
 
 /// AMX's tdpbf16ps. Serves any number of rows.
-MatrixBlocking amx_blocking(const KernelDesc& desc);
+MatrixBlocking amx_blocking(const KernelDesc& desc, const Target& target);
 void emit_amx_attention(llvm::Function* function, const KernelDesc& desc, const Target& target);
 
 /// Arm's BFMMLA. Serves any number of rows.
-MatrixBlocking bfmmla_blocking(const KernelDesc& desc);
+MatrixBlocking bfmmla_blocking(const KernelDesc& desc, const Target& target);
 void emit_bfmmla_attention(llvm::Function* function, const KernelDesc& desc, const Target& target);
 
 } // namespace kiln::generator

@@ -63,8 +63,10 @@ llvm::Value* widen(llvm::IRBuilder<>& ir, llvm::Value* bits);
 /// The greater of each lane of a and b; b where either is a NaN.
 llvm::Value* greater(llvm::IRBuilder<>& ir, llvm::Value* a, llvm::Value* b);
 
-/// 2^x of each lane for x ≤ 8: within 2 ulp, denormal results too; exactly 1 at 0, exactly 0 from -127 down, and maybe
-/// already from -126.5 down, where exact results are below 2^-126.5; a NaN stays one.
-llvm::Value* exp2_of_score(llvm::IRBuilder<>& ir, llvm::Value* x);
+/// In place of each x <unit.lanes x float>, 2^x of each lane for x ≤ 8: within 2 ulp; exactly 1 at 0; exactly 0 from
+/// -127 down, and maybe already below -126, where exact results are below 2^-126; a NaN stays one.
+void exp2_of_scores(llvm::IRBuilder<>& ir, const DotUnit& unit, llvm::MutableArrayRef<llvm::Value*> x);
+/// The same of one.
+llvm::Value* exp2_of_score(llvm::IRBuilder<>& ir, const DotUnit& unit, llvm::Value* x);
 
 } // namespace kiln::generator
