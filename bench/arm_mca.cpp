@@ -520,8 +520,8 @@ int main(int argc, char** argv) {
   Options options("bench_arm_mca", "Hot loops of the aarch64 kernels by LLVM's models of cores.", paths);
   bool loops = false;
   std::string plot;
-  options.app.add_flag("--loops", loops, "print the loops too");
-  options.app.add_option("--plot", plot, "also draw the ratios there")->type_name("FILE.svg");
+  options.add("--loops", loops, "print the loops too");
+  options.add("--plot", plot, "FILE.svg", "also draw the ratios there");
   options.parse(argc, argv);
   return run(options, loops, plot);
 }

@@ -248,7 +248,7 @@ int main(int argc, char** argv) {
   Options options("bench_attention", "attention against the machine's limits.",
                   {"compile", "prefill", "decode", "few", "decode2"});
   bool limits = false;
-  options.app.add_flag("--limits", limits, "print the peak of each instruction, in GFLOP/s, and nothing else");
+  options.add("--limits", limits, "print the peak of each instruction, in GFLOP/s, and nothing else");
   options.parse(argc, argv);
   if (float_compute_loops().empty()) {
     fmt::print("bench_attention: no calibration loop for this CPU\n");

@@ -700,7 +700,7 @@ int main(int argc, char** argv) {
     groups.emplace_back(group.name);
   Options options("bench_int8_mm", "int8_mm against the machine's limits and oneDNN.", groups);
   std::string plot;
-  options.app.add_option("--plot", plot, "also draw the figures there")->type_name("FILE.svg");
+  options.add("--plot", plot, "FILE.svg", "also draw the figures there");
   options.parse(argc, argv);
   return run(options, plot);
 }

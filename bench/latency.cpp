@@ -483,8 +483,8 @@ int main(int argc, char** argv) {
                                {"compile", "memory", "disk", "scale", "process", "attention", "threads"});
   std::size_t rows = 10000;
   std::string on;
-  options.app.add_option("--rows", rows, "of the cache that `disk` and `process` read")->check(CLI::PositiveNumber);
-  options.app.add_option("--on", on, "where caches are made; in memory by default")->type_name("DIRECTORY");
+  options.add("--rows", rows, "of the cache that `disk` and `process` read");
+  options.add("--on", on, "DIRECTORY", "where caches are made; in memory by default");
   options.parse(argc, argv);
   return kiln::bench::run(options, rows, on);
 }

@@ -4,14 +4,15 @@
 #include <cstdlib>
 #include <utility>
 
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
 namespace kiln::bench {
 
 Options::Options(const std::string& name, const std::string& what, std::vector<std::string> groups)
-    : app(what, name), groups_(std::move(groups)) {
-  app.add_option("--only", only_, fmt::format("groups to run, of: {}", fmt::join(groups_, ", ")))
+    : app_(std::make_unique<CLI::App>(what, name)), groups_(std::move(groups)) {
+  app_->add_option("--only", only_, fmt::format("groups to run, of: {}", fmt::join(groups_, ", ")))
       ->type_name("GROUP,...")
       ->delimiter(',')
       ->allow_extra_args(false)
@@ -22,17 +23,31 @@ Options::Options(const std::string& name, const std::string& what, std::vector<s
                        : fmt::format("'{}' is not a group: allowed is {}", given, fmt::join(groups_, ", "));
           },
           ""));
-  app.add_option("--json", json_, "also write the figures there")->type_name("FILE");
-  app.add_flag("--smoke", smoke_, "run in small; figures are not judged");
+  app_->add_option("--json", json_, "also write the figures there")->type_name("FILE");
+  app_->add_flag("--smoke", smoke_, "run in small; figures are not judged");
+}
+
+Options::~Options() = default;
+
+void Options::add(const std::string& name, bool& value, const std::string& help) {
+  app_->add_flag(name, value, help);
+}
+
+void Options::add(const std::string& name, std::string& value, const std::string& type, const std::string& help) {
+  app_->add_option(name, value, help)->type_name(type);
+}
+
+void Options::add(const std::string& name, std::size_t& value, const std::string& help) {
+  app_->add_option(name, value, help)->check(CLI::PositiveNumber);
 }
 
 void Options::parse(int argc, const char* const* argv) {
   try {
-    app.parse(argc, argv);
+    app_->parse(argc, argv);
   } catch (const CLI::Success& help) {
-    std::exit(app.exit(help));
+    std::exit(app_->exit(help));
   } catch (const CLI::ParseError& error) {
-    fmt::print(stderr, "{}: {} (see {} --help)\n", app.get_name(), error.what(), app.get_name());
+    fmt::print(stderr, "{}: {} (see {} --help)\n", app_->get_name(), error.what(), app_->get_name());
     std::exit(2);
   }
 }
