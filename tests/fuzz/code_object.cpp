@@ -1,6 +1,7 @@
 #include "jit/code_object.h"
 
 #include "jit/op.h"
+#include "jit/ops/fp8_block_bmm.h"
 #include "jit/ops/int8_mm.h"
 #include "tests/fuzz/fuzz.h"
 
@@ -39,7 +40,23 @@ std::vector<Seed> seeds() {
   arm.features = {Feature::neon, Feature::sve};
   arm.vector_bits = 256;
   arm.entries = {{"main", 4}};
-  return {{x86.serialise(), true}, {arm.serialise(), true}, {CodeObject().serialise(), false}};
+  // A cubin in a configuration that timing chose.
+  CodeObject tuned;
+  tuned.format = CodeFormat::cubin;
+  tuned.image = {0x7f, 'E', 'L', 'F'};
+  tuned.entries = {{"main", 0}};
+  tuned.arch = Arch::nvptx;
+  tuned.sm = 90;
+  tuned.compiler = "driver 13.0";
+  tuned.driver_version = 13000;
+  tuned.configuration = "x2n128s4";
+  tuned.tuned_for = "NVIDIA H200";
+  tuned.plan = fp8_block_bmm::Plan{.gpu = fp8_block_bmm::Plan::Gpu{}}.values();
+  CodeObject chosen = tuned, nameless = tuned;
+  chosen.tuned_for.clear();
+  nameless.configuration.clear();
+  return {{x86.serialise(), true},    {arm.serialise(), true},       {tuned.serialise(), true},
+          {chosen.serialise(), true}, {nameless.serialise(), false}, {CodeObject().serialise(), false}};
 }
 
 } // namespace
