@@ -151,7 +151,7 @@ void take_range(Worst& worst, const Exp2& exp2, float end, std::uint32_t step) {
 
 } // namespace
 
-TEST_CASE("within 2 ulp of 2^x wherever a softmax asks, denormal results too") {
+TEST_CASE("within 2 ulp of 2^x wherever a softmax asks, denormal results too where they are not 0") {
   const bool exhaustive = std::getenv("KILN_TEST_EXHAUSTIVE") != nullptr;
   for (const Vectors& vectors : vectors_here()) {
     const Exp2 exp2(vectors.target, vectors.lanes);

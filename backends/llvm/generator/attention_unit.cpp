@@ -1,5 +1,6 @@
 #include "backends/llvm/generator/attention_unit.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 
@@ -270,10 +271,14 @@ private:
 } // namespace
 
 void exp2_of_scores(llvm::IRBuilder<>& ir, const DotUnit& unit, llvm::MutableArrayRef<Value*> x) {
-  if (unit.lanes == 16)
-    Exp2(ir, x).by_table();
-  else
-    Exp2(ir, x).by_polynomial();
+  const std::size_t at_once = static_cast<std::size_t>(unit.registers) / 8; // of which each takes three
+  for (std::size_t done = 0; done < x.size(); done += at_once) {
+    Exp2 exp2(ir, x.slice(done, std::min(at_once, x.size() - done)));
+    if (unit.lanes == 16)
+      exp2.by_table();
+    else
+      exp2.by_polynomial();
+  }
 }
 
 Value* exp2_of_score(llvm::IRBuilder<>& ir, const DotUnit& unit, Value* x) {
