@@ -492,15 +492,16 @@ private:
 
   /// Rows of Q, of which each has a lane of `vectors` registers, with dwords of keys: sums[key · vectors + vector].
   void multiply_lanes(const Values& rows, Value* q, int vectors, Values& sums) {
-    constexpr int kUnroll = 4;
+    // Products enough to hide the loop, and no more code to compile than that takes.
+    const int unroll = unit_.multiplies_by_lane || vectors <= 2 ? 4 : 2;
     const std::int64_t dwords = b_.d / unit_.width;
-    loop(ir_, ir_.getInt64(0), ir_.getInt64(dwords), kUnroll, sums, [&](Value* dword, Values& at_sums) {
+    loop(ir_, ir_.getInt64(0), ir_.getInt64(dwords), unroll, sums, [&](Value* dword, Values& at_sums) {
       Value* q_dword = advance(ir_, q, times(dword, b_.rows * 4));
       llvm::SmallVector<Values, 4> keys;
       for (Value* row : rows)
-        keys.push_back(b_.few && unit_.width == 1 ? widened_splats(row, dword, kUnroll)
-                                                  : unit_.splats(ir_, advance(ir_, row, times(dword, 4)), kUnroll));
-      for (int i = 0; i < kUnroll; ++i) {
+        keys.push_back(b_.few && unit_.width == 1 ? widened_splats(row, dword, unroll)
+                                                  : unit_.splats(ir_, advance(ir_, row, times(dword, 4)), unroll));
+      for (int i = 0; i < unroll; ++i) {
         Values queries;
         for (int vector = 0; vector < vectors; ++vector)
           queries.push_back(load(unit_.dwords(ir_), advance(ir_, q_dword, i * b_.rows * 4 + vector * register_bytes()),
