@@ -22,22 +22,25 @@ using llvm::Value;
 /// added so that a register holds the scores of lanes_per_row keys for each of them.
 struct Blocking : RowState {
   std::int64_t d, dv;
-  bool few;                ///< rows: K and V are read once, as they lie
-  bool one_query;          ///< the kernel's rows are one query's: `group` of them
-  bool overlaps_tiles;     ///< the next tile's scores are made before this one's P · V
-  int vectors;             ///< registers of rows in a block
-  int rows;                ///< of a block: vectors · row_lanes
-  int keys;                ///< of one step of Q·K, a multiple of lanes_per_row and of unit.width
-  int value_rows;          ///< rows in one step of P·V
-  int value_vectors;       ///< registers of values in a chunk of P·V
-  std::int64_t tile;       ///< keys between two updates of the state, a multiple of `keys`
-  std::int64_t q_dwords;   ///< of a row of Q, padded to whole registers where its rows are not along lanes
-  std::int64_t dv_vectors; ///< registers of a row of V, the last one padded
+  bool few;                   ///< rows: K and V are read once, as they lie
+  bool one_query;             ///< the kernel's rows are one query's: `group` of them
+  int vectors;                ///< registers of rows in a block
+  int rows;                   ///< of a block: vectors · row_lanes
+  int keys;                   ///< of one step of Q·K, a multiple of lanes_per_row and of unit.width
+  int value_rows;             ///< rows in one step of P·V
+  int value_vectors;          ///< registers of values in a chunk of P·V
+  std::int64_t tile;          ///< most keys between two updates of the state, a multiple of `strip`
+  std::int64_t strip;         ///< keys that all rows take in turn, a multiple of `keys`
+  bool may_stream;            ///< some call has no more than kStreamedRows rows,
+  bool always_streams;        ///< and so has every one
+  std::int64_t streamed_tile; ///< what `tile` is then
+  bool fetches;               ///< K and V ahead of their use
+  std::int64_t q_dwords;      ///< of a row of Q, padded to whole registers where its rows are not along lanes
+  std::int64_t dv_vectors;    ///< registers of a row of V, the last one padded
   // Workspace: byte offsets.
   std::int64_t squares;               ///< two of [lanes][lanes], for transposing Q
   std::int64_t q;                     ///< [q_dwords][vectors][lanes]; few rows [q_dwords / lanes][rows][lanes]
   std::int64_t scores, scores_vector; ///< f32 [vectors][tile / lanes_per_row][lanes], then P in its place
-  std::int64_t scores_bytes;          ///< of one tile; tiles that overlap have two
   std::int64_t o;                     ///< f32 [rows][dv_vectors][lanes]
   std::int64_t k_rest;                ///< few rows: bf16 [keys][d], the last keys where they are fewer
   std::int64_t k_tile;                ///< many rows without bf16 instructions: f32 [tile][d]
@@ -65,15 +68,29 @@ int power_of_two_below(std::int64_t v) {
   return power;
 }
 
-/// With few rows, of which all operations on a key are soon done, only a tile that is short beside what the processor
-/// holds in flight keeps memory busy during each of its phases: on Zen 4, tiles of 16, 32 and 64 keys of 256 bytes read
-/// memory at 0.97, 0.82 and 0.68 of its speed with 4 rows. Vectors shorter than that machine's make each key longer.
-/// With more rows than kFewRows the arithmetic takes longer than memory, and O's way to and from L1 counts.
-std::int64_t tile_of_few(std::int64_t rows, std::int64_t d, int lanes) {
-  constexpr std::int64_t kBytes = 4096, kLeast = 16, kMost = 64;
-  return lanes < 16 || rows > attention::kFewRows
-             ? kMost
-             : std::clamp<std::int64_t>(power_of_two_below(kBytes / (2 * d)), kLeast, kMost);
+/// So many rows are through with a key sooner than memory has the next one.
+constexpr std::int64_t kStreamedRows = 4;
+
+/// Keys of few rows, of a tile and of a strip of it. `streamed`: at most kStreamedRows of them, for which K and V come
+/// from memory side by side: each tile fetches its values while it makes its scores, so that neither softmax nor what
+/// the processor holds in flight decides how much of memory's time is used. That takes tiles of no more than it holds:
+/// with one row, those of 4096 bytes read memory on Zen 4 at 0.94 of its speed, those of 8192 and 16384 at 0.7, and
+/// those of 4096 without fetching at 0.73. More rows take long enough over a strip to fetch the next one, and the tile
+/// is as long as scores have room in L2.
+struct KeysOfFew {
+  std::int64_t tile, strip;
+};
+KeysOfFew keys_of_few(std::int64_t d, std::int64_t dv, int lanes, bool streamed) {
+  constexpr std::int64_t kStreamedBytes = 4096, kStripBytes = 8192, kLeast = 16, kMost = 64, kStrips = 8;
+  if (lanes < 16) // each key takes longer
+    return {kMost, kMost};
+  const auto keys = [&](std::int64_t bytes, std::int64_t columns) -> std::int64_t {
+    return std::clamp(std::int64_t{power_of_two_below(bytes / (2 * columns))}, kLeast, kMost);
+  };
+  if (streamed)
+    return {keys(kStreamedBytes, d), keys(kStreamedBytes, d)};
+  const std::int64_t strip = keys(kStripBytes, std::max(d, dv));
+  return {kStrips * strip, strip};
 }
 
 Blocking blocking_of(const KernelDesc& desc, const Target& target) {
@@ -95,7 +112,6 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
     constexpr std::int64_t kMostRows = 32; // whose O stays in L1 with a tile
     b.row_lanes = static_cast<int>(std::min<std::int64_t>(most_rows <= 2 ? most_rows : 4, lanes));
     b.vectors = static_cast<int>((std::min(most_rows, kMostRows) + b.row_lanes - 1) / b.row_lanes);
-    b.overlaps_tiles = most_rows <= attention::kFewRows;
     b.keys = b.lanes_per_row() > 1 ? b.lanes_per_row() : 8;
     // Whole rows of V, if possible, so that memory is read in its order.
     const int sums = b.unit.rows * b.unit.value_vectors,
@@ -104,7 +120,15 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
                                       ? power_of_two_below(sums / std::min<std::int64_t>(b.dv_vectors, 8))
                                       : b.unit.rows);
     b.value_vectors = std::min(sums / b.value_rows, 8);
-    b.tile = round_up(tile_of_few(most_rows, b.d, lanes), b.keys);
+    const std::int64_t least_rows = b.one_query ? b.group : attention::op().m_range(desc).min * b.group;
+    const KeysOfFew streamed = keys_of_few(b.d, b.dv, lanes, true),
+                    longest = keys_of_few(b.d, b.dv, lanes, most_rows <= kStreamedRows);
+    b.may_stream = least_rows <= kStreamedRows;
+    b.always_streams = most_rows <= kStreamedRows;
+    b.fetches = lanes >= 16;
+    b.tile = longest.tile;
+    b.strip = b.may_stream ? std::max(longest.strip, streamed.strip) : longest.strip;
+    b.streamed_tile = b.may_stream ? streamed.tile : b.tile;
   } else {
     b.row_lanes = lanes;
     b.vectors = b.unit.row_vectors;
@@ -113,6 +137,7 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
     b.value_vectors = b.unit.value_vectors;
     // What a tile needs (scores, and of K and V what is rearranged) stays in the smallest L2 in use, 512 KiB.
     b.tile = round_up(b.widens_k() ? 64 : 128, b.keys);
+    b.strip = b.streamed_tile = b.tile;
   }
   b.rows = b.vectors * b.row_lanes;
   b.value_vectors = static_cast<int>(std::min<std::int64_t>(b.value_vectors, b.dv_vectors));
@@ -124,8 +149,7 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
   b.squares = take(2 * lanes * lanes * 4);
   b.q = take(b.q_dwords * b.rows * 4);
   b.scores_vector = b.tile * b.row_lanes * 4;
-  b.scores_bytes = b.vectors * b.scores_vector;
-  b.scores = take(b.scores_bytes * (b.overlaps_tiles ? 2 : 1));
+  b.scores = take(b.vectors * b.scores_vector);
   b.o = take(round_up(b.rows, b.value_rows) * b.o_row_bytes());
   b.k_rest = take(b.few ? b.keys * b.d * 2 : 0);
   b.k_tile = take(b.widens_k() ? b.tile * b.d * 4 : 0);
@@ -144,7 +168,6 @@ Blocking blocking_of(const KernelDesc& desc, const Target& target) {
 ///       O = O · factor + P · V
 ///     O / sum
 ///
-/// Where tiles overlap, S of the next one is made before O, so that the chain of softmax has company.
 class Attention : AttentionEmitter {
 public:
   Attention(llvm::Function* function, const Blocking& blocking) : AttentionEmitter(function, blocking), b_(blocking) {}
@@ -163,31 +186,22 @@ public:
       Value* seen_by_any = limit_of(last);
       const Block block{rows,
                         ir_.CreateUDiv(ir_.CreateAdd(rows, ir_.getInt64(b_.row_lanes - 1)), ir_.getInt64(b_.row_lanes)),
-                        seen_by_all, seen_by_any};
-      if (b_.overlaps_tiles) {
-        Values scores{at(b_.scores), at(b_.scores + b_.scores_bytes)}; // of this tile and of the next
-        loop(ir_, ir_.CreateSub(key_begin_, ir_.getInt64(b_.tile)), seen_by_any, b_.tile, scores,
-             [&](Value* key, Values& now) {
-               const Tile tile = tile_at(key, block, now[0]);
-               Value* next = ir_.CreateAdd(key, ir_.getInt64(b_.tile));
-               Value* has_begun = ir_.CreateICmpSGE(key, key_begin_);
-               when(ir_, has_begun, [&] { soften(tile, block); });
-               when(ir_, ir_.CreateICmpSLT(next, seen_by_any), [&] { score(tile_at(next, block, now[1]), block); });
-               when(ir_, has_begun, [&] { accumulate(tile, block); });
-               std::swap(now[0], now[1]);
-             });
-      } else {
-        loop(ir_, key_begin_, seen_by_any, b_.tile, none, [&](Value* key, Values&) {
-          const Tile tile = tile_at(key, block, at(b_.scores));
-          if (b_.widens_k())
-            widen_k(tile);
-          if (!b_.few)
-            rearrange_v(tile);
-          score(tile, block);
-          soften(tile, block);
-          accumulate(tile, block);
-        });
-      }
+                        seen_by_all, seen_by_any,
+                        b_.always_streams ? ir_.getTrue()
+                        : b_.may_stream   ? ir_.CreateICmpSLE(rows, constant(kStreamedRows))
+                                          : ir_.getFalse()};
+      Value* tile_keys = ir_.CreateSelect(block.is_streamed, constant(b_.streamed_tile), constant(b_.tile));
+      Value* keys = ir_.CreateSub(seen_by_any, key_begin_);
+      loop(ir_, constant(0), keys, tile_keys, none, [&](Value* key, Values&) {
+        const Tile tile = tile_at(ir_.CreateAdd(key_begin_, key), tile_keys, block);
+        if (b_.widens_k())
+          widen_k(tile);
+        if (!b_.few)
+          rearrange_v(tile);
+        for_strips(tile, [&](const Tile& strip) { score(strip, block); });
+        soften(tile, block);
+        for_strips(tile, [&](const Tile& strip) { accumulate(strip, block); });
+      });
       finish(row, block);
     });
     ir_.CreateRetVoid();
@@ -198,22 +212,39 @@ private:
   struct Block {
     Value *rows, *row_vectors;        ///< registers of them in use
     Value *seen_by_all, *seen_by_any; ///< keys below
+    Value* is_streamed;               ///< they are kStreamedRows or fewer
   };
   /// Keys that are taken together.
   struct Tile {
     Value *key, *keys; ///< the first, and how many
     Value* padded;     ///< keys whose scores are looked at
     Value *k, *v;      ///< the first key's rows
-    Value* scores;
+    Value* is_streamed;
+    Value *scores, *p; ///< of the first key: the same place, in which P takes 1 / unit.width of it
   };
-  Tile tile_at(Value* key, const Block& block, Value* scores) {
-    Value* keys = smaller(ir_.CreateSub(block.seen_by_any, key), ir_.getInt64(b_.tile));
+  Tile tile_at(Value* key, Value* tile_keys, const Block& block) {
+    Value* keys = smaller(ir_.CreateSub(block.seen_by_any, key), tile_keys);
     return {key,
             keys,
-            b_.few ? ir_.getInt64(b_.tile) : round_up_to(keys, b_.keys),
+            round_up_to(keys, scores_unroll() * b_.lanes_per_row()),
             advance(ir_, k_, ir_.CreateMul(key, k_stride_)),
             advance(ir_, v_, ir_.CreateMul(key, v_stride_)),
-            scores};
+            block.is_streamed,
+            at(b_.scores),
+            at(b_.scores)};
+  }
+  /// Runs body(strip) for each piece of a tile whose K or V stays in L1 from one step of rows to the next.
+  void for_strips(const Tile& tile, llvm::function_ref<void(const Tile& strip)> body) {
+    if (b_.strip == b_.tile)
+      return body(tile);
+    Values none;
+    loop(ir_, ir_.getInt64(0), tile.keys, b_.strip, none, [&](Value* first, Values&) {
+      Value* keys = smaller(ir_.CreateSub(tile.keys, first), ir_.getInt64(b_.strip));
+      body({ir_.CreateAdd(tile.key, first), keys, keys, advance(ir_, tile.k, ir_.CreateMul(first, k_stride_)),
+            advance(ir_, tile.v, ir_.CreateMul(first, v_stride_)), tile.is_streamed,
+            advance(ir_, tile.scores, times(first, b_.row_lanes * 4)),
+            advance(ir_, tile.p, times(first, b_.row_lanes * 4 / unit_.width))});
+    });
   }
 
   /// Runs body(vector) for each register of rows in use; the byte offset of its state.
@@ -461,15 +492,16 @@ private:
 
   /// Rows of Q, of which each has a lane of `vectors` registers, with dwords of keys: sums[key · vectors + vector].
   void multiply_lanes(const Values& rows, Value* q, int vectors, Values& sums) {
-    constexpr int kUnroll = 4;
+    // Products enough to hide the loop, and no more code to compile than that takes.
+    const int unroll = unit_.multiplies_by_lane || vectors <= 2 ? 4 : 2;
     const std::int64_t dwords = b_.d / unit_.width;
-    loop(ir_, ir_.getInt64(0), ir_.getInt64(dwords), kUnroll, sums, [&](Value* dword, Values& at_sums) {
+    loop(ir_, ir_.getInt64(0), ir_.getInt64(dwords), unroll, sums, [&](Value* dword, Values& at_sums) {
       Value* q_dword = advance(ir_, q, times(dword, b_.rows * 4));
       llvm::SmallVector<Values, 4> keys;
       for (Value* row : rows)
-        keys.push_back(b_.few && unit_.width == 1 ? widened_splats(row, dword, kUnroll)
-                                                  : unit_.splats(ir_, advance(ir_, row, times(dword, 4)), kUnroll));
-      for (int i = 0; i < kUnroll; ++i) {
+        keys.push_back(b_.few && unit_.width == 1 ? widened_splats(row, dword, unroll)
+                                                  : unit_.splats(ir_, advance(ir_, row, times(dword, 4)), unroll));
+      for (int i = 0; i < unroll; ++i) {
         Values queries;
         for (int vector = 0; vector < vectors; ++vector)
           queries.push_back(load(unit_.dwords(ir_), advance(ir_, q_dword, i * b_.rows * 4 + vector * register_bytes()),
@@ -538,7 +570,7 @@ private:
         for (int i = 0; i < b_.keys; i += b_.lanes_per_row())
           store_register(score_rows(llvm::ArrayRef(keys).slice(static_cast<std::size_t>(i),
                                                                static_cast<std::size_t>(b_.lanes_per_row())),
-                                    q, q_registers, rows),
+                                    fetched_at(tile, ir_.CreateAdd(key, constant(i))), q, q_registers, rows),
                          advance(ir_, to, i * b_.row_lanes * 4));
       } else {
         Values sums(keys.size(), float_constant(0));
@@ -552,6 +584,15 @@ private:
   /// No load moves across this, and nothing is executed: left alone, LLVM's schedulers take keys from the last to the
   /// first, which memory's prefetching does not follow.
   void keep_order() { ir_.CreateFence(llvm::AtomicOrdering::AcquireRelease, llvm::SyncScope::SingleThread); }
+
+  /// Has `bytes` from `from` on brought to L2. Not to L1, whose misses in flight are needed for what is used now: that
+  /// halves what comes from memory.
+  void fetch(Value* from, std::int64_t bytes) {
+    constexpr int kLine = 64, kRead = 0, kL2 = 2, kData = 1;
+    for (std::int64_t byte = 0; byte < bytes; byte += kLine)
+      ir_.CreateIntrinsic(llvm::Intrinsic::prefetch, {ir_.getPtrTy()},
+                          {advance(ir_, from, byte), ir_.getInt32(kRead), ir_.getInt32(kL2), ir_.getInt32(kData)});
+  }
 
   /// All registers of `rows` rows of Q, [chunk][row], where they leave most of the machine's free.
   Values load_q(Value* q, int rows) {
@@ -568,14 +609,31 @@ private:
     return load(unit_.dwords(ir_), advance(ir_, of_chunk, row * register_bytes()), static_cast<int>(register_bytes()));
   }
 
+  /// What is fetched beside the keys of a step: with each of them `bytes` bytes.
+  struct Fetched {
+    Value *first, *stride;
+    std::int64_t bytes;
+  };
+  /// The values of a tile that is streamed, or the keys of the next strip.
+  Fetched fetched_at(const Tile& tile, Value* key) {
+    Value* values = advance(ir_, tile.v, ir_.CreateMul(key, v_stride_));
+    Value* keys = advance(ir_, tile.k, ir_.CreateMul(ir_.CreateAdd(key, constant(b_.strip)), k_stride_));
+    return {ir_.CreateSelect(tile.is_streamed, values, keys), ir_.CreateSelect(tile.is_streamed, v_stride_, k_stride_),
+            std::max(b_.may_stream ? b_.dv : 0, b_.always_streams ? 0 : b_.d) * 2};
+  }
+
   /// The scores of lanes_per_row keys: key j of row r in lane r · lanes_per_row + j.
-  Value* score_rows(llvm::ArrayRef<Value*> keys, Value* q, const Values& q_registers, int rows) {
+  Value* score_rows(llvm::ArrayRef<Value*> keys, const Fetched& fetched, Value* q, const Values& q_registers,
+                    int rows) {
     const int per_row = b_.lanes_per_row();
     constexpr int kSums = 8; // with Q read from memory, enough for each load of it
     const int at_once = q_registers.empty() ? std::clamp(kSums / rows, 1, per_row) : 1;
     LaneSums lane_sums(ir_, unit_, per_row > 4); // in the order of keys
     for (int first = 0; first < per_row; first += at_once) {
       keep_order();
+      if (b_.fetches)
+        for (int i = first; i < first + at_once; ++i)
+          fetch(advance(ir_, fetched.first, ir_.CreateMul(fetched.stride, constant(i))), fetched.bytes);
       Values sums(static_cast<std::size_t>(at_once * rows), float_constant(0));
       multiply_registers(keys.slice(static_cast<std::size_t>(first), static_cast<std::size_t>(at_once)), q, q_registers,
                          rows, sums);
@@ -683,7 +741,7 @@ private:
   int scores_unroll() const {
     if (b_.lanes_per_row() == 1)
       return b_.keys;
-    return static_cast<int>(std::min<std::int64_t>(b_.tile / b_.lanes_per_row(), 8));
+    return static_cast<int>(std::min<std::int64_t>(b_.streamed_tile / b_.lanes_per_row(), 8));
   }
 
   Value* greatest(Value* scores, Value* padded) {
@@ -801,7 +859,7 @@ private:
     const std::int64_t p_keys = b_.p_step() * unit_.width; // a power of two
     const auto visible_to = [&](int i) {
       Value* limit = ir_.CreateSExt(load(ir_.getInt32Ty(), state_of(b_.limits, row, i), 4), ir_.getInt64Ty());
-      return larger(smaller(ir_.CreateSub(limit, tile.key), ir_.getInt64(b_.tile)), ir_.getInt64(0));
+      return larger(smaller(ir_.CreateSub(limit, tile.key), tile.keys), ir_.getInt64(0));
     };
     Value* seen_by_all = ir_.CreateAnd(visible_to(0), ir_.getInt64(-p_keys));
     Value* seen_by_any = visible_to(rows - 1);
@@ -820,7 +878,7 @@ private:
   std::int64_t p_row_bytes() const { return b_.p_step() * 4; }
   std::int64_t p_register_bytes() const { return b_.row_lanes * p_row_bytes(); }
   Value* p_of(const Tile& tile, Value* row, int i) {
-    return advance(ir_, tile.scores, lane_offset(row, i, b_.scores_vector, p_row_bytes()));
+    return advance(ir_, tile.p, lane_offset(row, i, b_.scores_vector, p_row_bytes()));
   }
 
   void multiply_values(const Values& vectors, const Values& weights, Values& sums) {
@@ -839,6 +897,10 @@ private:
     Values carried = sums;
     carried.push_back(tile.v);
     const std::int64_t p_keys = b_.p_step() * unit_.width;
+    // Those of a tile that is streamed are there.
+    Value* ahead =
+        ir_.CreateAdd(ir_.CreateSelect(tile.is_streamed, constant(0), ir_.CreateMul(constant(b_.strip), v_stride_)),
+                      times(chunk.first, unit_.lanes * 2));
     loop(ir_, ir_.getInt64(0), keys, p_keys, carried, [&](Value* key, Values& now) {
       Value* p_offset = times(ir_.CreateUDiv(key, ir_.getInt64(p_keys)), p_register_bytes());
       Value* v = now.pop_back_val();
@@ -846,6 +908,8 @@ private:
         keep_order();
         Values v_rows;
         for (int i = 0; i < unit_.width; ++i) {
+          if (b_.fetches && !b_.always_streams)
+            fetch(advance(ir_, v, ahead), chunk.count * unit_.lanes * 2);
           v_rows.push_back(v);
           v = advance(ir_, v, v_stride_);
         }

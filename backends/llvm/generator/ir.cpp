@@ -4,6 +4,11 @@ namespace kiln::generator {
 
 void loop(llvm::IRBuilder<>& ir, llvm::Value* begin, llvm::Value* end, std::int64_t step, Values& carried,
           llvm::function_ref<void(llvm::Value*, Values&)> body) {
+  loop(ir, begin, end, ir.getInt64(static_cast<std::uint64_t>(step)), carried, body);
+}
+
+void loop(llvm::IRBuilder<>& ir, llvm::Value* begin, llvm::Value* end, llvm::Value* step, Values& carried,
+          llvm::function_ref<void(llvm::Value*, Values&)> body) {
   llvm::Function* function = ir.GetInsertBlock()->getParent();
   llvm::BasicBlock* before = ir.GetInsertBlock();
   auto* inside = llvm::BasicBlock::Create(ir.getContext(), "loop", function);
@@ -21,7 +26,7 @@ void loop(llvm::IRBuilder<>& ir, llvm::Value* begin, llvm::Value* end, std::int6
     value = phis.back();
   }
   body(index, carried);
-  llvm::Value* next = ir.CreateNSWAdd(index, ir.getInt64(step));
+  llvm::Value* next = ir.CreateNSWAdd(index, step);
   llvm::BasicBlock* last = ir.GetInsertBlock();
   index->addIncoming(next, last);
   for (std::size_t i = 0; i < phis.size(); ++i)

@@ -11,6 +11,8 @@ using Values = llvm::SmallVector<llvm::Value*, 32>;
 /// then.
 void loop(llvm::IRBuilder<>& ir, llvm::Value* begin, llvm::Value* end, std::int64_t step, Values& carried,
           llvm::function_ref<void(llvm::Value* index, Values& carried)> body);
+void loop(llvm::IRBuilder<>& ir, llvm::Value* begin, llvm::Value* end, llvm::Value* step, Values& carried,
+          llvm::function_ref<void(llvm::Value* index, Values& carried)> body);
 
 /// `if (condition) body()`.
 void when(llvm::IRBuilder<>& ir, llvm::Value* condition, llvm::function_ref<void()> body);
