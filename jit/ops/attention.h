@@ -30,7 +30,7 @@ std::int64_t group_of(const KernelDesc& desc);
 
 /// A kernel made for few rows, M · group, reads K and V as they lie. Every instruction set gains by that up to the
 /// first number, and some up to the second.
-inline constexpr std::int64_t kFewRows = 12, kMostFewRows = 31;
+inline constexpr std::int64_t kFewRows = 12, kMostFewRows = 63;
 /// The classes of m, by their upper bounds, are 1, the most whose rows are within kFewRows, the same with kMostFewRows,
 /// and kAny, which is the only one with batch_invariant=1. b, hkv, m and n are run-time values of every kernel: a model
 /// has at most four kernels for a (group, D, Dv, causal, lse).
