@@ -737,7 +737,8 @@ private:
     });
   }
 
-  /// Registers of scores in one step of a loop: a divisor of those of any padded tile, and even where pairs are narrowed.
+  /// Registers of scores in one step of a loop: a divisor of those of any padded tile, and even where pairs are
+  /// narrowed.
   int scores_unroll() const {
     if (b_.lanes_per_row() == 1)
       return b_.keys;
