@@ -289,7 +289,7 @@ typedef enum kiln_causal {
  * - Within 6e-3 of the exact result (norm of the difference over the norm). The same bits from run to run and for any number of threads;
  *   batch_invariant = 1: a query's bits do not depend on m either, for one kernel for all m, which is slower with few of them.
  * d, dv, hq/hkv, causal, lse and the class of m are the kernel's; b, hkv, n, m within its class, strides, kv_len and scale are the call's: a model has one
- * kernel for each class. b, m and n may be KILN_ANY. There are at most four classes of m: 1; as many as make m·hq/hkv at most 12; at most 31; and all that is
+ * kernel for each class. b, m and n may be KILN_ANY. There are at most four classes of m: 1; as many as make m·hq/hkv at most 12; at most 63; and all that is
  * more, for which KILN_ANY stands. CPUs only. */
 typedef struct kiln_attention_desc {
   kiln_desc base;

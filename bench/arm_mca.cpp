@@ -517,7 +517,7 @@ int main(int argc, char** argv) {
     if (const std::string path(kiln::name_of(row.isa));
         (row.arch == kiln::Arch::aarch64 || row.any_arch) && std::find(paths.begin(), paths.end(), path) == paths.end())
       paths.push_back(path);
-  Options options("bench_arm_mca", "Hot loops of the aarch64 kernels by LLVM's models of cores.", paths);
+  Options options("bench_arm_mca", "Hot loops of the aarch64 kernels by LLVM's models of cores.", paths, Smoke::none);
   bool loops = false;
   std::string plot;
   options.add("--loops", loops, "print the loops too");

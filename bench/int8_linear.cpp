@@ -231,7 +231,7 @@ int run(const Options& options) {
 
 int main(int argc, char** argv) {
   kiln::bench::Options options("bench_int8_linear", "int8_linear against the machine's limits, int8_mm and oneDNN.",
-                               {"cold", "gemm"});
+                               {"cold", "gemm"}, kiln::bench::Smoke::everything);
   options.parse(argc, argv);
   return kiln::bench::run(options);
 }

@@ -698,7 +698,7 @@ int main(int argc, char** argv) {
   std::vector<std::string> groups;
   for (const Group& group : kGroups)
     groups.emplace_back(group.name);
-  Options options("bench_int8_mm", "int8_mm against the machine's limits and oneDNN.", groups);
+  Options options("bench_int8_mm", "int8_mm against the machine's limits and oneDNN.", groups, Smoke::everything);
   std::string plot;
   options.add("--plot", plot, "FILE.svg", "also draw the figures there");
   options.parse(argc, argv);

@@ -10,21 +10,26 @@
 
 namespace kiln::bench {
 
-Options::Options(const std::string& name, const std::string& what, std::vector<std::string> groups)
+Options::Options(const std::string& name, const std::string& what, std::vector<std::string> groups, Smoke smoke)
     : app_(std::make_unique<CLI::App>(what, name)), groups_(std::move(groups)) {
-  app_->add_option("--only", only_, fmt::format("groups to run, of: {}", fmt::join(groups_, ", ")))
-      ->type_name("GROUP,...")
-      ->delimiter(',')
-      ->allow_extra_args(false)
-      ->check(CLI::Validator(
-          [this](std::string& given) {
-            return std::find(groups_.begin(), groups_.end(), given) != groups_.end()
-                       ? std::string()
-                       : fmt::format("'{}' is not a group: allowed is {}", given, fmt::join(groups_, ", "));
-          },
-          ""));
-  app_->add_option("--json", json_, "also write the figures there")->type_name("FILE");
-  app_->add_flag("--smoke", smoke_, "run in small; figures are not judged");
+  CLI::Option* only =
+      app_->add_option("--only", only_, fmt::format("groups to run, of: {}", fmt::join(groups_, ", ")))
+          ->type_name("GROUP,...")
+          ->delimiter(',')
+          ->allow_extra_args(false)
+          ->check(CLI::Validator(
+              [this](std::string& given) {
+                return std::find(groups_.begin(), groups_.end(), given) != groups_.end()
+                           ? std::string()
+                           : fmt::format("'{}' is not a group: allowed is {}", given, fmt::join(groups_, ", "));
+              },
+              ""));
+  CLI::Option* json = app_->add_option("--json", json_, "also write the figures there")->type_name("FILE");
+  if (smoke == Smoke::none)
+    return;
+  CLI::Option* flag = app_->add_flag("--smoke", smoke_, "run once and in small: errors count, figures do not");
+  if (smoke == Smoke::everything)
+    flag->excludes(only)->excludes(json);
 }
 
 Options::~Options() = default;
@@ -38,7 +43,7 @@ void Options::add(const std::string& name, std::string& value, const std::string
 }
 
 void Options::add(const std::string& name, std::size_t& value, const std::string& help) {
-  app_->add_option(name, value, help)->check(CLI::PositiveNumber);
+  app_->add_option(name, value, help)->check(CLI::Range(1, 1000000000));
 }
 
 void Options::parse(int argc, const char* const* argv) {

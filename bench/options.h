@@ -9,14 +9,19 @@ namespace CLI {
 class App;
 }
 
-/// The command line that all benches share: `--only GROUP,…`, `--json FILE`, `--smoke`, and what a bench adds of its
-/// own.
+/// The command line that all benches share: `--only GROUP,…`, `--json FILE`, mostly `--smoke`, and what a bench adds of
+/// its own.
 namespace kiln::bench {
+
+/// What `--smoke` runs, once and in small, so that only errors count and no figure: there is no such flag; everything,
+/// without --only and --json; the groups of --only.
+enum class Smoke { none, everything, groups };
 
 struct Options {
   /// `name`: of the program. `what`: it measures, for --help. `groups`: names of what it can do by itself, in their
   /// order.
-  Options(const std::string& name, const std::string& what, std::vector<std::string> groups);
+  Options(const std::string& name, const std::string& what, std::vector<std::string> groups,
+          Smoke smoke = Smoke::groups);
   ~Options();
   Options(const Options&) = delete;
   Options& operator=(const Options&) = delete;

@@ -38,6 +38,7 @@ class Options(unittest.TestCase):
                 ("limits",): ["limits"],
                 ("--nosuch",): ["--nosuch"],
                 ("--json",): ["--json"],
+                **({("--rows", "0"): ["--rows", "1 to 1000000000"], ("--rows", "abc"): ["--rows"]} if name == "bench_latency" else {}),
             }.items():
                 with self.subTest(bench=name, words=words):
                     done = run(bench, *words)
@@ -46,6 +47,17 @@ class Options(unittest.TestCase):
                         self.assertIn(part, done.stderr)
                     self.assertEqual(1, done.stderr.count("\n"))
                     self.assertTrue(done.stderr.startswith(name + ": "), done.stderr)
+
+    def test_smoke_takes_what_it_heeds(self):
+        for bench in BENCHES:
+            name, group = pathlib.Path(bench).name, self.groups(bench)[0]
+            with self.subTest(bench=name):
+                listed = "--smoke" in run(bench, "--help").stdout
+                self.assertEqual(name != "bench_arm_mca", listed)
+                if name in ("bench_int8_mm", "bench_int8_linear", "bench_arm_mca"):  # the first two run everything or nothing
+                    done = run(bench, "--smoke", "--only", group)
+                    self.assertEqual((2, ""), (done.returncode, done.stdout))
+                    self.assertIn("--smoke", done.stderr)
 
     def test_figures_go_where_they_are_wanted(self):
         latency = [bench for bench in BENCHES if pathlib.Path(bench).name == "bench_gpu_latency"]

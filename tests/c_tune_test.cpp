@@ -32,7 +32,7 @@ struct Fixture {
   static inline int count = 0;
 
   Fixture() {
-    setenv("XDG_CONFIG_HOME", directory.c_str(), 1); // the keys that sign rows
+    setenv("XDG_DATA_HOME", directory.c_str(), 1); // the keys that sign rows
     setenv("HOME", directory.c_str(), 1);
     fake().kernel = nullptr;
     fake().calls.clear();

@@ -378,6 +378,10 @@ class Python(unittest.TestCase):
             "causal is ['none']": lambda: attention(["none"]),
             "causal is 0": lambda: attention(0),
             "scale is '1': allowed is a number": lambda: attention(scale="1"),
+            "scale is True: allowed is a number": lambda: attention(scale=True),
+            "scale is 1e-50, in f32 0": lambda: attention(scale=1e-50),
+            "scale is 1000": lambda: attention(scale=10**400),
+            "clamp is (0, 1000": lambda: self.engine.int8_mm(a, int8, out, clamp=(0, 10**400)),
             "x is NoneType": lambda: self.engine.int4_mm(None, int4, y),
             "out is NoneType": lambda: self.engine.int8_mm(a, int8, None),
             "ws is NoneType": lambda: self.engine.int8_linear(x, linear, None, x[:, :16]),
@@ -408,6 +412,13 @@ class Python(unittest.TestCase):
             with self.subTest(says), self.assertRaises(kiln.Error) as raised:
                 call()
             self.assertIn(says, str(raised.exception))
+
+    def test_flags_as_numpy_has_them(self):
+        from kiln import _values
+        self.assertEqual([1, 0, 1, 0], [_values.flag("lse", value) for value in (np.True_, np.False_, np.int8(1), False)])
+        for value in (2, 1.0, "1", None, np.zeros(1, bool)):
+            with self.subTest(value=value), self.assertRaises(TypeError):
+                _values.flag("lse", value)
 
     def test_streams_as_their_owners_have_them(self):
         from kiln import _values

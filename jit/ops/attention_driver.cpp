@@ -63,6 +63,12 @@ Span span_of_keys(const Extents& e, const Strides& s, const std::int32_t* kv_len
   return span;
 }
 
+/// A head of K or V. Without keys the tensor is empty: any pointer, any strides.
+const std::uint16_t* head_of_keys(const Args& args, const std::uint16_t* data, const Strides& s, std::int64_t batch,
+                                  std::int64_t head) {
+  return args.n == 0 ? data : data + batch * s.batch + head * s.head;
+}
+
 /// An input's rows may overlap and repeat; whether an output's lie apart is for rows_lie_apart.
 Status check_tensor(std::string_view name, const void* data, const Extents& e, const Strides& s) {
   if (s.column != 1)
@@ -329,9 +335,9 @@ struct Run {
         .q = args.q + batch * args.q_strides.batch + q_head * args.q_strides.head,
         .q_head_stride = args.q_strides.head,
         .q_row_stride = args.q_strides.row,
-        .k = args.k + batch * args.k_strides.batch + kv_head * args.k_strides.head,
+        .k = head_of_keys(args, args.k, args.k_strides, batch, kv_head),
         .k_row_stride = args.k_strides.row,
-        .v = args.v + batch * args.v_strides.batch + kv_head * args.v_strides.head,
+        .v = head_of_keys(args, args.v, args.v_strides, batch, kv_head),
         .v_row_stride = args.v_strides.row,
         .o = args.o + batch * args.o_strides.batch + q_head * args.o_strides.head,
         .o_head_stride = args.o_strides.head,
@@ -479,8 +485,8 @@ void reference(const KernelDesc& desc, const Args& args, double* o, double* lse)
       for (std::int64_t m = 0; m < args.m; ++m) {
         const double row_lse = reference_row(
             args.q + batch * args.q_strides.batch + head * args.q_strides.head + m * args.q_strides.row,
-            args.k + batch * args.k_strides.batch + head / group * args.k_strides.head, args.k_strides.row,
-            args.v + batch * args.v_strides.batch + head / group * args.v_strides.head, args.v_strides.row,
+            head_of_keys(args, args.k, args.k_strides, batch, head / group), args.k_strides.row,
+            head_of_keys(args, args.v, args.v_strides, batch, head / group), args.v_strides.row,
             std::clamp<std::int64_t>(visible.first + m * visible.step, 0, keys), d, dv, double{scale_of(args, d)}, o);
         o += dv;
         if (lse != nullptr)

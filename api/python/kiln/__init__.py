@@ -12,7 +12,7 @@ or on NVIDIA GPUs.
 Arrays are anything with data_ptr() (torch) or an array interface (NumPy, CuPy); bfloat16 is torch's type, or uint16 bits. Nothing is copied.
 libkiln.so.0 is found as KILN_LIBRARY says, beside this package, or by the system's loader. kiln.h is the manual of all behind it.
 """
-from ctypes import byref, c_void_p
+from ctypes import byref, c_float, c_void_p
 
 from . import _library as c
 from . import _values as check
@@ -106,7 +106,8 @@ class Engine:
         else:
             w.expect("w", "u8", (-1, -1))
             n, k = w.shape[0], 2 * w.shape[1]
-        if check.integer("group", group, check.S32_MIN, check.S32_MAX) <= 0 or k % group:
+        group = check.integer("group", group, check.S32_MIN, check.S32_MAX)
+        if group <= 0 or k % group:
             raise ValueError(f"group is {group}: allowed is 32, 64, 128 or 256, and a divisor of k = {k}")
         sz.expect("sz", "bf16", (k // group, n, 2), w.device)
         target = w.device if device is None else parse_device(device)
@@ -211,8 +212,8 @@ class Engine:
         [b, hq, m] for the logarithms of the sums. Returns `out`."""
         host = (c.CPU, 0)
         check.chosen("causal", causal, c.CAUSAL)
-        if scale is not None and check.number("scale", scale) == 0:
-            raise ValueError("scale is 0: allowed is a number above 0, or None for 1/√d")
+        if scale is not None and c_float(check.number("scale", scale)).value == 0:
+            raise ValueError(f"scale is {scale}, in f32 0: allowed is a number above 0, or None for 1/√d")
         qa = as_array(q, "q").expect("q", "bf16", (-1, -1, -1, -1), host)
         b, hq, m, d = qa.shape
         ka = as_array(k, "k").expect("k", "bf16", (b, -1, -1, d), host)
@@ -320,7 +321,8 @@ def int4_to_tensor_core(plain, inner_k_tiles, out):
     """uint8 [n, k/2] → int32 [n/8, k/(T·16), 32, T/2], both on the host. Returns `out`."""
     source = as_array(plain, "plain").expect("plain", "u8", (-1, -1), (c.CPU, 0))
     n, k = source.shape[0], 2 * source.shape[1]
-    if check.integer("inner_k_tiles", inner_k_tiles, check.S32_MIN, check.S32_MAX) not in (2, 4, 8):
+    inner_k_tiles = check.integer("inner_k_tiles", inner_k_tiles, check.S32_MIN, check.S32_MAX)
+    if inner_k_tiles not in (2, 4, 8):
         raise ValueError(f"inner_k_tiles is {inner_k_tiles}: allowed is 2, 4 or 8")
     shape = (n // 8, k // (16 * inner_k_tiles), 32, inner_k_tiles // 2)
     return _convert("kiln_int4_to_tensor_core", source, "plain", out, shape, "s32", n, k, inner_k_tiles)

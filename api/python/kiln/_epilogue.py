@@ -35,6 +35,8 @@ class Epilogue:
                 lo, hi = (float(bound) for bound in clamp)
             except (TypeError, ValueError):
                 raise TypeError(f"clamp is {clamp!r}: allowed is (lo, hi)") from None
+            except OverflowError:
+                raise ValueError(f"clamp is {clamp}: allowed are bounds that f64 can hold") from None
             self.desc["clamp"] = c.ONE
             self.args.update(lo=lo, hi=hi)
 

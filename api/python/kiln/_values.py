@@ -15,14 +15,18 @@ def integer(name, value, least, most):
 
 
 def number(name, value):
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}: allowed is a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is {value}: allowed is a number that f64 can hold") from None
 
 
 def flag(name, value):
     """0 or 1."""
-    if not any(value is allowed or (isinstance(value, numbers.Integral) and value == allowed) for allowed in (False, True)):
+    is_integer = isinstance(value, numbers.Integral) or type(value).__name__ in ("bool_", "bool")  # NumPy's bool is no Integral
+    if not is_integer or value not in (0, 1):
         raise TypeError(f"{name} is {value!r}: allowed is True or False")
     return int(value)
 
