@@ -179,6 +179,13 @@ std::vector<Case> fixed_cases() {
     // The greatest scores are 128 and 127.99, 16384 and 16383.
     for (const float scale : {0.125f, 16.0f})
       change([&](Case& c) { c.scale = scale, c.values = Values::two_almost_equal; });
+    // The rounding of the greatest is no small number: of two almost equal by 2^31.5 and less 2^17.5, negative, beyond
+    // all.
+    for (const auto& [scale, values] : {std::pair{2e6f, Values::two_almost_equal},
+                                        {1e9f, Values::all_equal},
+                                        {1e9f, Values::large_scores},
+                                        {1e20f, Values::normal}})
+      change([&](Case& c) { c.scale = scale, c.values = values; });
     for (const std::int64_t n : {0, 1, 5}) // rows that see nothing: all, and the first m − n
       change([&](Case& c) { c.n = n; });
     // Batches without a key, with all, with fewer than queries.

@@ -702,8 +702,8 @@ private:
       Value* maxima = advance(ir_, at(b_.maxima), state);
       Value* sums = advance(ir_, at(b_.sums), state);
       Value* old_max = load_register(maxima);
-      Value* tile_max =
-          over_lanes_of_row(greatest(scores, tile.padded), [&](Value* a, Value* b) { return greater(ir_, a, b); });
+      Value* lane_maxima = greatest(scores, tile.padded);
+      Value* tile_max = over_lanes_of_row(lane_maxima, [&](Value* a, Value* b) { return greater(ir_, a, b); });
       tile_max = ir_.CreateFMul(tile_max, scale_);
       Value* max = greater(ir_, tile_max, old_max);
       const auto update = [&] {
@@ -720,7 +720,8 @@ private:
       } else {
         update();
       }
-      store_register(ir_.CreateFAdd(load_register(sums), exponentiate(scores, tile.padded, max)), sums);
+      const Exponent exponent = exponent_of(scores, register_bytes(), tile.padded, lane_maxima, max);
+      store_register(ir_.CreateFAdd(load_register(sums), exponentiate(scores, tile.padded, exponent)), sums);
     });
   }
 
@@ -762,18 +763,18 @@ private:
   }
 
   /// P in place of the scores, as dwords of unit.width keys; their sums, lane by lane.
-  Value* exponentiate(Value* scores, Value* padded, Value* max) {
+  Value* exponentiate(Value* scores, Value* padded, const Exponent& exponent) {
     const int unroll = scores_unroll();
     const bool pairs_registers = unit_.width == 2 && b_.lanes_per_row() == 1;
     const std::int64_t out_bytes =
         unit_.width == 2 ? register_bytes() / 2 : register_bytes(); // of a register of scores
-    Value* negative_max = ir_.CreateFNeg(max);
     Values carried{float_constant(0), float_constant(0), scores, scores};
     loop(ir_, ir_.getInt64(0), padded, unroll * b_.lanes_per_row(), carried, [&](Value*, Values& now) {
       Values p;
       for (int i = 0; i < unroll; ++i) {
         Value* score = load_register(advance(ir_, now[2], i * register_bytes()));
-        Value* x = ir_.CreateIntrinsic(llvm::Intrinsic::fmuladd, {unit_.floats(ir_)}, {score, scale_, negative_max});
+        Value* x = ir_.CreateIntrinsic(llvm::Intrinsic::fmuladd, {unit_.floats(ir_)},
+                                       {score, exponent.scale, exponent.offset});
         p.push_back(x);
       }
       exp2_of_scores(ir_, unit_, p);
@@ -1026,9 +1027,11 @@ private:
 
 namespace {
 
-/// With few rows bfdot reads K and V as they lie.
+/// Up to kFewRows bfdot reads K and V as they lie.
 bool uses_bfmmla(const KernelDesc& desc, const Target& target) {
-  return target.arch == Arch::aarch64 && target.features.has(Feature::bf16) && desc.value[attention::kM] == kAny;
+  return target.arch == Arch::aarch64 && target.features.has(Feature::bf16) &&
+         (desc.value[attention::kM] == kAny ||
+          desc.value[attention::kM] * attention::group_of(desc) > attention::kFewRows);
 }
 
 } // namespace

@@ -1,5 +1,6 @@
 #include "backends/llvm/generator/attention_emitter.h"
 
+#include <cfloat>
 #include <cstddef>
 
 namespace kiln::generator {
@@ -116,6 +117,34 @@ void AttentionEmitter::mask(Value* scores, std::int64_t step_bytes, Value* limit
 }
 
 // ---------------------------------------------------------------- the end of a block of rows
+
+Value* AttentionEmitter::any_of(Value* lanes) {
+  if (unit_.lanes == 16)
+    return ir_.CreateICmpNE(ir_.CreateBitCast(lanes, ir_.getInt16Ty()), ir_.getInt16(0));
+  return ir_.CreateICmpNE(ir_.CreateOrReduce(ir_.CreateSExt(lanes, unit_.dwords(ir_))), ir_.getInt32(0));
+}
+
+AttentionEmitter::Exponent AttentionEmitter::exponent_of(Value* scores, std::int64_t step_bytes, Value* end,
+                                                         Value* lane_maxima, Value* max) {
+  // A row that has seen nothing yet stands at -FLT_MAX.
+  Value* size = ir_.CreateUnaryIntrinsic(llvm::Intrinsic::fabs, max);
+  Value* is_huge =
+      ir_.CreateAnd(ir_.CreateFCmpOGE(size, float_constant(0x1p30)), ir_.CreateFCmpOGT(max, float_constant(-FLT_MAX)));
+  when(ir_, any_of(is_huge), [&] {
+    Value* greatest = over_lanes_of_row(lane_maxima, [&](Value* a, Value* b) { return greater(ir_, a, b); });
+    greatest = greater(ir_, greatest, float_constant(-FLT_MAX)); // -infinity less itself would be NaN
+    Value* from_max = ir_.CreateFSub(ir_.CreateFMul(greatest, scale_), max);
+    Values none;
+    loop(ir_, constant(0), end, rows_.lanes_per_row(), none, [&](Value* key, Values&) {
+      Value* at = advance(ir_, scores, times(divided(key, rows_.lanes_per_row()), step_bytes));
+      Value* score = load_register(at);
+      Value* exponent = ir_.CreateFAdd(ir_.CreateFMul(ir_.CreateFSub(score, greatest), scale_), from_max);
+      store_register(ir_.CreateSelect(is_huge, exponent, score), at);
+    });
+  });
+  return {ir_.CreateSelect(is_huge, float_constant(1), scale_),
+          ir_.CreateSelect(is_huge, float_constant(0), ir_.CreateFNeg(max))};
+}
 
 void AttentionEmitter::finish_sums(Value* state) {
   Value* sums = advance(ir_, at(rows_.sums), state);

@@ -109,6 +109,18 @@ protected:
   /// `limits`: address of the rows'.
   void mask(llvm::Value* scores, std::int64_t step_bytes, llvm::Value* limits, llvm::Value* key, llvm::Value* begin,
             llvm::Value* end);
+  /// Whether any lane of a register of booleans is true.
+  llvm::Value* any_of(llvm::Value* lanes);
+  /// What a register of scores is multiplied by, and what is added then, to be the exponent of 2.
+  struct Exponent {
+    llvm::Value *scale, *offset;
+  };
+  /// For the scores of a tile, registers `step_bytes` apart from `scores` on, of lanes_per_row keys each up to key
+  /// `end`. `lane_maxima`: theirs, lane by lane, before scaling. `max`: their rows', scaled. That is score · scale -
+  /// max, whose greatest is 0 but for the rounding of max. From 2^30 on that is no small number any more: the scores of
+  /// such rows become the exponents in place, by their differences from the tile's greatest.
+  Exponent exponent_of(llvm::Value* scores, std::int64_t step_bytes, llvm::Value* end, llvm::Value* lane_maxima,
+                       llvm::Value* max);
   /// The state at byte offset `state` when all keys are through: `sums` become the rows' own, `factors` their inverses.
   void finish_sums(llvm::Value* state);
   /// The block's rows to where the call wants them, O or `partial`, and their state to `stats`: `o_row` gives the

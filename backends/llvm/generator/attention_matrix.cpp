@@ -127,7 +127,8 @@ void MatrixAttention::soften(const Tile& tile, const Step& step) {
     Value* maxima = advance(ir_, at(b_.maxima), state);
     Value* sums = advance(ir_, at(b_.sums), state);
     Value* old_max = load_register(maxima);
-    Value* lane_maxima = ir_.CreateFMul(greatest(row_scores, padded), scale_);
+    Value* lane_scores = greatest(row_scores, padded);
+    Value* lane_maxima = ir_.CreateFMul(lane_scores, scale_);
     when(ir_, any_of(ir_.CreateFCmpOGT(lane_maxima, ir_.CreateFAdd(old_max, float_constant(kSlack)))), [&] {
       Value* row_max = over_lanes_of_row(lane_maxima, [&](Value* a, Value* b) { return greater(ir_, a, b); });
       // Row by row: a row's bits must not depend on those that share its register.
@@ -138,16 +139,10 @@ void MatrixAttention::soften(const Tile& tile, const Step& step) {
       store_register(ir_.CreateFMul(load_register(sums), factor), sums);
       rescale(advance(ir_, o, offset), factor);
     });
-    Value* sum = exponentiate(row_scores, padded, load_register(maxima));
+    const Exponent exponent = exponent_of(row_scores, b_.chunk_bytes(), padded, lane_scores, load_register(maxima));
+    Value* sum = exponentiate(row_scores, padded, exponent);
     store_register(ir_.CreateFAdd(load_register(sums), sum), sums);
   });
-}
-
-/// Whether any lane of a register of booleans is true.
-Value* MatrixAttention::any_of(Value* lanes) {
-  if (unit_.lanes == 16)
-    return ir_.CreateICmpNE(ir_.CreateBitCast(lanes, ir_.getInt16Ty()), ir_.getInt16(0));
-  return ir_.CreateICmpNE(ir_.CreateOrReduce(ir_.CreateSExt(lanes, unit_.dwords(ir_))), ir_.getInt32(0));
 }
 
 /// -infinity for the keys that a row does not see, of which all are behind seen_by_all.
@@ -171,17 +166,16 @@ Value* MatrixAttention::greatest(Value* scores, Value* padded) {
 }
 
 /// P in place of the scores; their sums, lane by lane. Four registers at a time.
-Value* MatrixAttention::exponentiate(Value* scores, Value* padded, Value* max) {
+Value* MatrixAttention::exponentiate(Value* scores, Value* padded, const Exponent& exponent) {
   constexpr int kPairs = 2;
   const int pair_keys = 2 * b_.lanes_per_row();
-  Value* negative_max = ir_.CreateFNeg(max);
   Values carried{float_constant(0), float_constant(0), scores, scores};
   const auto take_pairs = [&](int pairs, Values& now) {
     Values p;
     for (int i = 0; i < 2 * pairs; ++i)
-      p.push_back(
-          ir_.CreateIntrinsic(llvm::Intrinsic::fmuladd, {unit_.floats(ir_)},
-                              {load_register(advance(ir_, now[2], i * b_.chunk_bytes())), scale_, negative_max}));
+      p.push_back(ir_.CreateIntrinsic(
+          llvm::Intrinsic::fmuladd, {unit_.floats(ir_)},
+          {load_register(advance(ir_, now[2], i * b_.chunk_bytes())), exponent.scale, exponent.offset}));
     exp2_of_scores(ir_, unit_, p);
     for (int pair = 0; pair < pairs; ++pair) {
       Value** two = &p[static_cast<std::size_t>(2 * pair)];

@@ -130,9 +130,8 @@ private:
   void soften(const Tile& tile, const Step& step);
   void mask_step(llvm::Value* scores, llvm::Value* limits, llvm::Value* key, llvm::Value* seen_by_all,
                  llvm::Value* padded);
-  llvm::Value* any_of(llvm::Value* lanes);
   llvm::Value* greatest(llvm::Value* scores, llvm::Value* padded);
-  llvm::Value* exponentiate(llvm::Value* scores, llvm::Value* padded, llvm::Value* max);
+  llvm::Value* exponentiate(llvm::Value* scores, llvm::Value* padded, const Exponent& exponent);
   void rescale(llvm::Value* o, llvm::Value* factor);
 
   llvm::Value* is_finite(llvm::Value* bits);
