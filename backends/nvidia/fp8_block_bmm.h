@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "backends/nvidia/persistent_tile.h"
 #include "backends/nvidia/ptx.h"
 #include "cache/status.h"
 #include "jit/cuda/launch_plan.h"
@@ -21,31 +22,12 @@ struct Shape {
   fp8_block_bmm::ZDtype z = fp8_block_bmm::ZDtype::bf16;
 };
 
-/// Which operand two neighbouring blocks share, each copying half of it to both: the 64-row one (tiles side by side) or
-/// the other (tiles one below the other).
-enum class Share : std::uint8_t { none, rows, columns };
-
-/// Tiles of warpgroups · waves · 64 rows of one operand × `columns` rows of the other. The 64-row operand is X, or Y
-/// when `swapped`: few rows of X then cost no more than they are.
-struct Config {
-  bool swapped = false;
-  int warpgroups = 2;        ///< that multiply
-  int waves = 2;             ///< of 64 rows, that a warpgroup multiplies one after the other
-  int columns = 128;         ///< of one wgmma: a multiple of 8, unless swapped 16, to 256
-  int stages = 4;            ///< of 128 k in the ring
-  int split = 1;             ///< blocks of a cluster that share a tile, each with a part of K
-  Share share = Share::none; ///< by a cluster of two; none with a split
-  int group = 8;             ///< tiles along M that run side by side; 0: M is within one
-
-  int rows() const { return 64 * warpgroups * waves; }
-  int sharing() const { return share == Share::none ? 1 : 2; }
-  int cluster() const { return split * sharing(); }
-  int threads() const { return 128 * warpgroups + 32; }
+/// The 64-row operand is X, or Y when `swapped`. A stage has 128 of K. `columns`: a multiple of 8, unless swapped 16,
+/// to 256.
+struct Config : PersistentConfig {
   int x_rows() const { return swapped ? columns : rows(); }
   int y_chunk() const { return swapped ? 64 : std::gcd(columns, 128); } ///< rows of Y that have one scale for sure
   int y_chunks() const { return (swapped ? rows() : columns) / y_chunk(); }
-  int units() const { return waves * columns / (swapped ? 8 : 16); } ///< 16 × 8 or 16 sums of a warp
-  int rank_units() const { return (units() + split - 1) / split; }   ///< that one block of a split adds up
   /// Whether tiles of 16-bit elements leave through shared memory and the copy engine.
   bool stages_output() const { return split == 1 && (swapped || columns % 64 == 0); }
   std::int64_t shared_bytes() const;
@@ -53,8 +35,6 @@ struct Config {
   int registers() const { return columns / 2 * (waves + 1) + (swapped ? columns / 2 : 0) + 40; }
   /// That run at one time, as their memory and registers allow.
   int blocks_per_sm() const;
-  /// `x2v2n128s4k1g8r`: x or, swapped, y; warpgroups, waves, columns, stages, split, group; r or c for what is shared.
-  std::string text() const;
   /// Of what text() gives.
   static std::optional<Config> parse(std::string_view text);
   bool operator==(const Config&) const = default;

@@ -11,61 +11,47 @@ namespace {
 
 using namespace ptx;
 
-constexpr int kRow = 128;     // k, and bytes, of a row in one stage: what one scale is for
-constexpr int kHeader = 1024; // bytes of mbarriers
-/// Descriptor ("wgmma, matrix descriptor"), all over 16: 8 rows apart 1024 bytes, 128-byte swizzle.
-constexpr int kDescriptorLow = 1 << 16, kDescriptorHigh = 1024 / 16 | 1 << 30;
-
-/// Where a tile lies: its first row of the 64-row operand and of the other one, and its matrix.
-struct Place {
-  B32 row, column, batch;
-};
-
 /// A persistent grid. In each block one warp makes the copy engine fill a ring of stages, and fetches the scales of
 /// each by cp.async, whose strides are free; warpgroups multiply 128 of k into fresh sums, scale these and add them up.
-class Tile {
+class Tile : PersistentTile<Config, F32> {
 public:
   Tile(Sm sm, const Shape& shape, const Config& config)
-      : shape_(shape), c_(config), w_(sm, "main", config.threads(), config.cluster(), config.blocks_per_sm()) {}
+      : PersistentTile(sm, {shape.b, shape.n, k_blocks(shape)}, config, layout_of(config)), shape_(shape) {}
 
   Result<std::string> emit() {
     prologue();
-    const Label consumers = w_.label(), end = w_.label();
-    w_.branch(consumers, w_.compare_u32(Compare::lt, warp_, consumer_warps()));
-    produce();
-    w_.branch(end);
-    w_.bind(consumers, "consumers");
-    consume();
-    w_.bind(end, "end");
-    return w_.finish();
+    return roles([&] { produce(); }, [&] { consume(); });
   }
 
 private:
-  int consumer_warps() const { return 4 * c_.warpgroups; }
-  int columns() const { return c_.columns; }
-  std::int64_t k_blocks() const { return (shape_.k + kRow - 1) / kRow; }
+  static std::int64_t k_blocks(const Shape& shape) { return (shape.k + kRow - 1) / kRow; }
+  std::int64_t k_blocks() const { return k_steps(); }
   std::int64_t n_blocks() const { return (shape_.n + 127) / 128; }
   int z_bytes() const { return shape_.z == fp8_block_bmm::ZDtype::f32 ? 4 : 2; }
   bool f32_out() const { return shape_.z == fp8_block_bmm::ZDtype::f32; }
 
-  // A stage: the 64-row operand, the other one.
+  // A stage: the 64-row operand, the other one. Behind the ring the tile on its way out, the scales of each stage: X's
+  // rows, then those that the tile's part of Y needs; then, of a tile's first stage, where it lies.
+  static int stage_bytes(const Config& c) { return (c.rows() + c.columns) * kRow; }
+  static int place_offset(const Config& c) { return (c.x_rows() + c.y_chunks() + 3) / 4 * 16; }
+  static int scale_bytes(const Config& c) { return place_offset(c) + 16; }
+  static int output_offset(const Config& c) { return kHeader + c.stages * stage_bytes(c); }
+  static int scales_offset(const Config& c) {
+    return output_offset(c) + (c.stages_output() ? c.rows() * c.columns * 2 : 0);
+  }
+  /// A stage has come with the copy engine's bytes and 32 lanes' scales.
+  static Layout layout_of(const Config& c) {
+    return {.stage_bytes = stage_bytes(c),
+            .sums_offset = scales_offset(c) + c.stages * scale_bytes(c),
+            .full_arrivals = 1 + 32};
+  }
   int row_bytes() const { return c_.rows() * kRow; }
-  int stage_bytes() const { return (c_.rows() + columns()) * kRow; }
-  // Its scales: X's rows, then those that the tile's part of Y needs; then, of a tile's first stage, where it lies.
+  int stage_bytes() const { return stage_bytes(c_); }
   int x_rows() const { return c_.x_rows(); }
-  int place_offset() const { return (x_rows() + c_.y_chunks() + 3) / 4 * 16; }
-  int scale_bytes() const { return place_offset() + 16; }
-  int output_offset() const { return kHeader + c_.stages * stage_bytes(); }
-  int scales_offset() const { return output_offset() + (c_.stages_output() ? c_.rows() * columns() * 2 : 0); }
-  int sums_offset() const { return scales_offset() + c_.stages * scale_bytes(); }
-  int empty_offset() const { return 8 * c_.stages; }
-  int sums_ready_offset() const { return 16 * c_.stages; }
-  int sums_read_offset() const { return 16 * c_.stages + 8; }
-
-  // A warp's parts of a warpgroup's sums that are stored together: 16 columns, or when swapped 8.
-  int unit_sums() const { return c_.swapped ? 4 : 8; }
-  int wave_units() const { return columns() / 2 / unit_sums(); }
-  int units() const { return c_.units(); }
+  int place_offset() const { return place_offset(c_); }
+  int scale_bytes() const { return scale_bytes(c_); }
+  int output_offset() const { return output_offset(c_); }
+  int scales_offset() const { return scales_offset(c_); }
 
   void prologue() {
     x_map_ = w_.parameter_tensor_map("x_map");
@@ -86,121 +72,7 @@ private:
     xs_stride_m_ = w_.parameter_b32("xs_stride_m");
     xs_stride_k_ = w_.parameter_b32("xs_stride_k");
 
-    thread_ = w_.thread();
-    lane_ = w_.and_(thread_, 31);
-    warp_ = w_.uniform(w_.shr(thread_, 5));
-    rank_ = c_.cluster() > 1 ? w_.rank_in_cluster() : w_.mov(0);
-    cluster_ = c_.cluster() > 1 ? w_.div_u32(w_.block_x(), c_.cluster()) : w_.block_x();
-    clusters_ = c_.cluster() > 1 ? w_.div_u32(w_.blocks_x(), c_.cluster()) : w_.blocks_x();
-    shared_ = w_.shared_memory();
-    // One thread each, by its number: the assembler makes a loop over the lanes of anything that may be several.
-    const auto one_thread = [&](int thread, auto body) { w_.if_(w_.compare_u32(Compare::eq, thread_, thread), body); };
-    one_thread(0, [&] {
-      for (int s = 0; s < c_.stages; ++s)
-        w_.mbarrier_init({shared_, 8 * s}, 1 + 32);
-      w_.fence_mbarrier_init();
-    });
-    one_thread(32, [&] {
-      for (int s = 0; s < c_.stages; ++s)
-        w_.mbarrier_init({shared_, empty_offset() + 8 * s}, consumer_warps() * c_.sharing());
-      w_.fence_mbarrier_init();
-    });
-    one_thread(64, [&] {
-      w_.prefetch_tensor_map(x_map_);
-      w_.prefetch_tensor_map(y_map_);
-      if (c_.split > 1) {
-        w_.mbarrier_init({shared_, sums_ready_offset()}, 1);
-        w_.mbarrier_init({shared_, sums_read_offset()}, consumer_warps() * c_.split);
-        w_.fence_mbarrier_init();
-      }
-    });
-    w_.barrier();
-    if (c_.cluster() > 1)
-      w_.barrier_cluster_arrive_relaxed();
-    if (c_.sharing() > 1) // else the others are waited for when there is something to send
-      w_.barrier_cluster_wait();
-    // Tiles, or pairs of tiles that share an operand.
-    m_tiles_ = c_.group == 0 ? w_.mov(1) : w_.div_u32(w_.add(m_, m_step() - 1), m_step());
-    matrix_tiles_ = w_.mul(m_tiles_, n_tiles());
-    all_tiles_ = w_.mul(matrix_tiles_, shape_.b);
-    k_first_ = w_.mov(0);
-    steps_ = w_.mov(k_blocks());
-    if (c_.split > 1) {
-      k_first_ = w_.mul(rank_, rank_steps());
-      steps_ = w_.max_s32(w_.min_s32(w_.sub(k_blocks(), k_first_), rank_steps()), 0);
-    }
-  }
-  /// Of 128 k that each block of a split takes, but the last ones fewer.
-  int rank_steps() const { return static_cast<int>((k_blocks() + c_.split - 1) / c_.split); }
-  bool every_rank_has_steps() const { return (c_.split - 1) * rank_steps() < k_blocks(); }
-  /// Rows of the 64-row operand, and of the other, that a cluster's tiles take.
-  int cluster_rows() const { return c_.rows() * (c_.share == Share::columns ? c_.sharing() : 1); }
-  int cluster_columns() const { return columns() * (c_.share == Share::rows ? c_.sharing() : 1); }
-  int m_step() const { return c_.swapped ? cluster_columns() : cluster_rows(); }
-  int n_step() const { return c_.swapped ? cluster_rows() : cluster_columns(); }
-  std::int64_t n_tiles() const { return (shape_.n + n_step() - 1) / n_step(); }
-
-  /// Bands of `group` tiles along M; within one, M first: what runs at one time shares operands in L2.
-  Place locate(B32 index) {
-    B32 batch = w_.mov(0), in_matrix = index;
-    if (shape_.b > 1) {
-      batch = w_.div_u32(index, matrix_tiles_);
-      in_matrix = w_.sub(index, w_.mul(batch, matrix_tiles_));
-    }
-    B32 m = w_.mov(0), n = m;
-    if (c_.group == 0) {
-      n = w_.mul(in_matrix, n_step());
-    } else {
-      const B32 band_tiles = w_.mov(c_.group * n_tiles());
-      const B32 band = w_.div_u32(in_matrix, band_tiles), first = w_.mul(band, c_.group);
-      const B32 height = w_.min_u32(w_.sub(m_tiles_, first), c_.group);
-      const B32 in_band = w_.sub(in_matrix, w_.mul(band, band_tiles));
-      const B32 n_tile = w_.div_u32(in_band, height);
-      const B32 m_tile = w_.add(first, w_.sub(in_band, w_.mul(n_tile, height)));
-      m = w_.mul(m_tile, m_step());
-      n = w_.mul(n_tile, n_step());
-    }
-    Place place{c_.swapped ? n : m, c_.swapped ? m : n, batch};
-    if (c_.share == Share::columns)
-      place.row = w_.mad(rank_, c_.rows(), place.row);
-    else if (c_.share == Share::rows)
-      place.column = w_.mad(rank_, columns(), place.column);
-    return place;
-  }
-  template <class Body> void for_tiles(Body body) {
-    const B32 tile = w_.mov(cluster_);
-    w_.if_(w_.compare_u32(Compare::lt, tile, all_tiles_), [&] {
-      w_.loop("tiles", [&] {
-        body(tile);
-        w_.add_to(tile, tile, clusters_);
-        return w_.compare_u32(Compare::lt, tile, all_tiles_);
-      });
-    });
-  }
-  /// `body(step)` for each 128 of K that this block takes.
-  template <class Body> void for_steps(Body body) {
-    const auto loop = [&] {
-      const B32 step = w_.mov(0);
-      w_.loop("steps along K", [&] {
-        body(step);
-        w_.add_to(step, step, 1);
-        return w_.compare_u32(Compare::lt, step, steps_);
-      });
-    };
-    if (every_rank_has_steps())
-      loop();
-    else
-      w_.if_(w_.compare_u32(Compare::ne, steps_, 0), loop);
-  }
-
-  struct Slot {
-    B32 index, parity;
-  };
-  void advance(const Slot& s) {
-    w_.add_to(s.index, s.index, 1);
-    const Pred wraps = w_.compare_u32(Compare::eq, s.index, c_.stages);
-    w_.mov_to(s.index, 0, wraps);
-    w_.mov_to(s.parity, w_.xor_(s.parity, 1), wraps);
+    start({x_map_, y_map_});
   }
 
   // ---- the copying warp
@@ -263,42 +135,10 @@ private:
     copy(w_.add(stage, row_bytes()), c_.swapped ? x_map_ : y_map_, k, place.column, columns(),
          c_.share == Share::columns, place.batch, full);
   }
-  void copy(B32 to, B64 map, B32 k, B32 row, int rows, bool shared, B32 batch, B32 full) {
-    if (!shared) {
-      w_.copy_tensor_3d({to}, map, k, row, batch, {full});
-      return;
-    }
-    const int part = rows / c_.sharing();
-    w_.copy_tensor_3d({w_.mad(rank_, part * kRow, to)}, map, k, w_.mad(rank_, part, row), batch, {full},
-                      (1 << c_.sharing()) - 1);
-  }
-
-  /// No block leaves before all that others send to its barriers has come: each stage is free again.
-  void await_release(const Slot& slot) {
-    if (c_.sharing() == 1)
-      return;
-    const B32 i = w_.mov(0);
-    w_.loop("every stage is free", [&] {
-      w_.mbarrier_wait({w_.mad(slot.index, 8, shared_), empty_offset()}, slot.parity);
-      advance(slot);
-      w_.add_to(i, i, 1);
-      return w_.compare_u32(Compare::lt, i, c_.stages);
-    });
-  }
-
   // ---- the multiplying warpgroups
 
   void consume() {
-    yes_ = w_.always(true);
-    no_ = w_.always(false);
-    warpgroup_ = w_.shr(warp_, 2);
-    quad_ = w_.and_(lane_, 3);
-    const B32 empty = w_.add(shared_, empty_offset());
-    first_lane_ = w_.compare_u32(Compare::lt, lane_, c_.sharing());
-    empty_ = c_.sharing() > 1 ? w_.in_block(empty, w_.min_u32(lane_, c_.sharing() - 1)).base : empty;
-    for (int wave = 0; wave < c_.waves; ++wave)
-      for (int e = 0; e < columns() / 2; ++e)
-        sums_.push_back(w_.f32());
+    start_consuming();
     for (int e = 0; e < columns() / 2; ++e)
       part_.push_back(w_.f32());
     for (int i = 0; i < (c_.swapped ? columns() / 4 : 2 * c_.waves); ++i)
@@ -343,29 +183,26 @@ private:
   }
   /// With K split over the cluster.
   void multiply_split(const Slot& slot) {
-    sums_parity_ = w_.mov(0);
-    const B32 waited = w_.mov(0);
-    for_tiles([&](B32 tile) {
-      const auto steps = [&] {
-        await_stage(slot);
-        load_scales(slot);
-        start_products(0);
-        const Pred more = w_.compare_u32(Compare::lt, 1, steps_);
-        finish_step(slot, more, true);
-        w_.if_(more, [&] { multiply_others(slot); });
-      };
-      if (every_rank_has_steps()) {
-        steps();
-      } else {
-        for (const F32 sum : sums_)
-          w_.mov_to(sum, 0.0f);
-        w_.if_(w_.compare_u32(Compare::ne, steps_, 0), steps);
-      }
-      w_.if_(w_.compare_u32(Compare::eq, waited, 0), [&] { w_.barrier_cluster_wait(); });
-      w_.mov_to(waited, 1);
-      store_shares(locate(tile));
-    });
-    w_.mbarrier_wait({shared_, sums_read_offset()}, w_.xor_(sums_parity_, 1));
+    const auto steps = [&] {
+      await_stage(slot);
+      load_scales(slot);
+      start_products(0);
+      const Pred more = w_.compare_u32(Compare::lt, 1, steps_);
+      finish_step(slot, more, true);
+      w_.if_(more, [&] { multiply_others(slot); });
+    };
+    split_tiles(
+        [&] {
+          if (every_rank_has_steps()) {
+            steps();
+            return;
+          }
+          for (const F32 sum : sums_)
+            w_.mov_to(sum, 0.0f);
+          w_.if_(w_.compare_u32(Compare::ne, steps_, 0), steps);
+        },
+        [&](const Place& place) { prepare(place); },
+        [&](const std::vector<F32>& sums, I32 wave, I32 unit) { store_unit(sums, wave, unit); });
   }
 
   /// As the copying warp left it with a tile's first stage.
@@ -374,7 +211,6 @@ private:
     w_.load_shared(std::span<const B32>(v), {scales_of(slot), place_offset()});
     return {v[0], v[1], v[2]};
   }
-  void await_stage(const Slot& slot) { w_.mbarrier_wait({w_.mad(slot.index, 8, shared_)}, slot.parity); }
   B32 scales_of(const Slot& slot) { return w_.mad(slot.index, scale_bytes(), w_.add(shared_, scales_offset())); }
   /// The low words of the descriptors of a stage's operands, for start_products.
   void describe(const Slot& slot) {
@@ -430,15 +266,6 @@ private:
       return more;
     });
   }
-  void release(B32 slot) {
-    w_.barrier_warp();
-    const B32 at = w_.mad(slot, 8, empty_);
-    if (c_.sharing() > 1)
-      w_.mbarrier_arrive_cluster({at}, first_lane_);
-    else
-      w_.mbarrier_arrive({at}, first_lane_);
-  }
-
   /// Of this lane's rows of X, two a wave; swapped, of its columns, two of eight.
   void load_x_scales(B32 scales) {
     if (c_.swapped) {
@@ -492,12 +319,10 @@ private:
       store_staged(place);
       return;
     }
-    prepare_store(place);
+    prepare(place);
     for (int wave = 0; wave < c_.waves; ++wave)
-      for (int u = 0; u < wave_units(); ++u) {
-        const auto begin = static_cast<std::size_t>((wave * wave_units() + u) * unit_sums());
-        store_unit(std::span<const F32>(sums_).subspan(begin, static_cast<std::size_t>(unit_sums())), wave, u);
-      }
+      for (int u = 0; u < wave_units(); ++u)
+        store_unit(unit_of(wave, u), wave, u);
   }
 
   /// Through shared memory, each warp what it has: boxes of 16 rows by 64 columns whose 16-byte chunks are exchanged
@@ -524,10 +349,6 @@ private:
       }
     w_.bulk_commit();
   }
-  std::span<const F32> unit_of(int wave, int unit) {
-    return std::span<const F32>(sums_).subspan(static_cast<std::size_t>((wave * wave_units() + unit) * unit_sums()),
-                                               static_cast<std::size_t>(unit_sums()));
-  }
   void stage(B32 buffer, int wave, int box_bytes) {
     const B32 row = w_.and_(lane_, 7); // of the matrix lane / 8: rows 0 to 7 and 8 to 15, of eight columns and the next
     const B32 chunk = w_.xor_(row, w_.shr(lane_, 4));
@@ -553,93 +374,7 @@ private:
     }
   }
 
-  /// K was split over the cluster: block r gets everybody's sums of the units r, r + split, … of each warp, adds them
-  /// up in the order of the ranks and stores them.
-  void store_shares(const Place& place) {
-    w_.comment("sums over the cluster");
-    const B32 at = w_.mad(thread_, 16, w_.add(shared_, sums_offset()));
-    const B32 mine = w_.mad(rank_, c_.rank_units() * unit_bytes(), at);
-    w_.mbarrier_wait({shared_, sums_read_offset()}, w_.xor_(sums_parity_, 1));
-    for (int rank = 0; rank < c_.split; ++rank) {
-      const B32 to = w_.in_block(mine, rank).base, arrived = w_.in_block(shared_, rank).base;
-      for (int i = 0; i * c_.split + rank < units(); ++i)
-        for (int part = 0; part < unit_sums() / 4; ++part)
-          w_.store_async({to, i * unit_bytes() + part * part_bytes()},
-                         std::span<const F32>(sums_)
-                             .subspan(static_cast<std::size_t>((i * c_.split + rank) * unit_sums() + 4 * part))
-                             .first<4>(),
-                         {arrived, sums_ready_offset()});
-    }
-    const B32 unit_count = w_.div_u32(w_.sub(units() + c_.split - 1, rank_), c_.split);
-    w_.mbarrier_expect_bytes({shared_, sums_ready_offset()}, w_.mul(unit_count, c_.split * unit_bytes()),
-                             w_.compare_u32(Compare::eq, thread_, 0));
-    prepare_store(place);
-    w_.mbarrier_wait({shared_, sums_ready_offset()}, sums_parity_);
-    for (int i = 0; i * c_.split < units(); ++i) {
-      const auto share = [&] {
-        std::vector<F32> total;
-        for (int rank = 0; rank < c_.split; ++rank)
-          for (int part = 0; part < unit_sums() / 4; ++part) {
-            const std::array<F32, 4> v = w_.make<F32, 4>();
-            w_.load_shared(std::span<const F32>(v),
-                           {at, (rank * c_.rank_units() + i) * unit_bytes() + part * part_bytes()});
-            for (std::size_t e = 0; e < 4; ++e)
-              if (rank == 0)
-                total.push_back(v[e]);
-              else
-                w_.add_to(total[static_cast<std::size_t>(4 * part) + e], total[static_cast<std::size_t>(4 * part) + e],
-                          v[e]);
-          }
-        const B32 unit = w_.add(rank_, i * c_.split), wave = w_.div_u32(unit, wave_units());
-        store_unit(total, wave, w_.sub(unit, w_.mul(wave, wave_units())));
-      };
-      if ((i + 1) * c_.split <= units())
-        share();
-      else
-        w_.if_(w_.compare_u32(Compare::lt, rank_, units() - i * c_.split), share);
-    }
-    w_.barrier_warp();
-    const SharedAddress theirs = w_.in_block(shared_, w_.min_u32(lane_, c_.split - 1));
-    w_.mbarrier_arrive_cluster({theirs.base, sums_read_offset()}, w_.compare_u32(Compare::lt, lane_, c_.split));
-    w_.mov_to(sums_parity_, w_.xor_(sums_parity_, 1));
-  }
-  int part_bytes() const { return 16 * 128 * c_.warpgroups; }
-  int unit_bytes() const { return unit_sums() / 4 * part_bytes(); }
-
-  /// Where in Z this lane stores what it has of its warp's first row and column, and how the rows go on.
-  void prepare_store(const Place& place) {
-    const B32 warp_row = w_.add(w_.mad(warpgroup_, c_.waves * 64, place.row), w_.mul(w_.and_(warp_, 3), 16));
-    const B32 eighth = w_.shr(lane_, 2), pair = w_.mul(quad_, 2);
-    // Pairs of 16-bit elements change lanes (store_pairs), so that a lane has four neighbours of one of two eights.
-    const B32 four = w_.mad(w_.and_(quad_, 1), 8, w_.mul(w_.shr(quad_, 1), 4));
-    is_odd_ = w_.compare_u32(Compare::ne, w_.and_(lane_, 1), 0);
-    if (c_.swapped) {
-      first_m_ = w_.add(place.column, f32_out() ? pair : eighth);
-      first_n_ = w_.add(warp_row, f32_out() ? eighth : four);
-    } else {
-      first_m_ = w_.add(warp_row, eighth);
-      first_n_ = w_.add(place.column, f32_out() ? pair : four);
-    }
-    const B64 matrix = w_.add64(z_, w_.mul64(w_.mul64(z_stride_b_, w_.widen(place.batch)), z_bytes()));
-    z_row_bytes_ = w_.mul64(w_.widen(z_stride_m_), z_bytes());
-    z_first_ = w_.mad_wide(first_n_, z_bytes(), w_.add64(matrix, w_.mul64(z_row_bytes_, w_.widen(first_m_))));
-  }
-  /// `rows` below and `columns` beside the lane's first element: a constant or, where K was split, a register.
-  GlobalAddress z_at(I32 rows, I32 columns) {
-    const B64 row = rows.is_immediate ? w_.add64(z_first_, w_.mul64(z_row_bytes_, rows.immediate))
-                                      : w_.add64(z_first_, w_.mul64(z_row_bytes_, w_.widen(rows.reg)));
-    if (columns.is_immediate)
-      return {row, columns.immediate * z_bytes()};
-    return {w_.mad_wide(columns, z_bytes(), row)};
-  }
-  Pred z_exists(I32 rows, I32 columns) {
-    const Pred row_exists = w_.compare_u32(Compare::lt, w_.add(first_m_, rows), m_);
-    if (shape_.n % n_step() == 0)
-      return row_exists;
-    return w_.both(row_exists, w_.compare_u32(Compare::lt, w_.add(first_n_, columns), shape_.n));
-  }
-  I32 plus(I32 a, int b) { return a.is_immediate ? I32(a.immediate + b) : I32(w_.add(a, b)); }
-  I32 times(I32 a, int b) { return a.is_immediate ? I32(a.immediate * b) : I32(w_.mul(a, b)); }
+  void prepare(const Place& place) { prepare_store(place, {z_, z_stride_b_, z_stride_m_, z_bytes()}, !f32_out()); }
 
   /// Sums of 16 rows and 16 columns (swapped: 8) that this warp has, by wgmma's layout of D: row l/4 (+8), columns
   /// 2·(l mod 4) + {0, 1} of each eight.
@@ -652,8 +387,8 @@ private:
       }
       for (int e = 0; e < 2; ++e)
         for (int half = 0; half < 2; ++half)
-          w_.store_global(z_at(plus(m, e), plus(n, 8 * half)), v.subspan(static_cast<std::size_t>(2 * half + e), 1),
-                          z_exists(plus(m, e), plus(n, 8 * half)));
+          w_.store_global(output_at(plus(m, e), plus(n, 8 * half)),
+                          v.subspan(static_cast<std::size_t>(2 * half + e), 1), exists(plus(m, e), plus(n, 8 * half)));
       return;
     }
     for (int half = 0; half < 2; ++half) {
@@ -664,35 +399,19 @@ private:
         continue;
       }
       for (int eight = 0; eight < 2; ++eight)
-        w_.store_global(z_at(m, plus(n, 8 * eight)), v.subspan(static_cast<std::size_t>(4 * eight) + h, 2),
-                        z_exists(m, plus(n, 8 * eight)));
+        w_.store_global(output_at(m, plus(n, 8 * eight)), v.subspan(static_cast<std::size_t>(4 * eight) + h, 2),
+                        exists(m, plus(n, 8 * eight)));
     }
   }
   B32 pack(F32 high, F32 low) {
     return shape_.z == fp8_block_bmm::ZDtype::f16 ? w_.to_f16x2(high, low) : w_.to_bf16x2(high, low);
   }
-  /// 16 columns of a row, of which this lane has 2·(l mod 4) + {0, 1} and eight further. Neighbours exchange a pair:
-  /// whole sectors of 32 bytes are written.
-  void store_pairs(B32 low, B32 high, I32 m, I32 n) {
-    const B32 theirs = w_.shuffle_xor(w_.select(is_odd_, low, high), 1);
-    const std::array<B32, 2> four = {w_.select(is_odd_, theirs, low), w_.select(is_odd_, high, theirs)};
-    w_.store_global(z_at(m, n), std::span<const B32>(four), z_exists(m, n));
-  }
-
   const Shape shape_;
-  const Config c_;
-  Writer w_;
   B64 x_map_, y_map_, z_map_, xs_, ys_, z_, z_stride_b_, xs_stride_b_;
-  B32 m_, z_stride_m_, xs_stride_m_, xs_stride_k_;
-  B32 thread_, lane_, warp_, rank_, cluster_, clusters_, shared_;
-  B32 m_tiles_, matrix_tiles_, all_tiles_, k_first_, steps_;
-  Pred yes_, no_, first_lane_, is_odd_;
+  B32 z_stride_m_, xs_stride_m_, xs_stride_k_;
   B32 row_descriptor_, column_descriptor_;
-  B32 warpgroup_, quad_, empty_, sums_parity_;
-  std::vector<F32> sums_, part_; ///< of all waves, scaled; of 128 k
+  std::vector<F32> part_; ///< of 128 k
   std::vector<F32> x_scales_, y_scales_;
-  B32 first_m_, first_n_;
-  B64 z_first_, z_row_bytes_;
 };
 
 } // namespace
@@ -703,20 +422,12 @@ Result<Emitted> emit(Sm sm, const Shape& shape, const Config& config) {
     return text.status();
   Emitted emitted;
   emitted.text = std::move(*text);
-  emitted.launch.tile_m = config.swapped ? config.columns : config.rows();
-  emitted.launch.tile_n = config.swapped ? config.rows() : config.columns;
-  emitted.launch.split_k = config.split;
-  emitted.launch.cluster_x = config.cluster() > 1 ? config.cluster() : 0;
-  emitted.launch.threads = config.threads();
-  emitted.launch.smem_bytes = static_cast<std::int32_t>(config.shared_bytes());
-  emitted.launch.blocks_per_sm = config.blocks_per_sm();
-  const int row_box = config.rows() / (config.share == Share::rows ? config.sharing() : 1);
-  const int column_box = config.columns / (config.share == Share::columns ? config.sharing() : 1);
-  emitted.boxes.x = {.inner = kRow, .rows = config.swapped ? column_box : row_box, .swizzle = 128};
+  emitted.launch = persistent_launch(config, config.shared_bytes(), config.blocks_per_sm());
+  emitted.boxes.x = {.inner = 128, .rows = config.swapped ? config.column_box() : config.row_box(), .swizzle = 128};
   if (config.stages_output() && shape.z != fp8_block_bmm::ZDtype::f32)
     emitted.boxes.z = config.swapped ? cuda::TensorBox{.inner = 16, .rows = config.columns}
                                      : cuda::TensorBox{.inner = 64, .rows = 16, .swizzle = 128};
-  emitted.boxes.y = {.inner = kRow, .rows = config.swapped ? row_box : column_box, .swizzle = 128};
+  emitted.boxes.y = {.inner = 128, .rows = config.swapped ? config.row_box() : config.column_box(), .swizzle = 128};
   return emitted;
 }
 

@@ -3,9 +3,13 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
+#include "backends/nvidia/persistent_tile.h"
 #include "backends/nvidia/ptx.h"
 #include "cache/status.h"
+#include "jit/cuda/launch_plan.h"
+#include "jit/cuda/tensor_map.h"
 
 /// int4_mm on the tensor cores' mma.sync and wgmma. Weights are the 16-row operand and tokens its 8 columns, so that D
 /// comes out transposed and few tokens waste nothing; weights go from memory straight into registers as fragments
@@ -87,6 +91,44 @@ struct GroupedConfig {
 };
 Result<std::string> emit_grouped(ptx::Sm sm, const Shape& shape, const GroupedConfig& config);
 
+/// More than 64 tokens on Hopper: a persistent grid, tokens through a tensor map, weights as the register operand. A
+/// stage has 64 of K; the 64-row operand is the weights (`swapped` always), `columns` tokens are a multiple of 8 to
+/// 256, two waves at most. No rows are shared.
+struct TmaConfig : PersistentConfig {
+  int operands = 1; ///< as TileConfig's
+
+  int row_tiles() const { return rows() / 16; }
+  std::int64_t shared_bytes(const Shape& shape) const;
+  /// Of a thread, about: sums, two sets of operands.
+  int registers() const { return columns / 2 * waves + (operands == 1 ? 32 : 84) + 40; }
+  int blocks_per_sm() const { return 1; }
+  std::string text() const; ///< PersistentConfig's, `e` and operands behind where there are several
+  bool operator==(const TmaConfig&) const = default;
+};
+struct Emitted {
+  std::string text;
+  cuda::LaunchPlan launch;
+  cuda::TensorBox x_box, y_box;
+};
+Result<Emitted> emit_tma(ptx::Sm sm, const Shape& shape, const TmaConfig& config);
+
+/// Code::invalid_argument: not a configuration that emit_tma makes for this shape. `m_class` is the class' bound, or
+/// kAny.
+Status check(const Shape& shape, std::int64_t m_class, const TmaConfig& config);
+/// The one chosen without timing, then others that are worth it. A weight goes in as so many `operands`.
+std::vector<TmaConfig> candidates(const Shape& shape, std::int64_t m_class, int operands);
+
+/// The A operand of one mma.
+using Operand = std::array<ptx::B32, 4>;
+/// bf16x2 of a row's scale and zero, each twice.
+struct Scale {
+  ptx::B32 scale, zero;
+};
+/// Of a row tile's step, this lane's words of the pack, by part and row half.
+std::array<Scale, 4> scales_of(ptx::Writer& w, const std::array<ptx::B32, 4>& words, int parts);
+/// The operands of a word of the pack whose products add up to its weights' (TileConfig::operands).
+std::vector<Operand> dequantise(ptx::Writer& w, ptx::B32 word, const std::array<Scale, 4>& scale, std::size_t part,
+                                int operands);
 /// Four bf16x2 of q − 8, exact, from a word of the pack: the A operand of one mma.
 std::array<ptx::B32, 4> unpack(ptx::Writer& w, ptx::B32 word);
 

@@ -1,5 +1,9 @@
 #include <algorithm>
 #include <bit>
+#include <variant>
+#include <vector>
+
+#include <fmt/format.h>
 
 #include "backends/nvidia/int4_mm.h"
 #include "backends/nvidia/row_parts.h"
@@ -14,9 +18,6 @@ namespace {
 
 using namespace kiln::int4_mm;
 
-/// Shared memory that a block of sm_90 may have (CUDA C++ Programming Guide, "Compute Capability 9.x"), and the most
-/// steps of a ring.
-constexpr std::int64_t kSm90Shared = 227 * 1024, kMostStages = 32;
 /// An H200 has room for 30 clusters of four blocks at once, each block an SM's.
 constexpr std::int64_t kManyClustersOfFour = 28;
 /// Below so many columns a row's roundings of weights may not average out to what OPS.md allows; likewise few tokens a
@@ -134,6 +135,19 @@ int4::TileConfig choose_wgmma(const int4::Shape& shape, std::int64_t m) {
   return config;
 }
 
+/// As many stages as fit, for whole turns of the groups; fewer groups where they would be too few.
+int4::GroupedConfig with_stages(int4::GroupedConfig config, const int4::Shape& shape) {
+  const auto fitting = [&] {
+    const std::int64_t stages =
+        std::min((kBlockSharedBytes - config.fixed_bytes()) / config.stage_bytes(shape), std::int64_t{kMaxStages});
+    return static_cast<int>(stages / config.warps_k * config.warps_k);
+  };
+  while (config.warps_k > 1 && fitting() < 3 * config.warps_k) // copies come late with fewer
+    config.warps_k /= 2;
+  config.stages = fitting();
+  return config;
+}
+
 /// Sixteen warps. Blocks as high as leave enough of them: each reads its tokens anew. The rest of the warps, and a
 /// cluster of two, of which as many fit as the GPU has room for, split K.
 int4::GroupedConfig choose_grouped(const int4::Shape& shape, std::int64_t m) {
@@ -147,14 +161,49 @@ int4::GroupedConfig choose_grouped(const int4::Shape& shape, std::int64_t m) {
   while (config.cluster < 4 && 2 * count() * config.cluster <= kManyBlocks &&
          (config.cluster == 1 || count() <= kManyClustersOfFour) && 2 * config.cluster * config.warps_k <= steps)
     config.cluster *= 2;
-  const auto fitting = [&] {
-    const std::int64_t stages = std::min((kSm90Shared - config.fixed_bytes()) / config.stage_bytes(shape), kMostStages);
-    return static_cast<int>(stages / config.warps_k * config.warps_k);
+  return with_stages(config, shape);
+}
+
+/// What one kernel on wgmma is made of.
+using Wgmma = std::variant<int4::TmaConfig, int4::TileConfig, int4::GroupedConfig>;
+std::string text_of(const Wgmma& config) {
+  return std::visit([](const auto& c) { return c.text(); }, config);
+}
+
+/// The one taken without timing, then what may be faster.
+std::vector<Wgmma> wgmma_configs(const KernelDesc& desc) {
+  const int4::Shape shape = shape_of(desc);
+  const std::int64_t m = desc.value[kM];
+  std::vector<Wgmma> all;
+  const auto add = [&](const Wgmma& config) {
+    const auto is_it = [&](const Wgmma& other) { return text_of(other) == text_of(config); };
+    if (std::none_of(all.begin(), all.end(), is_it))
+      all.push_back(config);
   };
-  while (config.warps_k > 1 && fitting() < 3 * config.warps_k) // copies come late with fewer
-    config.warps_k /= 2;
-  config.stages = fitting();
-  return config;
+  if (!takes_grouped(desc)) {
+    const int operands = operands_for(shape, m);
+    for (const int4::TmaConfig& config : int4::candidates(shape, m, operands))
+      add(config);
+    if (operands == 1)
+      add(choose_wgmma(shape, m));
+    return all;
+  }
+  const int4::GroupedConfig chosen = choose_grouped(shape, m);
+  add(chosen);
+  for (const int warps_n : {16, 8, 4})
+    for (const int warps_k : {16 / warps_n, 8 / warps_n})
+      for (const int cluster : {1, 2, 4}) {
+        const std::int64_t blocks = (shape.n + 16 * warps_n - 1) / (16 * warps_n);
+        if (warps_k == 0 || blocks * cluster > 2 * kManyBlocks ||
+            cluster * warps_k > std::max<std::int64_t>(1, shape.k / std::max<std::int64_t>(shape.group, 64)))
+          continue;
+        const int4::GroupedConfig config = with_stages(
+            {.token_tiles = chosen.token_tiles, .warps_n = warps_n, .warps_k = warps_k, .cluster = cluster}, shape);
+        if (config.stages >= (config.turns_in_use() + 1) * config.warps_k &&
+            config.shared_bytes(shape) <= kBlockSharedBytes)
+          add(config);
+      }
+  return all;
 }
 
 Result<CodeObject> code_object(Result<std::string> text, const cuda::LaunchPlan& launch, const Target& target,
@@ -171,14 +220,56 @@ Result<CodeObject> compile_tile(const int4::Shape& shape, const int4::TileConfig
                      pack_layout);
 }
 
-Result<CodeObject> compile_wgmma(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
-  const int4::Shape shape = shape_of(desc);
-  if (!takes_grouped(desc))
-    return compile_tile(shape, choose_wgmma(shape, desc.value[kM]), target, pack_layout);
-  const int4::GroupedConfig config = choose_grouped(shape, desc.value[kM]);
+Result<CodeObject> compile_tma(const int4::Shape& shape, const int4::TmaConfig& config, const Target& target,
+                               std::string_view pack_layout) {
+  const Result<int4::Emitted> made = int4::emit_tma(sm_of(target), shape, config);
+  if (!made)
+    return made.status();
+  const Plan plan = {.layout = find_pack_layout(pack_layout),
+                     .launch = made->launch,
+                     .boxes = Boxes{.x = made->x_box, .y = made->y_box}};
+  return ptx_object(made->text, target, plan.values());
+}
+Result<CodeObject> compile_grouped(const int4::Shape& shape, const int4::GroupedConfig& config, const Target& target,
+                                   std::string_view pack_layout) {
   return code_object(int4::emit_grouped(sm_of(target), shape, config),
                      tiled_launch(config, config.tokens(), config.rows(), shape.n, config.shared_bytes(shape)), target,
                      pack_layout);
+}
+Result<CodeObject> compile_config(const KernelDesc& desc, const Wgmma& config, const Target& target,
+                                  std::string_view pack_layout) {
+  struct Compile {
+    int4::Shape shape;
+    const Target& target;
+    std::string_view layout;
+    Result<CodeObject> operator()(const int4::TmaConfig& c) const { return compile_tma(shape, c, target, layout); }
+    Result<CodeObject> operator()(const int4::TileConfig& c) const { return compile_tile(shape, c, target, layout); }
+    Result<CodeObject> operator()(const int4::GroupedConfig& c) const {
+      return compile_grouped(shape, c, target, layout);
+    }
+  };
+  Result<CodeObject> code = std::visit(Compile{shape_of(desc), target, pack_layout}, config);
+  if (code)
+    code->configuration = text_of(config);
+  return code;
+}
+
+Result<CodeObject> compile_wgmma(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
+  return compile_config(desc, wgmma_configs(desc).front(), target, pack_layout);
+}
+std::vector<std::string> configurations(const KernelDesc& desc, const Target&) {
+  std::vector<std::string> texts;
+  for (const Wgmma& config : wgmma_configs(desc))
+    texts.push_back(text_of(config));
+  return texts;
+}
+Result<CodeObject> compile_configured(const KernelDesc& desc, const Target& target, std::string_view pack_layout,
+                                      std::string_view configuration) {
+  for (const Wgmma& config : wgmma_configs(desc))
+    if (text_of(config) == configuration)
+      return compile_config(desc, config, target, pack_layout);
+  return Status::error(Code::invalid_argument,
+                       fmt::format("int4_mm: '{}' is no configuration for {}", configuration, desc.text()));
 }
 
 Result<CodeObject> compile_mma_sync(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
@@ -204,6 +295,8 @@ Implementation int4_mm_wgmma() {
   Implementation row = row_of(IsaPath::wgmma);
   row.supports = supports_wgmma;
   row.compile = compile_wgmma;
+  row.configurations = configurations;
+  row.compile_configured = compile_configured;
   return row;
 }
 

@@ -15,10 +15,8 @@ namespace {
 using namespace ptx;
 using Fragment = std::array<F32, 4>; ///< of D: rows l/4 (0, 1) and l/4 + 8 (2, 3), tokens 2·(l mod 4) + {0, 1}
 
-constexpr int kTokenRow = 128;                    // bytes of a token's K block
-constexpr int kRowTile = 512;                     // bytes of a row tile's K block
-constexpr std::uint32_t kOnes = 0x3F803F80;       // bf16 1, twice
-constexpr std::uint32_t kMinusZeros = 0x80008000; // bf16 −0, twice: added, it changes nothing
+constexpr int kTokenRow = 128; // bytes of a token's K block
+constexpr int kRowTile = 512;  // bytes of a row tile's K block
 
 int log2(std::int64_t power_of_two) {
   return std::countr_zero(static_cast<std::uint64_t>(power_of_two));
@@ -241,7 +239,7 @@ private:
           const std::array<B32, 4> q = w_.make<B32, 4>();
           w_.load_shared(std::span<const B32>(q), SharedAddress{w_.add(slots.back(), weight_read_)});
           for (std::size_t j = 0; j < 4; ++j)
-            operands.push_back(dequantise(q[j], scale, parts() == 1 ? 0 : j / 2));
+            operands.push_back(dequantise(w_, q[j], scale, parts() == 1 ? 0 : j / 2, c_.operands));
         }
         w_.wgmma_fence();
         for (int i = 0; i < 4 * c_.step_blocks; ++i) {
@@ -265,35 +263,11 @@ private:
     w_.cp_async_wait(0);
   }
 
-  /// bf16x2 of a row's scale and zero, each twice.
-  struct Scale {
-    B32 scale, zero;
-  };
-
-  /// By part and row half, of a row tile.
+  /// Of a row tile.
   std::array<Scale, 4> load_scale(SharedAddress from) {
-    const std::array<B32, 4> pair = w_.make<B32, 4>();
-    w_.load_shared(std::span<const B32>(pair).first(static_cast<std::size_t>(2 * parts())), from);
-    std::array<Scale, 4> scale;
-    for (std::size_t i = 0; i < static_cast<std::size_t>(2 * parts()); ++i)
-      scale[i] = {w_.prmt(pair[i], 0, 0x1010), w_.prmt(pair[i], 0, 0x3232)};
-    return scale;
-  }
-  using Operand = std::array<B32, 4>;
-  /// The A operands of a word whose products add up to its weights' (TileConfig::operands).
-  std::vector<Operand> dequantise(B32 word, const std::array<Scale, 4>& scale, std::size_t part) {
-    const Operand q = unpack(w_, word);
-    const Scale* const s = &scale[2 * part]; // by row half
-    const auto each = [](auto value) { return Operand{value(0), value(1), value(2), value(3)}; };
-    if (c_.operands == 1)
-      return {each([&](std::size_t i) { return w_.fma_bf16x2(q[i], s[i % 2].scale, s[i % 2].zero); })};
-    // q − 8 has 4 significant bits and the scale 8: what their product loses in rounding is a bf16.
-    const Operand rounded = each([&](std::size_t i) { return w_.fma_bf16x2(q[i], s[i % 2].scale, kMinusZeros); });
-    Operand rest =
-        each([&](std::size_t i) { return w_.fma_bf16x2(q[i], s[i % 2].scale, w_.negate_bf16x2(rounded[i])); });
-    if (c_.operands == 3)
-      return {rounded, rest, {s[0].zero, s[1].zero, s[0].zero, s[1].zero}};
-    return {rounded, each([&](std::size_t i) { return w_.fma_bf16x2(rest[i], kOnes, s[i % 2].zero); })};
+    const std::array<B32, 4> words = w_.make<B32, 4>();
+    w_.load_shared(std::span<const B32>(words).first(static_cast<std::size_t>(2 * parts())), from);
+    return scales_of(w_, words, parts());
   }
 
   void multiply_block() {
@@ -317,7 +291,7 @@ private:
       for (std::size_t i = 0; i < 2; ++i)
         for (int r = 0; r < c_.row_tiles; ++r) {
           for (const Operand& a :
-               dequantise(q[static_cast<std::size_t>(r)][i], scale[static_cast<std::size_t>(r)], part))
+               dequantise(w_, q[static_cast<std::size_t>(r)][i], scale[static_cast<std::size_t>(r)], part, c_.operands))
             for (int t = 0; t < c_.token_tiles; ++t)
               w_.mma_bf16(acc(r, t), a, std::span<const B32, 2>(x[static_cast<std::size_t>(t)].data() + 2 * i, 2),
                           acc(r, t));
@@ -381,6 +355,30 @@ private:
 };
 
 } // namespace
+
+std::array<Scale, 4> scales_of(Writer& w, const std::array<B32, 4>& words, int parts) {
+  std::array<Scale, 4> scale;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(2 * parts); ++i)
+    scale[i] = {w.prmt(words[i], 0, 0x1010), w.prmt(words[i], 0, 0x3232)};
+  return scale;
+}
+
+std::vector<Operand> dequantise(Writer& w, B32 word, const std::array<Scale, 4>& scale, std::size_t part,
+                                int operands) {
+  constexpr std::uint32_t kOnes = 0x3F803F80;       // bf16 1, twice
+  constexpr std::uint32_t kMinusZeros = 0x80008000; // bf16 −0, twice: added, it changes nothing
+  const Operand q = unpack(w, word);
+  const Scale* const s = &scale[2 * part]; // by row half
+  const auto each = [](auto value) { return Operand{value(0), value(1), value(2), value(3)}; };
+  if (operands == 1)
+    return {each([&](std::size_t i) { return w.fma_bf16x2(q[i], s[i % 2].scale, s[i % 2].zero); })};
+  // q − 8 has 4 significant bits and the scale 8: what their product loses in rounding is a bf16.
+  const Operand rounded = each([&](std::size_t i) { return w.fma_bf16x2(q[i], s[i % 2].scale, kMinusZeros); });
+  Operand rest = each([&](std::size_t i) { return w.fma_bf16x2(q[i], s[i % 2].scale, w.negate_bf16x2(rounded[i])); });
+  if (operands == 3)
+    return {rounded, rest, {s[0].zero, s[1].zero, s[0].zero, s[1].zero}};
+  return {rounded, each([&](std::size_t i) { return w.fma_bf16x2(rest[i], kOnes, s[i % 2].zero); })};
+}
 
 std::string TileConfig::text() const {
   return fmt::format("r{}t{}n{}m{}k{}c{}s{}b{}{}{}", row_tiles, token_tiles, warps_n, warps_m, warps_k, cluster, stages,

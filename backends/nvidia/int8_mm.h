@@ -1,9 +1,14 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <string_view>
+#include <vector>
 
+#include "backends/nvidia/persistent_tile.h"
 #include "backends/nvidia/ptx.h"
 #include "cache/status.h"
+#include "jit/cuda/launch_plan.h"
+#include "jit/cuda/tensor_map.h"
 
 /// int8_mm on the tensor cores' mma.sync: C[M,N] = A[M,K] · B[N,K]ᵀ, s8 × s8, s32 sums that wrap.
 namespace kiln::nvidia::int8 {
@@ -35,5 +40,26 @@ struct TileConfig {
   int threads() const { return 32 * warps_n * warps_m * warps_k; }
 };
 Result<std::string> emit_tile(ptx::Sm sm, const Shape& shape, const TileConfig& config);
+
+/// On Hopper: a persistent grid, A and B through tensor maps. A stage has 128 of K. The 64-row operand is A, or B when
+/// `swapped`; `columns` is 8, 16, 24, 32 or a multiple of 16 from 48 to 256. K > 0.
+struct TmaConfig : PersistentConfig {
+  std::int64_t shared_bytes() const;
+  int registers() const { return columns / 2 * waves + 40; } ///< of a thread, about
+  int blocks_per_sm() const { return 1; }
+  bool operator==(const TmaConfig&) const = default;
+};
+struct Emitted {
+  std::string text;
+  cuda::LaunchPlan launch;
+  cuda::TensorBox a_box, b_box;
+};
+Result<Emitted> emit_tma(ptx::Sm sm, const Shape& shape, const TmaConfig& config);
+
+/// Code::invalid_argument: not a configuration that emit_tma makes for this shape. `m_class` is the class' bound, or
+/// kAny.
+Status check(const Shape& shape, std::int64_t m_class, const TmaConfig& config);
+/// The one chosen without timing, then others that are worth it.
+std::vector<TmaConfig> candidates(const Shape& shape, std::int64_t m_class);
 
 } // namespace kiln::nvidia::int8

@@ -1,4 +1,8 @@
 #include <algorithm>
+#include <variant>
+#include <vector>
+
+#include <fmt/format.h>
 
 #include "backends/nvidia/int8_mm.h"
 #include "backends/nvidia/row_parts.h"
@@ -38,6 +42,8 @@ Status supports_mma_sync(const KernelDesc& desc, const Target& target) {
 Status supports_wgmma(const KernelDesc& desc, const Target& target) {
   if (Status s = check_wgmma(target); !s)
     return s;
+  if (desc.value[kK] == 0)
+    return Status::error(Code::unsupported, "k=0 has no tensor map: mma_sync serves it");
   return supports_fields(desc);
 }
 
@@ -71,7 +77,7 @@ int8::TileConfig choose_mma_sync(const int8::Shape& shape, std::int64_t m, const
     config.row_tiles = 4;
     config.warps_m = 4;
   }
-  if (m == kAny)
+  if (m == kAny || m > 64)
     return config;
   config = {.column_tiles = 2,
             .row_tiles = static_cast<int>((m + 7) / 8),
@@ -91,10 +97,10 @@ int8::TileConfig choose_mma_sync(const int8::Shape& shape, std::int64_t m, const
   return config;
 }
 
-int8::TileConfig choose_wgmma(const int8::Shape& shape, std::int64_t m, const Target&) {
+int8::TileConfig choose_tile(const int8::Shape& shape, std::int64_t m) {
   int8::TileConfig config = {
       .column_tiles = 1, .row_tiles = 32, .warps_n = 8, .warps_m = 1, .stages = 4, .wgmma = true};
-  if (m == kAny)
+  if (m == kAny || m > 64)
     return config;
   config.row_tiles = static_cast<int>((m + 7) / 8);
   config.warps_n = 4;
@@ -103,20 +109,85 @@ int8::TileConfig choose_wgmma(const int8::Shape& shape, std::int64_t m, const Ta
   return config;
 }
 
-template <auto choose>
-Result<CodeObject> compile(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
-  const int8::Shape shape = shape_of(desc);
-  const int8::TileConfig config = choose(shape, desc.value[kM], target);
-  const Result<std::string> text = int8::emit_tile(sm_of(target), shape, config);
-  if (!text)
-    return text.status();
+/// A plan without its launch.
+Result<Plan> plan_for(std::string_view pack_layout) {
   const Result<PackLayout> layout = PackLayout::parse(pack_layout);
   if (!layout)
     return layout.status();
   Plan plan;
   plan.layout = *layout;
-  plan.launch = tiled_launch(config, config.rows(), config.columns(), shape.n, config.shared_bytes());
-  return ptx_object(*text, target, plan.values());
+  return plan;
+}
+Result<CodeObject> compile_tile(const int8::Shape& shape, const int8::TileConfig& config, const Target& target,
+                                std::string_view pack_layout) {
+  const Result<std::string> text = int8::emit_tile(sm_of(target), shape, config);
+  if (!text)
+    return text.status();
+  Result<Plan> plan = plan_for(pack_layout);
+  if (!plan)
+    return plan.status();
+  plan->launch = tiled_launch(config, config.rows(), config.columns(), shape.n, config.shared_bytes());
+  return ptx_object(*text, target, plan->values());
+}
+Result<CodeObject> compile_tma(const int8::Shape& shape, const int8::TmaConfig& config, const Target& target,
+                               std::string_view pack_layout) {
+  const Result<int8::Emitted> made = int8::emit_tma(sm_of(target), shape, config);
+  if (!made)
+    return made.status();
+  Result<Plan> plan = plan_for(pack_layout);
+  if (!plan)
+    return plan.status();
+  plan->launch = made->launch;
+  plan->boxes = Boxes{.a = made->a_box, .b = made->b_box};
+  return ptx_object(made->text, target, plan->values());
+}
+
+/// What one kernel on wgmma is made of.
+using Wgmma = std::variant<int8::TmaConfig, int8::TileConfig>;
+std::string text_of(const Wgmma& config) {
+  return std::visit([](const auto& c) { return c.text(); }, config);
+}
+/// The one taken without timing, then what may be faster.
+std::vector<Wgmma> wgmma_configs(const KernelDesc& desc) {
+  const int8::Shape shape = shape_of(desc);
+  std::vector<Wgmma> all;
+  for (const int8::TmaConfig& config : int8::candidates(shape, desc.value[kM]))
+    all.push_back(config);
+  all.push_back(choose_tile(shape, desc.value[kM]));
+  return all;
+}
+Result<CodeObject> compile_config(const KernelDesc& desc, const Wgmma& config, const Target& target,
+                                  std::string_view pack_layout) {
+  const int8::Shape shape = shape_of(desc);
+  const auto* const tma = std::get_if<int8::TmaConfig>(&config);
+  Result<CodeObject> code = tma != nullptr
+                                ? compile_tma(shape, *tma, target, pack_layout)
+                                : compile_tile(shape, std::get<int8::TileConfig>(config), target, pack_layout);
+  if (code)
+    code->configuration = text_of(config);
+  return code;
+}
+
+Result<CodeObject> compile_mma_sync(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
+  const int8::Shape shape = shape_of(desc);
+  return compile_tile(shape, choose_mma_sync(shape, desc.value[kM], target), target, pack_layout);
+}
+Result<CodeObject> compile_wgmma(const KernelDesc& desc, const Target& target, std::string_view pack_layout) {
+  return compile_config(desc, wgmma_configs(desc).front(), target, pack_layout);
+}
+std::vector<std::string> configurations(const KernelDesc& desc, const Target&) {
+  std::vector<std::string> texts;
+  for (const Wgmma& config : wgmma_configs(desc))
+    texts.push_back(text_of(config));
+  return texts;
+}
+Result<CodeObject> compile_configured(const KernelDesc& desc, const Target& target, std::string_view pack_layout,
+                                      std::string_view configuration) {
+  for (const Wgmma& config : wgmma_configs(desc))
+    if (text_of(config) == configuration)
+      return compile_config(desc, config, target, pack_layout);
+  return Status::error(Code::invalid_argument,
+                       fmt::format("int8_mm: '{}' is no configuration for {}", configuration, desc.text()));
 }
 
 Implementation row_of(IsaPath isa) {
@@ -130,14 +201,16 @@ Implementation row_of(IsaPath isa) {
 Implementation int8_mm_wgmma() {
   Implementation row = row_of(IsaPath::wgmma);
   row.supports = supports_wgmma;
-  row.compile = compile<choose_wgmma>;
+  row.compile = compile_wgmma;
+  row.configurations = configurations;
+  row.compile_configured = compile_configured;
   return row;
 }
 
 Implementation int8_mm_mma_sync() {
   Implementation row = row_of(IsaPath::mma_sync);
   row.supports = supports_mma_sync;
-  row.compile = compile<choose_mma_sync>;
+  row.compile = compile_mma_sync;
   return row;
 }
 

@@ -285,6 +285,9 @@ void Writer::add64_to(B64 d, B64 a, I64 b, Guard guard) {
 B64 Writer::widen(B32 a) {
   return result<B64>("cvt.u64.u32", a);
 }
+B32 Writer::low(B64 a) {
+  return result<B32>("cvt.u32.u64", a);
+}
 B64 Writer::combine(B32 low, I32 high) {
   const B64 d = b64();
   const std::array<B32, 2> halves = {low, high.is_immediate ? mov(high) : high.reg};
@@ -451,6 +454,13 @@ void Writer::store_async(SharedAddress to, std::span<const F32, 4> a, SharedAddr
   emit("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32",
        {to, Operand(std::span<const F32>(a)), mbarrier});
 }
+void Writer::store_async(SharedAddress to, std::span<const B32, 4> a, SharedAddress mbarrier) {
+  require(90, 81, "st.async");
+  if (to.offset % 16 != 0)
+    fail(fmt::format("st.async: offset {} is not aligned to 16 bytes", to.offset));
+  emit("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32",
+       {to, Operand(std::span<const B32>(a)), mbarrier});
+}
 SharedAddress Writer::in_block(B32 shared_address, I32 rank) {
   require(90, 78, "mapa");
   const B32 d = b32();
@@ -529,8 +539,11 @@ void Writer::copy_bulk(SharedAddress to, GlobalAddress from, I32 bytes, SharedAd
     fail(fmt::format("cp.async.bulk: offsets {} and {} must be multiples of 16", to.offset, from.offset));
   if (bytes.is_immediate && (bytes.immediate <= 0 || bytes.immediate % 16 != 0))
     fail(fmt::format("cp.async.bulk of {} bytes: allowed are multiples of 16", bytes.immediate));
-  emit("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint",
-       {to, from, bytes, mbarrier, policy}, guard);
+  if (policy.id < 0)
+    emit("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes", {to, from, bytes, mbarrier}, guard);
+  else
+    emit("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint",
+         {to, from, bytes, mbarrier, policy}, guard);
 }
 void Writer::cp_async_wait(int groups_left) {
   emit("cp.async.wait_group", {I32(groups_left)});
@@ -548,10 +561,12 @@ B32 Writer::shared_memory() {
 void Writer::barrier() {
   emit("bar.sync", {I32(0)});
 }
-void Writer::barrier(int id, int threads) {
-  if (id < 0 || id > 15 || threads <= 0 || threads % 32 != 0 || threads > threads_)
-    fail(fmt::format("barrier {} of {} threads: allowed are 0 to 15 and multiples of 32 to {}", id, threads, threads_));
-  emit("bar.sync", {I32(id), I32(threads)});
+void Writer::barrier(I32 id, int threads) {
+  if ((id.is_immediate && (id.immediate < 0 || id.immediate > 15)) || threads <= 0 || threads % 32 != 0 ||
+      threads > threads_)
+    fail(fmt::format("barrier {} of {} threads: allowed are 0 to 15 and multiples of 32 to {}", id.immediate, threads,
+                     threads_));
+  emit("bar.sync", {id, I32(threads)});
 }
 void Writer::barrier_warp() {
   emit("bar.warp.sync", {I32(-1)});
@@ -734,7 +749,8 @@ void Writer::copy_tensor_2d(SharedAddress to, B64 tensor_map, I32 x, I32 y, Shar
   body_ += ";\n";
 }
 
-void Writer::copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress mbarrier, int blocks) {
+void Writer::copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress mbarrier, int blocks,
+                            B64 policy) {
   require(90, 80, "cp.async.bulk.tensor");
   if (to.offset % 128 != 0)
     fail(fmt::format("cp.async.bulk.tensor: shared offset {} is not a multiple of 128", to.offset));
@@ -746,7 +762,8 @@ void Writer::copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 
     emit("mov.b16", {mask, I32(blocks)});
   }
   body_ += "  cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes";
-  body_ += blocks != 0 ? ".multicast::cluster " : " ";
+  body_ += blocks != 0 ? ".multicast::cluster" : "";
+  body_ += policy.id >= 0 ? ".L2::cache_hint " : " ";
   append(to);
   body_ += ", [";
   append(tensor_map);
@@ -761,6 +778,10 @@ void Writer::copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 
   if (blocks != 0) {
     body_ += ", ";
     append(mask);
+  }
+  if (policy.id >= 0) {
+    body_ += ", ";
+    append(policy);
   }
   body_ += ";\n";
 }

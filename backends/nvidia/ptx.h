@@ -149,6 +149,7 @@ public:
   void add64_to(B64 d, B64 a, I64 b, Guard guard = {});
   B64 widen(B32 a); ///< unsigned
   B64 combine(B32 low, I32 high);
+  B32 low(B64 a);             ///< the low 32 bits
   B64 mul_wide(I32 a, I32 b); ///< u32 × u32 → u64
   B64 mad_wide(I32 a, I32 b, B64 c);
   B64 mul64(B64 a, I64 b); ///< low 64 bits
@@ -193,6 +194,7 @@ public:
   /// Four registers into another block's shared memory, counted as 16 bytes by a mbarrier of that block ("st.async"):
   /// addresses that `in_block` gave.
   void store_async(SharedAddress to, std::span<const F32, 4> a, SharedAddress mbarrier);
+  void store_async(SharedAddress to, std::span<const B32, 4> a, SharedAddress mbarrier);
   SharedAddress in_block(B32 shared_address, I32 rank);
   void load_global(std::span<const B32> d, GlobalAddress from, Guard guard = {});
   void load_global(std::span<const F32> d, GlobalAddress from, Guard guard = {});
@@ -215,7 +217,7 @@ public:
   /// Arrives at the mbarrier once this thread's copies so far are done: one of the arrivals that it was made for.
   void cp_async_mbarrier_arrive(SharedAddress mbarrier);
   /// A multiple of 16 bytes, 16-byte aligned on both sides, by the copy engine ("cp.async.bulk"), counted by the
-  /// mbarrier. From sm_90 on.
+  /// mbarrier. `policy`: of L2, or none. From sm_90 on.
   void copy_bulk(SharedAddress to, GlobalAddress from, I32 bytes, SharedAddress mbarrier, B64 policy, Guard guard = {});
   void cp_async_wait(int groups_left);
 
@@ -224,7 +226,7 @@ public:
 
   // ---- "Parallel Synchronization and Communication Instructions"
   void barrier();                    ///< all threads of the block
-  void barrier(int id, int threads); ///< those that name it; `threads` a multiple of 32
+  void barrier(I32 id, int threads); ///< those that name it; `threads` a multiple of 32
   void barrier_warp();               ///< all lanes; orders their memory accesses
   void barrier_cluster_arrive();     ///< release
   void barrier_cluster_arrive_relaxed();
@@ -282,8 +284,9 @@ public:
   /// A box of a 2-dimensional tensor at element (x, y) into shared memory, counted by the mbarrier.
   void copy_tensor_2d(SharedAddress to, B64 tensor_map, I32 x, I32 y, SharedAddress mbarrier, Guard guard = {});
   /// Of a 3-dimensional one. `blocks`: bits of the cluster's blocks that get it, each at the same address and counted
-  /// by its own mbarrier; 0: this block alone.
-  void copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress mbarrier, int blocks = 0);
+  /// by its own mbarrier; 0: this block alone. `policy`: none, or that of L2.
+  void copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress mbarrier, int blocks = 0,
+                      B64 policy = {});
   /// A box out of shared memory; what lies outside of the tensor is not written. Part of this thread's next group.
   void store_tensor_3d(B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress from, Guard guard = {});
   void bulk_commit();

@@ -75,6 +75,15 @@ LaunchPlan::Grid LaunchPlan::grid(std::int64_t m, std::int64_t n, int sm_count, 
   return grid;
 }
 
+std::int64_t LaunchPlan::most_rows(std::int64_t n) const {
+  constexpr std::int64_t kMaxGridY =
+      65535; // CUDA C++ Programming Guide, technical specifications per compute capability
+  const std::int64_t tiles =
+      blocks_per_sm > 0 ? std::max<std::int64_t>(kMaxInt32 / split_k / std::max<std::int64_t>(parts(n, tile_n), 1), 1)
+                        : kMaxGridY;
+  return tiles * tile_m;
+}
+
 LaunchPlan::Grid LaunchPlan::reduce_grid(std::int64_t m, std::int64_t n) const {
   return {dimension(parts(n, reduce_tile_n)), dimension(parts(m, reduce_tile_m)), 1};
 }

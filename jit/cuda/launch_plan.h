@@ -48,6 +48,9 @@ struct LaunchPlan {
   /// grid = (grid_n, or ⌈N/tile_n⌉; ⌈m/tile_m⌉; batches · split_k), or as blocks_per_sm says; x is rounded up to
   /// clusters. Blocks beyond the tiles must return at once. For m, n, batches > 0.
   Grid grid(std::int64_t m, std::int64_t n, int sm_count, std::int64_t batches = 1) const;
+  /// The most rows of one launch, a multiple of tile_m: as many blocks as a grid has along y, or tiles as a persistent
+  /// kernel counts in 32 bits.
+  std::int64_t most_rows(std::int64_t n) const;
   Grid reduce_grid(std::int64_t m, std::int64_t n) const;
   std::int64_t workspace_bytes(std::int64_t m, std::int64_t n, int sm_count, std::int64_t batches = 1) const;
 

@@ -66,6 +66,16 @@ Result<TensorBox> TensorBox::from(std::string_view prefix,
   return box;
 }
 
+TensorView matrix_view(std::uint64_t address, int element, std::int64_t element_bytes, std::int64_t columns,
+                       std::int64_t rows, std::int64_t row_stride) {
+  // The third stride of a single matrix is any that a map allows.
+  const auto bytes = static_cast<std::uint64_t>(row_stride * element_bytes);
+  return {.address = address,
+          .element = element,
+          .extents = {static_cast<std::uint64_t>(columns), static_cast<std::uint64_t>(rows), 1},
+          .strides = {bytes, bytes}};
+}
+
 bool TensorMapCache::read(const Slot& slot, const Key& key, TensorMap& out) {
   const std::uint32_t before = slot.sequence.load(std::memory_order_acquire);
   if (before % 2 != 0)

@@ -37,6 +37,10 @@ struct TensorView {
   std::array<std::uint64_t, 2> strides{};      ///< bytes, of the second and the third: multiples of 16 below 2^40
 };
 
+/// Rows of `columns` elements, `row_stride` elements apart.
+TensorView matrix_view(std::uint64_t address, int element, std::int64_t element_bytes, std::int64_t columns,
+                       std::int64_t rows, std::int64_t row_stride);
+
 /// Maps made by cuTensorMapEncodeTiled (CUDA Driver API, "Tensor Map Object Management"), kept by everything that goes
 /// into them: making one takes about as long as the rest of a launch. Bounded; without a lock, from any threads.
 class TensorMapCache {

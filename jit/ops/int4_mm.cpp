@@ -182,6 +182,10 @@ std::vector<std::pair<std::string, std::int64_t>> Plan::values() const {
   std::vector<std::pair<std::string, std::int64_t>> values = {{"layout", layout->number}};
   if (launch)
     launch->append_to(values);
+  if (boxes) {
+    boxes->x.append_to("x", values);
+    boxes->y.append_to("y", values);
+  }
   return values;
 }
 
@@ -197,6 +201,13 @@ Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> va
   if (!launch)
     return Status::error(Code::integrity, fmt::format("int4_mm: {}", launch.status().message()));
   plan.launch = *launch;
+  if (std::none_of(values.begin(), values.end(), [](const auto& value) { return value.first == "x_inner"; }))
+    return plan;
+  const Result<cuda::TensorBox> x = cuda::TensorBox::from("x", values), y = cuda::TensorBox::from("y", values);
+  for (const auto* box : {&x, &y})
+    if (!*box)
+      return Status::error(Code::integrity, fmt::format("int4_mm: {}", box->status().message()));
+  plan.boxes = Boxes{*x, *y};
   return plan;
 }
 

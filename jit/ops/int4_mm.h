@@ -9,6 +9,7 @@
 
 #include "cache/status.h"
 #include "jit/cuda/launch_plan.h"
+#include "jit/cuda/tensor_map.h"
 #include "jit/desc.h"
 #include "jit/op.h"
 
@@ -34,7 +35,7 @@ std::int64_t inner_k_tiles_of(const KernelDesc& desc); ///< 0, 2, 4 or 8
 
 /// The classes of m, by their upper bounds: one kernel each per (N, K, group). m = 0 belongs to the first. With
 /// batch_invariant=1 there is one class, kAny.
-inline constexpr std::int64_t kMClasses[] = {1, 8, 16, 32, 64, 128, kAny};
+inline constexpr std::int64_t kMClasses[] = {1, 8, 16, 32, 64, 128, 256, kAny};
 
 // ---------------------------------------------------------------- weights
 
@@ -76,10 +77,17 @@ const PackLayout* find_pack_layout(std::int64_t number);
 
 // ---------------------------------------------------------------- kernels
 
+/// What a GPU kernel takes of X, and of Y where it stores through one, by tensor maps: coordinates {column, row, 0}.
+struct Boxes {
+  cuda::TensorBox x, y;
+  bool operator==(const Boxes&) const = default;
+};
+
 /// Launch plan, version 1.
 struct Plan {
   const PackLayout* layout = nullptr;
   std::optional<cuda::LaunchPlan> launch; ///< of GPU kernels
+  std::optional<Boxes> boxes;             ///< of those with tensor maps
 
   std::vector<std::pair<std::string, std::int64_t>> values() const;
   static Result<Plan> from(std::span<const std::pair<std::string, std::int64_t>> values);
@@ -87,7 +95,8 @@ struct Plan {
 
 /// Parameters of a GPU kernel, in this order: addresses are u64 in device memory, all else u32. N, K and the group are
 /// constants of the kernel. Entry `main` (and `reduce`, see LaunchPlan). x and y are 16-byte aligned, and ldx and ldy
-/// multiples of 8 (the driver checks), the pack and the workspace 256-byte aligned.
+/// multiples of 8 (the driver checks), the pack and the workspace 256-byte aligned. A kernel with boxes has two maps
+/// before these; one without a box is zero.
 struct GpuParameters {
   std::uint64_t x, w, sz, y, workspace;
   std::uint32_t m, ldx, ldy; ///< ldx, ldy in elements

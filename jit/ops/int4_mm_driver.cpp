@@ -101,8 +101,6 @@ Status run_on_cpu(const Kernel& kernel, const Args& args) {
 /// 16 bytes: what a lane loads at once.
 constexpr int kAlignment = 16;
 constexpr std::int64_t kElements = kAlignment / 2;
-/// Blocks along y (CUDA C++ Programming Guide, technical specifications per compute capability).
-constexpr std::int64_t kMaxGridY = 65535;
 
 Status check_gpu_args(const Args& args) {
   for (const auto& [name, stride] : {std::pair{"ldx", args.ldx}, std::pair{"ldy", args.ldy}})
@@ -130,6 +128,28 @@ Status zero_outputs(const cuda::Module& module, const Args& args, std::int64_t n
   return {};
 }
 
+/// The maps of one launch, and what they are made of.
+struct Maps {
+  cuda::Driver& driver;
+  Boxes boxes;
+  const KernelDesc& desc;
+  const Args& args;
+  std::int64_t rows;
+  std::uint64_t x_address, y_address;
+  cuda::TensorMap x, y;
+};
+/// cuda::Call::prepare.
+Status make_maps(void* context) {
+  constexpr int kBf16 = cuda::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  Maps& m = *static_cast<Maps*>(context);
+  if (Status s = m.driver.tensor_maps().get(
+          m.driver, cuda::matrix_view(m.x_address, kBf16, 2, m.desc.value[kK], m.rows, m.args.ldx), m.boxes.x, m.x);
+      !s || m.boxes.y.inner == 0)
+    return s;
+  return m.driver.tensor_maps().get(
+      m.driver, cuda::matrix_view(m.y_address, kBf16, 2, m.desc.value[kN], m.rows, m.args.ldy), m.boxes.y, m.y);
+}
+
 Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
   if (Status s = check_gpu_args(args); !s)
     return s;
@@ -137,7 +157,7 @@ Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
   const std::int64_t n = kernel.desc().value[kN];
   if (kernel.desc().value[kK] == 0)
     return zero_outputs(module, args, n);
-  const std::int64_t most_rows = plan.launch->blocks_per_sm > 0 ? args.m : kMaxGridY * plan.launch->tile_m;
+  const std::int64_t most_rows = plan.launch->most_rows(n);
   for (std::int64_t row = 0; row < args.m; row += most_rows) {
     const std::int64_t rows = std::min(most_rows, args.m - row);
     const cuda::PointerArgument pointers[] = {{"x", args.x + row * args.ldx, kAlignment},
@@ -150,7 +170,10 @@ Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
                        .m = static_cast<std::uint32_t>(rows),
                        .ldx = static_cast<std::uint32_t>(args.ldx),
                        .ldy = static_cast<std::uint32_t>(args.ldy)};
-    void* parameters[GpuParameters::kCount] = {&p.x, &p.w, &p.sz, &p.y, &p.workspace, &p.m, &p.ldx, &p.ldy};
+    Maps maps = {module.driver(), plan.boxes.value_or(Boxes()), kernel.desc(), args, rows, p.x, p.y, {}, {}};
+    void* parameters[2 + GpuParameters::kCount] = {&maps.x, &maps.y,      &p.x, &p.w,   &p.sz,
+                                                   &p.y,    &p.workspace, &p.m, &p.ldx, &p.ldy};
+    const std::size_t without = plan.boxes ? 0 : 2;
     const cuda::Call call = {.op = "int4_mm",
                              .module = module,
                              .plan = *plan.launch,
@@ -158,9 +181,11 @@ Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
                              .n = n,
                              .stream = static_cast<cuda::CUstream>(args.stream),
                              .pointers = pointers,
+                             .prepare = plan.boxes ? make_maps : nullptr,
+                             .prepare_context = &maps,
                              .workspace = args.workspace,
                              .workspace_bytes = args.workspace_bytes};
-    if (Status s = cuda::run(call, parameters, p.workspace); !s)
+    if (Status s = cuda::run(call, std::span(parameters).subspan(without), p.workspace); !s)
       return s;
   }
   return {};
@@ -188,7 +213,7 @@ Result<std::uint64_t> workspace_bytes(const Kernel& kernel, const Args& args) {
   const std::int64_t n = kernel.desc().value[kN];
   if (args.m == 0 || n == 0 || kernel.cuda_module() == nullptr || !plan.launch)
     return std::uint64_t{0};
-  const std::int64_t rows = plan.launch->blocks_per_sm > 0 ? args.m : std::min(args.m, kMaxGridY * plan.launch->tile_m);
+  const std::int64_t rows = std::min(args.m, plan.launch->most_rows(n));
   return static_cast<std::uint64_t>(plan.launch->workspace_bytes(rows, n, kernel.cuda_module()->device().sm_count));
 }
 

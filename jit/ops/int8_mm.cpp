@@ -319,6 +319,10 @@ std::vector<std::pair<std::string, std::int64_t>> Plan::values() const {
     std::vector<std::pair<std::string, std::int64_t>> values = {{"n_block", layout.n_block},
                                                                 {"k_block", layout.k_block}};
     launch->append_to(values);
+    if (boxes) {
+      boxes->a.append_to("a", values);
+      boxes->b.append_to("b", values);
+    }
     return values;
   }
   std::vector<std::pair<std::string, std::int64_t>> values = {
@@ -356,6 +360,13 @@ Result<Plan> Plan::from(std::span<const std::pair<std::string, std::int64_t>> va
     if (!launch)
       return Status::error(Code::integrity, fmt::format("int8_mm: {}", launch.status().message()));
     plan.launch = *launch;
+    if (std::any_of(values.begin(), values.end(), [](const auto& v) { return v.first == "a_inner"; })) {
+      const Result<cuda::TensorBox> a = cuda::TensorBox::from("a", values), b = cuda::TensorBox::from("b", values);
+      for (const auto* box : {&a, &b})
+        if (!*box)
+          return Status::error(Code::integrity, fmt::format("int8_mm: {}", box->status().message()));
+      plan.boxes = Boxes{*a, *b};
+    }
     plan.n_step = plan.layout.n_block;
   } else {
     take("m_step", plan.m_step, 1 << 16);

@@ -11,6 +11,7 @@
 #include "cache/bytes.h"
 #include "cache/status.h"
 #include "jit/cuda/launch_plan.h"
+#include "jit/cuda/tensor_map.h"
 #include "jit/desc.h"
 #include "jit/op.h"
 
@@ -57,7 +58,7 @@ KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, BLayout b_l
 /// The classes of m, by their upper bounds: one kernel each per (N, K). m = 0 belongs to the first.
 inline constexpr std::int64_t kMClasses[] = {1, 2, 4, 8, 16, 32, kAny};
 /// Likewise of GPU kernels, whose tiles are 16 rows at least.
-inline constexpr std::int64_t kGpuMClasses[] = {16, 32, 64, kAny};
+inline constexpr std::int64_t kGpuMClasses[] = {16, 32, 64, 128, 256, kAny};
 
 /// How B lies in a pack: b[⌈N/n_block⌉][⌈K/k_block⌉][n_block][k_block] s8, zero beyond N and K, each n-panel and the
 /// whole 64-byte aligned, followed by Σ_k b[k,n] as s32 [⌈N/n_block⌉·n_block].
@@ -122,6 +123,12 @@ struct Call {
 };
 using Entry = void (*)(const Call*);
 
+/// What a GPU kernel takes of A and B by tensor maps: coordinates {k, row, 0}.
+struct Boxes {
+  cuda::TensorBox a, b;
+  bool operator==(const Boxes&) const = default;
+};
+
 /// Launch plan, version 1: what the driver must know about a kernel. Stored with the code object as named integers.
 struct Plan {
   PackLayout layout;
@@ -132,6 +139,7 @@ struct Plan {
   std::int64_t workspace_bytes(std::int64_t m) const { return workspace_fixed + m * workspace_per_row; }
   /// Of GPU kernels; then the steps and workspaces above say nothing.
   std::optional<cuda::LaunchPlan> launch;
+  std::optional<Boxes> boxes; ///< of those with tensor maps
 
   std::vector<std::pair<std::string, std::int64_t>> values() const;
   static Result<Plan> from(std::span<const std::pair<std::string, std::int64_t>> values);
@@ -144,7 +152,7 @@ inline constexpr PackLayout kGpuLayout = {.n_block = 1, .k_block = 8};
 /// Parameters of a GPU kernel, in this order: addresses are u64 in device memory, all else u32. N and K are constants
 /// of the kernel. Entry `main` (and `reduce`, see LaunchPlan). a, b, and rows of both, are 16-byte aligned (the driver
 /// checks); c is aligned to its elements. B is [N][ldb] from a pack or raw: bytes from K on are zero in a pack, and
-/// anything in a raw B, as those of A are.
+/// anything in a raw B, as those of A are. A kernel with boxes has the maps of A and B before these.
 struct GpuParameters {
   std::uint64_t a, b, c, scale; ///< scale: f32 [N] or one f32; 0 without the stage
   std::uint64_t workspace;

@@ -211,8 +211,6 @@ struct Run {
 
 /// 16 bytes: what a thread loads at once.
 constexpr int kGpuAlignment = 16;
-/// Blocks along y (CUDA C++ Programming Guide, technical specifications per compute capability).
-constexpr std::int64_t kMaxGridY = 65535;
 
 Status check_gpu_args(const Args& args, const KernelDesc& desc) {
   constexpr std::int64_t kMaxStride = (std::int64_t{1} << 31) - 1;
@@ -232,8 +230,25 @@ Status check_gpu_args(const Args& args, const KernelDesc& desc) {
   return {};
 }
 
-std::int64_t gpu_rows_at_once(const cuda::LaunchPlan& plan, std::int64_t m) {
-  return plan.blocks_per_sm > 0 ? m : std::min(m, kMaxGridY * plan.tile_m);
+/// The maps of one launch, and what they are made of.
+struct Maps {
+  cuda::Driver& driver;
+  Boxes boxes;
+  const KernelDesc& desc;
+  std::int64_t rows, lda, ldb;
+  std::uint64_t a_address, b_address;
+  cuda::TensorMap a, b;
+};
+/// cuda::Call::prepare.
+Status make_maps(void* context) {
+  constexpr int kBytes = cuda::CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  Maps& m = *static_cast<Maps*>(context);
+  const std::int64_t n = m.desc.value[kN], k = m.desc.value[kK];
+  if (Status s = m.driver.tensor_maps().get(m.driver, cuda::matrix_view(m.a_address, kBytes, 1, k, m.rows, m.lda),
+                                            m.boxes.a, m.a);
+      !s)
+    return s;
+  return m.driver.tensor_maps().get(m.driver, cuda::matrix_view(m.b_address, kBytes, 1, k, n, m.ldb), m.boxes.b, m.b);
 }
 
 Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
@@ -246,7 +261,7 @@ Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
   const int c_bytes = Epilogue::of(desc).c_bytes();
   const std::uint64_t b = args.pack != nullptr ? args.pack->gpu_address() : reinterpret_cast<std::uintptr_t>(args.b);
   const std::int64_t ldb = args.pack != nullptr ? plan.layout.panel_bytes(k) : args.ldb;
-  const std::int64_t rows_at_once = gpu_rows_at_once(*plan.launch, args.m);
+  const std::int64_t rows_at_once = plan.launch->most_rows(n);
   for (std::int64_t row = 0; row < args.m; row += rows_at_once) {
     const std::int64_t rows = std::min(rows_at_once, args.m - row);
     std::array<cuda::PointerArgument, 4> pointers;
@@ -269,7 +284,11 @@ Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
                        .lda = static_cast<std::uint32_t>(args.lda),
                        .ldb = static_cast<std::uint32_t>(ldb),
                        .ldc = static_cast<std::uint32_t>(args.ldc)};
-    void* parameters[GpuParameters::kCount] = {&p.a, &p.b, &p.c, &p.scale, &p.workspace, &p.m, &p.lda, &p.ldb, &p.ldc};
+    Maps maps = {
+        kernel.cuda_module()->driver(), plan.boxes.value_or(Boxes()), desc, rows, args.lda, ldb, p.a, p.b, {}, {}};
+    void* parameters[2 + GpuParameters::kCount] = {&maps.a,      &maps.b, &p.a,   &p.b,   &p.c,  &p.scale,
+                                                   &p.workspace, &p.m,    &p.lda, &p.ldb, &p.ldc};
+    const std::size_t without = plan.boxes ? 0 : 2;
     const cuda::Call call = {.op = "int8_mm",
                              .module = *kernel.cuda_module(),
                              .plan = *plan.launch,
@@ -277,9 +296,11 @@ Status run_on_gpu(const Kernel& kernel, const Plan& plan, const Args& args) {
                              .n = n,
                              .stream = static_cast<cuda::CUstream>(args.stream),
                              .pointers = {pointers.data(), count},
+                             .prepare = plan.boxes ? make_maps : nullptr,
+                             .prepare_context = &maps,
                              .workspace = args.workspace,
                              .workspace_bytes = args.workspace_bytes};
-    if (Status s = cuda::run(call, parameters, p.workspace); !s)
+    if (Status s = cuda::run(call, std::span(parameters).subspan(without), p.workspace); !s)
       return s;
   }
   return {};
@@ -331,11 +352,10 @@ Result<std::uint64_t> workspace_bytes(const Kernel& kernel, const Args& args) {
   if (Status s = check_m(kernel, args.m); !s)
     return s;
   if (kernel.cuda_module() != nullptr)
-    return args.m == 0 || !plan.launch
-               ? 0
-               : static_cast<std::uint64_t>(plan.launch->workspace_bytes(gpu_rows_at_once(*plan.launch, args.m),
-                                                                         kernel.desc().value[kN],
-                                                                         kernel.cuda_module()->device().sm_count));
+    return args.m == 0 || !plan.launch ? 0
+                                       : static_cast<std::uint64_t>(plan.launch->workspace_bytes(
+                                             std::min(args.m, plan.launch->most_rows(kernel.desc().value[kN])),
+                                             kernel.desc().value[kN], kernel.cuda_module()->device().sm_count));
   const Cut cut = cut_call(kernel, plan, args, kernel.desc().value[kN], kernel.desc().value[kK]);
   return static_cast<std::uint64_t>(cut.tasks() * cut.task_bytes());
 }
