@@ -1,5 +1,6 @@
 #include "backends/nvidia/int4_mm.h"
 #include "backends/nvidia/persistent_choice.h"
+#include "jit/ops/int4_mm.h"
 #include "jit/ops/int4_mm_fragments.h"
 
 /// Which configuration with a tensor map serves a shape: what one may be, the one taken without timing, those worth
@@ -18,7 +19,7 @@ auto shared_bytes_for(const Shape& shape) {
 
 StepCost cost_of(const Shape& shape, const TmaConfig& c) {
   // A warp fetches and dequantises a step in about so many cycles, in which its warpgroup's other products run.
-  constexpr double kDequantised = 200;
+  constexpr double kDequantised = 400;
   const double weights =
       c.row_tiles() * static_cast<double>(512 + int4_mm::FragmentLayout{.group = shape.group}.scale_block());
   const double tokens = 128.0 * c.columns / (c.share == Share::columns ? 2 : 1);
@@ -77,9 +78,10 @@ std::vector<TmaConfig> candidates(const Shape& shape, std::int64_t m_class, int 
     if (check(shape, m_class, config))
       good.push_back(config);
   }
-  return best_of(std::move(good), m_class, kCandidates, [&](const TmaConfig& c, std::int64_t m) {
-    return persistent_cycles(c, shape.n, m, k_steps(shape), cost_of(shape, c));
-  });
+  return best_of(std::move(good), usual_rows(m_class, class_before(int4_mm::kMClasses, m_class)), kCandidates,
+                 [&](const TmaConfig& c, std::int64_t m) {
+                   return persistent_cycles(c, shape.n, m, k_steps(shape), cost_of(shape, c));
+                 });
 }
 
 } // namespace kiln::nvidia::int4

@@ -1,5 +1,6 @@
 #include "backends/nvidia/int8_mm.h"
 #include "backends/nvidia/persistent_choice.h"
+#include "jit/ops/int8_mm.h"
 
 /// Which configuration on Hopper serves a shape: what one may be, the one taken without timing, those worth timing.
 namespace kiln::nvidia::int8 {
@@ -44,7 +45,7 @@ std::vector<TmaConfig> pool(std::int64_t m_class) {
   if (m_class == kAny || m_class >= 128)
     for (const int columns : {256, 192, 128, 64})
       add({{.warpgroups = 2, .waves = 1, .columns = columns}});
-  if (m_class != kAny)
+  if (m_class != kAny && m_class <= 256)
     for (const int warpgroups : {1, 2})
       add({{.swapped = true, .warpgroups = warpgroups, .waves = 1, .columns = static_cast<int>(m_class)}});
   return all;
@@ -72,9 +73,10 @@ std::vector<TmaConfig> candidates(const Shape& shape, std::int64_t m_class) {
     if (check(shape, m_class, config))
       good.push_back(config);
   }
-  return best_of(std::move(good), m_class, kCandidates, [&](const TmaConfig& c, std::int64_t m) {
-    return persistent_cycles(c, shape.n, m, k_steps(shape), cost_of(shape, c));
-  });
+  return best_of(std::move(good), usual_rows(m_class, class_before(int8_mm::kGpuMClasses, m_class)), kCandidates,
+                 [&](const TmaConfig& c, std::int64_t m) {
+                   return persistent_cycles(c, shape.n, m, k_steps(shape), cost_of(shape, c));
+                 });
 }
 
 } // namespace kiln::nvidia::int8

@@ -1,5 +1,6 @@
 #pragma once
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -51,8 +52,18 @@ std::string why_not(const Config& c, std::int64_t k_steps, std::int64_t m_class,
   return {};
 }
 
-/// Rows of the output that a class is judged by.
-std::vector<std::int64_t> usual_rows(std::int64_t m_class);
+/// The bound of the class before `m_class`; 0 for the first.
+template <std::size_t count> std::int64_t class_before(const std::int64_t (&classes)[count], std::int64_t m_class) {
+  std::int64_t before = 0;
+  for (const std::int64_t bound : classes) {
+    if (bound == m_class)
+      break;
+    before = bound;
+  }
+  return before;
+}
+/// Rows of the output that a class is judged by. `previous`: the bound of the class before it.
+std::vector<std::int64_t> usual_rows(std::int64_t m_class, std::int64_t previous);
 
 /// Cycles of the busiest SM: how long a step takes by what bounds it.
 struct StepCost {
@@ -62,15 +73,15 @@ struct StepCost {
   double tile_cycles = 0; ///< of a tile besides its steps
 };
 /// About how many cycles the busiest SM needs for m rows of n columns. Constants are fits to times on an H200: 1.15 of
-/// what the tensor cores alone take, 40 bytes a cycle of what comes from L2, 2450 in all of what comes from memory but
-/// 26 for one SM; the sums over a cluster.
+/// what the tensor cores alone take, 36 bytes a cycle of what comes from L2, 2450 in all of what comes from memory but
+/// 26 for one SM; the sums over a cluster at 20 bytes a cycle.
 double persistent_cycles(const PersistentConfig& c, std::int64_t n, std::int64_t m, std::int64_t k_steps,
                          const StepCost& cost);
 
-/// The best `most` by cycles for the class' rows, those that bring the same in the order of `all`.
+/// The best `most` by cycles for some rows of a class, those that cost the same in the order of `all`.
 template <class Config, class Cycles>
-std::vector<Config> best_of(std::vector<Config> all, std::int64_t m_class, std::size_t most, Cycles cycles) {
-  const std::vector<std::int64_t> rows = usual_rows(m_class);
+std::vector<Config> best_of(std::vector<Config> all, const std::vector<std::int64_t>& rows, std::size_t most,
+                            Cycles cycles) {
   const auto score = [&](const Config& c) {
     double sum = 0;
     for (const std::int64_t m : rows)

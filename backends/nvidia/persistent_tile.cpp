@@ -56,28 +56,29 @@ std::optional<PersistentConfig> PersistentConfig::parse(std::string_view text) {
   return config.text() == whole ? std::optional(config) : std::nullopt;
 }
 
-std::vector<std::int64_t> usual_rows(std::int64_t m_class) {
+std::vector<std::int64_t> usual_rows(std::int64_t m_class, std::int64_t previous) {
   if (m_class == kAny)
-    return {384, 512, 1024, 1500, 4096};
-  if (m_class == 256)
-    return {192, 256};
-  return {m_class};
+    return {previous * 3 / 2, previous * 2, 1500, 2048, 4096, 8192};
+  return {(previous + m_class) / 2, m_class};
 }
 
 double persistent_cycles(const PersistentConfig& c, std::int64_t n, std::int64_t m, std::int64_t k_steps,
                          const StepCost& cost) {
-  constexpr double kFromL2 = 40, kFromMemory = 2450, kMostFromMemory = 26, kOverhead = 1.15;
+  constexpr double kFromL2 = 36, kFromMemory = 2450, kMostFromMemory = 26, kOverhead = 1.15;
   const std::int64_t tile_m = c.swapped ? c.columns : c.rows(), tile_n = c.swapped ? c.rows() : c.columns;
   const auto whole = [](std::int64_t size, std::int64_t step) { return (size + step - 1) / step; };
   const bool along_m = (c.share == Share::rows) == c.swapped;
   const std::int64_t m_tiles = whole(m, tile_m * (along_m ? c.sharing() : 1)) * (along_m ? c.sharing() : 1);
   const std::int64_t n_tiles = whole(n, tile_n * (along_m ? 1 : c.sharing())) * (along_m ? 1 : c.sharing());
   const std::int64_t blocks = m_tiles * n_tiles * c.split;
-  const double turns = static_cast<double>(whole(blocks, kSms)), steps = static_cast<double>(whole(k_steps, c.split));
-  const double running = static_cast<double>(std::min<std::int64_t>(blocks, kSms));
+  // Clusters of two find a place on every SM, larger ones on fewer (seen on an H200).
+  const std::int64_t room = c.cluster() <= 2 ? kSms : c.cluster() <= 4 ? 120 : 96;
+  const double turns = static_cast<double>(whole(blocks, room)), steps = static_cast<double>(whole(k_steps, c.split));
+  const double running = static_cast<double>(std::min(blocks, room));
+  const double sums = c.split > 1 ? 700 + 4.0 * c.rows() * c.columns * (c.split - 1) / c.split / 20 : 0;
   const double step = std::max({kOverhead * cost.products, cost.shared_reads / kFromL2,
                                 cost.streamed / std::min(kMostFromMemory, kFromMemory / running)});
-  return turns * (steps * step + cost.tile_cycles) + (c.split > 1 ? 1500 : 0);
+  return turns * (steps * step + cost.tile_cycles + sums);
 }
 
 } // namespace kiln::nvidia

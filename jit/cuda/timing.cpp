@@ -1,6 +1,7 @@
 #include "jit/cuda/timing.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace kiln::cuda {
 namespace {
@@ -104,6 +105,35 @@ Result<std::vector<double>> time_on_device(Driver& driver, int device_index, std
     medians.push_back(*middle);
   }
   return medians;
+}
+
+Result<Buffer> filled_buffer(Driver& driver, int device_index, std::int64_t bytes,
+                             std::span<const std::uint8_t> pattern) {
+  Result<Buffer> buffer =
+      Buffer::allocate(driver, device_index, static_cast<std::uint64_t>(std::max<std::int64_t>(bytes, 16)));
+  if (!buffer || pattern.empty())
+    return buffer;
+  for (std::uint64_t at = 0; at < buffer->bytes(); at += pattern.size())
+    if (Status s = buffer->write(pattern.data(), std::min<std::uint64_t>(pattern.size(), buffer->bytes() - at), at); !s)
+      return s;
+  return buffer;
+}
+
+std::vector<std::uint8_t> random_pattern(std::uint8_t mask) {
+  std::vector<std::uint8_t> values(1 << 20);
+  std::uint32_t random = 1;
+  for (std::uint8_t& value : values) {
+    random = random * 1664525 + 1013904223; // Numerical Recipes, "An Even Quicker Generator"
+    value = static_cast<std::uint8_t>(random >> 24) & mask;
+  }
+  return values;
+}
+
+std::vector<std::uint8_t> float_pattern(float value) {
+  std::vector<std::uint8_t> bytes(1 << 20);
+  for (std::size_t at = 0; at < bytes.size(); at += sizeof value)
+    std::memcpy(bytes.data() + at, &value, sizeof value);
+  return bytes;
 }
 
 } // namespace kiln::cuda

@@ -1,6 +1,4 @@
-#include <algorithm>
-
-#include "jit/cuda/driver.h"
+#include "jit/cuda/timing.h"
 #include "jit/ops/fp8_block_bmm_driver.h"
 
 namespace kiln::fp8_block_bmm {
@@ -9,41 +7,28 @@ namespace {
 /// Of a desc that leaves m open: where the unbounded class is at home.
 constexpr std::int64_t kTimedRows = 4096;
 
-/// Random numbers of moderate size: what multiplies zeros draws less power, and runs at a higher clock.
+/// Random numbers of moderate size.
 class Problem final : public TimingProblem {
 public:
   Status allocate(const KernelDesc& desc, cuda::Driver& driver) {
     const std::int64_t b = desc.value[kB], n = desc.value[kN], k = desc.value[kK];
     const std::int64_t m = desc.value[kM] == kAny ? kTimedRows : desc.value[kM], k_blocks = blocks_of(k);
-    const auto take = [&](cuda::Buffer& buffer, std::int64_t bytes) -> Status {
-      Result<cuda::Buffer> made = cuda::Buffer::allocate(driver, desc.device.index,
-                                                         static_cast<std::uint64_t>(std::max<std::int64_t>(bytes, 16)));
+    const std::vector<std::uint8_t> values = cuda::random_pattern(0xBF), scales = cuda::float_pattern(0x1p-6f);
+    struct Part {
+      cuda::Buffer& buffer;
+      std::int64_t bytes;
+      std::span<const std::uint8_t> pattern;
+    };
+    for (const Part& part : {Part{x_, b * m * k, values}, // below 2 in both types
+                             {y_, b * n * k, values},
+                             {xs_, b * m * k_blocks * 4, scales},
+                             {ys_, b * blocks_of(n) * k_blocks * 4, scales},
+                             {z_, b * m * n * bytes_of(z_of(desc)), {}}}) {
+      Result<cuda::Buffer> made = cuda::filled_buffer(driver, desc.device.index, part.bytes, part.pattern);
       if (!made)
         return made.status();
-      buffer = std::move(*made);
-      return {};
-    };
-    for (const auto& [buffer, bytes] : {std::pair{&x_, b * m * k},
-                                        {&y_, b * n * k},
-                                        {&xs_, b * m * k_blocks * 4},
-                                        {&ys_, b * blocks_of(n) * k_blocks * 4},
-                                        {&z_, b * m * n * bytes_of(z_of(desc))}})
-      if (Status s = take(*buffer, bytes); !s)
-        return s;
-    std::vector<std::uint8_t> values(1 << 20);
-    std::uint32_t random = 1;
-    for (std::uint8_t& value : values) {
-      random = random * 1664525 + 1013904223;                 // Numerical Recipes, "An Even Quicker Generator"
-      value = static_cast<std::uint8_t>(random >> 24) & 0xBF; // below 2 in both types
+      part.buffer = std::move(*made);
     }
-    const std::vector<float> scales(values.size() / sizeof(float), 0x1p-6f);
-    for (const auto& [buffer, from] : {std::pair{&x_, static_cast<const void*>(values.data())},
-                                       {&y_, values.data()},
-                                       {&xs_, scales.data()},
-                                       {&ys_, scales.data()}})
-      for (std::uint64_t at = 0; at < buffer->bytes(); at += values.size())
-        if (Status s = buffer->write(from, std::min<std::uint64_t>(values.size(), buffer->bytes() - at), at); !s)
-          return s;
     tensors_ = {.m = m,
                 .x = reinterpret_cast<const std::uint8_t*>(x_.address()),
                 .x_stride_b = m * k,

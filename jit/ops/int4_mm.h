@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -27,6 +28,8 @@ inline constexpr std::int64_t kGroups[] = {32, 64, 128, 256};
 inline constexpr std::int64_t kInnerKTileCounts[] = {0, 2, 4, 8};
 
 const OpSpec& op();
+/// OpSpec::timing_problem, of GPU kernels; of an m of kAny with 1024 rows.
+Result<std::unique_ptr<TimingProblem>> timing_problem(const KernelDesc& desc, Runtime& runtime);
 /// `group` is 32, 64, 128 or 256; `inner_k_tiles` 0, 2, 4 or 8. Other values give a desc that check_desc refuses.
 KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t group, bool batch_invariant = false,
                      std::int64_t inner_k_tiles = 0);

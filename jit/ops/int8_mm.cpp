@@ -249,7 +249,8 @@ const OpSpec& op() {
       .pack_layout = [](const void* plan) { return static_cast<const Plan*>(plan)->layout.id(); },
       .pack_desc = pack_desc,
       .operations = operations,
-      .bytes = bytes};
+      .bytes = bytes,
+      .timing_problem = timing_problem};
   return spec;
 }
 

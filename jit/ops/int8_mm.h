@@ -53,12 +53,14 @@ enum class Rounding : std::int64_t { zero, away, minus_inf, plus_inf, even, odd 
 enum class Act : std::int64_t { none, relu, leaky_relu };
 
 const OpSpec& op();
+/// OpSpec::timing_problem, of GPU kernels; of an m of kAny with 4096 rows.
+Result<std::unique_ptr<TimingProblem>> timing_problem(const KernelDesc& desc, Runtime& runtime);
 KernelDesc make_desc(std::int64_t m, std::int64_t n, std::int64_t k, BLayout b_layout = BLayout::nk);
 
 /// The classes of m, by their upper bounds: one kernel each per (N, K). m = 0 belongs to the first.
 inline constexpr std::int64_t kMClasses[] = {1, 2, 4, 8, 16, 32, kAny};
 /// Likewise of GPU kernels, whose tiles are 16 rows at least.
-inline constexpr std::int64_t kGpuMClasses[] = {16, 32, 64, 128, 256, kAny};
+inline constexpr std::int64_t kGpuMClasses[] = {16, 32, 64, 128, 256, 512, 1024, kAny};
 
 /// How B lies in a pack: b[⌈N/n_block⌉][⌈K/k_block⌉][n_block][k_block] s8, zero beyond N and K, each n-panel and the
 /// whole 64-byte aligned, followed by Σ_k b[k,n] as s32 [⌈N/n_block⌉·n_block].
