@@ -50,6 +50,8 @@ cuda::CUstream new_stream(cuda::CUcontext context) {
 
 int compiles = 0;
 cuda::LaunchPlan launch_plan; ///< of the kernels that the rows below make
+std::optional<int4_mm::Boxes> int4_boxes;
+std::optional<int8_mm::Boxes> int8_boxes;
 
 Result<CodeObject> compile_int4(const KernelDesc& desc, const Target& target, std::string_view layout) {
   ++compiles;
@@ -63,7 +65,8 @@ Result<CodeObject> compile_int4(const KernelDesc& desc, const Target& target, st
   code.entries = {{"main", 0}};
   if (launch_plan.reduce_threads > 0)
     code.entries.push_back({"reduce", 0});
-  code.plan = int4_mm::Plan{.layout = int4_mm::find_pack_layout(layout), .launch = launch_plan}.values();
+  code.plan =
+      int4_mm::Plan{.layout = int4_mm::find_pack_layout(layout), .launch = launch_plan, .boxes = int4_boxes}.values();
   return code;
 }
 
@@ -72,6 +75,7 @@ Result<CodeObject> compile_int8(const KernelDesc& desc, const Target& target, st
   int8_mm::Plan plan;
   plan.layout = *int8_mm::PackLayout::parse(layout);
   plan.launch = launch_plan;
+  plan.boxes = int8_boxes;
   code->plan = plan.values();
   return code;
 }
@@ -127,6 +131,8 @@ struct Fixture {
         rows.push_back(row);
     compiles = 0;
     launch_plan = {};
+    int4_boxes.reset();
+    int8_boxes.reset();
     fake_cuda::State& f = fake();
     f.version = 13000;
     f.devices = {fake_cuda::Device(), fake_cuda::Device()};
@@ -755,6 +761,117 @@ TEST_CASE_FIXTURE(Fixture, "int8_mm: packs in GPU memory, raw B, the scale stage
   args.values.scale = reinterpret_cast<const float*>(scale.address());
   args.b_layout = int8_mm::BLayout::kn;
   check_error(int8_mm::run(**kernel, args), Code::invalid_argument, {"b_layout is kn"});
+}
+
+TEST_CASE_FIXTURE(Fixture, "int4_mm with tensor maps: before the other parameters, of what the plan has boxes for") {
+  int4_boxes =
+      int4_mm::Boxes{.x = {.inner = 64, .rows = 32, .swizzle = 128}, .y = {.inner = 64, .rows = 64, .swizzle = 128}};
+  launch_plan = {.tile_m = 64, .tile_n = 16, .threads = 288, .blocks_per_sm = 1};
+  const auto e = engine();
+  Product p(*this, *e, 70);
+  const KernelRef kernel = p.kernel();
+  const auto* const plan = static_cast<const int4_mm::Plan*>(kernel->plan());
+  REQUIRE(plan->boxes);
+  CHECK(*plan->boxes == *int4_boxes);
+  fake_cuda::TensorMapContent x, y;
+  fake().kernel = [&](const Launch& launch, void** parameters) {
+    std::memcpy(&x, parameters[0], sizeof x);
+    std::memcpy(&y, parameters[1], sizeof y);
+    Int4Kernel{p.n, p.k, p.group}(launch, parameters + 2);
+  };
+  fake().launches.clear();
+  fake().calls.clear();
+  REQUIRE(int4_mm::run(*kernel, p.args()).is_ok());
+  CHECK(p.is_right());
+  CHECK(x.address == p.gpu_x.address());
+  CHECK(x.extents[0] == 128);
+  CHECK(x.extents[1] == 70);
+  CHECK(x.strides[0] == 2 * 136);
+  CHECK(x.box[0] == 64);
+  CHECK(x.box[1] == 32);
+  CHECK(y.address == p.gpu_y.address());
+  CHECK(y.extents[0] == 24);
+  CHECK(y.extents[1] == 70);
+  CHECK(y.strides[0] == 2 * 32);
+  REQUIRE(fake().launches.size() == 1);
+  CHECK(fake().launches[0].grid[0] == 4); // 2 · 2 tiles, 4 SMs
+  CHECK(fake().calls_of("cuTensorMapEncodeTiled") == 2);
+  REQUIRE(int4_mm::run(*kernel, p.args()).is_ok());
+  CHECK(fake().calls_of("cuTensorMapEncodeTiled") == 2); // kept
+  fake().failures["cuTensorMapEncodeTiled"] = {1};
+  int4_mm::Args fewer = p.args();
+  fewer.m = 69;
+  // A class has its bounds: 65 to 128.
+  check_error(int4_mm::run(*kernel, fewer), Code::internal,
+              {"int4_mm: cuTensorMapEncodeTiled: CUDA_ERROR_INVALID_VALUE"});
+  // Without a map of Y, that parameter is zero.
+  int4_boxes->y = {};
+  config.cache = CacheMode::off;
+  const auto other = engine();
+  Product q(*this, *other, 70);
+  bool zero = false;
+  fake().kernel = [&](const Launch& launch, void** parameters) {
+    const cuda::TensorMap none;
+    zero = std::memcmp(parameters[1], &none, sizeof none) == 0;
+    Int4Kernel{q.n, q.k, q.group}(launch, parameters + 2);
+  };
+  REQUIRE(int4_mm::run(*q.kernel(), q.args()).is_ok());
+  CHECK(zero);
+  CHECK(q.is_right());
+}
+
+TEST_CASE_FIXTURE(Fixture, "int8_mm with tensor maps: of A and of a raw B, up to K") {
+  int8_boxes =
+      int8_mm::Boxes{.a = {.inner = 128, .rows = 64, .swizzle = 128}, .b = {.inner = 128, .rows = 128, .swizzle = 128}};
+  launch_plan = {.tile_m = 64, .tile_n = 128, .threads = 160, .blocks_per_sm = 1};
+  const auto e = engine();
+  const Result<KernelRef> kernel = e->get(on_gpu(int8_mm::make_desc(20, 24, 70), 0));
+  REQUIRE(kernel.is_ok());
+  const auto take = [&](std::uint64_t bytes) {
+    Result<cuda::Buffer> buffer = cuda::Buffer::allocate(driver(), 0, bytes);
+    REQUIRE(buffer.is_ok());
+    return std::move(*buffer);
+  };
+  const cuda::Buffer a = take(20 * 96), b = take(24 * 80), c = take(20 * 24 * 4);
+  fake_cuda::TensorMapContent a_map, b_map;
+  std::uint32_t m = 0, lda = 0;
+  fake().kernel = [&](const Launch&, void** parameters) {
+    std::memcpy(&a_map, parameters[0], sizeof a_map);
+    std::memcpy(&b_map, parameters[1], sizeof b_map);
+    m = *static_cast<std::uint32_t*>(parameters[7]);
+    lda = *static_cast<std::uint32_t*>(parameters[8]);
+  };
+  const int8_mm::Args args = {.m = 20,
+                              .a = reinterpret_cast<const void*>(a.address()),
+                              .lda = 96,
+                              .b = reinterpret_cast<const void*>(b.address()),
+                              .ldb = 80,
+                              .b_layout = int8_mm::BLayout::nk,
+                              .c = reinterpret_cast<void*>(c.address()),
+                              .ldc = 24};
+  REQUIRE(int8_mm::run(**kernel, args).is_ok());
+  CHECK(m == 20);
+  CHECK(lda == 96);
+  CHECK(a_map.address == a.address());
+  CHECK(a_map.extents[0] == 70);
+  CHECK(a_map.extents[1] == 20);
+  CHECK(a_map.strides[0] == 96);
+  CHECK(a_map.box[1] == 64);
+  CHECK(b_map.address == b.address());
+  CHECK(b_map.extents[0] == 70);
+  CHECK(b_map.extents[1] == 24);
+  CHECK(b_map.strides[0] == 80);
+  CHECK(b_map.box[1] == 128);
+}
+
+TEST_CASE("rows of one launch: what a grid or a kernel's count of tiles allows") {
+  cuda::LaunchPlan plan = {.tile_m = 64, .tile_n = 128};
+  CHECK(plan.most_rows(4096) == std::int64_t{65535} * 64);
+  plan.blocks_per_sm = 1;
+  plan.split_k = 2;
+  CHECK(plan.most_rows(4096) == ((std::int64_t{1} << 31) - 1) / 2 / 32 * 64);
+  plan.tile_n = 1;
+  CHECK(plan.most_rows((std::int64_t{1} << 31) - 1) == 64);
 }
 
 TEST_CASE_FIXTURE(Fixture, "many threads, one kernel: compiled once, loaded once in each context") {
