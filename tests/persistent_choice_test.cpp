@@ -149,11 +149,12 @@ TEST_CASE("configurations that no kernel is made of are refused with the reason"
   CHECK(contains(why4("y2v1n128s4k1g8", kAny, 3), "registers"));
   CHECK(contains(why4("y2v1n128s4k1g8", kAny, 4), "out of its range"));
   CHECK(contains(why4("y2v1n132s4k1g8"), "out of its range"));
+  CHECK(contains(why4("y2v1n128s2k1g8"), "fewer than three stages"));
   CHECK(contains(why4("y2v1n128s12k1g8"), "shared memory"));
   CHECK(contains(why4("y2v1n128s4k1g0", 256), "a tile has 128 rows"));
   CHECK(int8::check(eight, 64, {*PersistentConfig::parse("y1v1n64s14k1g0")}));
   CHECK(contains(why8("x2v1n40s4k1g8"), "out of its range")); // no wgmma on s8 has 40 columns
-  CHECK(contains(why8("x2v2n256s2k1g8"), "shared memory"));
+  CHECK(contains(why8("x2v2n256s4k1g8"), "shared memory"));
   CHECK(contains(why8("x2v2n192s2k1g8"), "registers"));
   CHECK(contains(why8("x2v1n64s4k2g8c"), "K is not to be split"));
   CHECK(contains(why8("y1v1n8s4k1g0c", 8), "multiple of eight"));

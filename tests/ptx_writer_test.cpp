@@ -171,6 +171,10 @@ TEST_CASE("operands are checked") {
        [](Writer& w) {
          w.store_async({w.b32(), 8}, w.make<F32, 4>(), {w.b32()});
        }},
+      {"st.async: offset 4",
+       [](Writer& w) {
+         w.store_async({w.b32(), 4}, w.make<B32, 4>(), {w.b32()});
+       }},
       {"multiples of 4",
        [](Writer& w) {
          w.cp_async_word({w.b32(), 2}, {w.b64()}, w.b32());
@@ -231,12 +235,24 @@ TEST_CASE("kernels: the same text each time, within a millisecond, and refused w
          return int8::emit_tile(kSm90a, {4096, 4096},
                                 {.column_tiles = 1, .row_tiles = 32, .warps_n = 8, .warps_m = 1, .wgmma = true});
        }},
+      {"int4 through a tensor map",
+       [] {
+         const Result<int4::Emitted> made = int4::emit_tma(
+             kSm90a, {8192, 8192, 128}, {{.swapped = true, .waves = 1, .stages = 9, .share = nvidia::Share::columns}});
+         return made ? Result<std::string>(made->text) : Result<std::string>(made.status());
+       }},
+      {"int8 through tensor maps",
+       [] {
+         const Result<int8::Emitted> made = int8::emit_tma(
+             kSm90a, {.n = 4096, .k = 4096}, {{.waves = 1, .columns = 256, .share = nvidia::Share::columns}});
+         return made ? Result<std::string>(made->text) : Result<std::string>(made.status());
+       }},
       {"fp8 tile",
-       [] { return fp8_text({.n = 4096, .k = 7168}, {.waves = 1, .stages = 5, .share = fp8::Share::rows}); }},
+       [] { return fp8_text({.n = 4096, .k = 7168}, {{.waves = 1, .stages = 5, .share = nvidia::Share::rows}}); }},
       {"fp8 tile, few rows of X",
        [] {
          return fp8_text({.n = 4096, .k = 7168},
-                         {.swapped = true, .warpgroups = 1, .waves = 1, .columns = 8, .stages = 24, .split = 2});
+                         {{.swapped = true, .warpgroups = 1, .waves = 1, .columns = 8, .stages = 24, .split = 2}});
        }},
   };
   for (const Kernel& kernel : kernels) {

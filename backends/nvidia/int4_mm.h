@@ -93,7 +93,7 @@ Result<std::string> emit_grouped(ptx::Sm sm, const Shape& shape, const GroupedCo
 
 /// More than 64 tokens on Hopper: a persistent grid, tokens through a tensor map, weights as the register operand. A
 /// stage has 64 of K; the 64-row operand is the weights (`swapped` always), `columns` tokens are a multiple of 8 to
-/// 256, two waves at most. No rows are shared.
+/// 256, two waves at most; one wave needs three stages. No rows are shared.
 struct TmaConfig : PersistentConfig {
   int operands = 1; ///< as TileConfig's
 

@@ -66,6 +66,9 @@ Status check(const Shape& shape, std::int64_t m_class, const TmaConfig& c) {
     return refuse("a number is out of its range");
   if (!c.swapped || c.waves > 2 || c.share == Share::rows)
     return refuse("weights are the 64-row operand, in two waves at most, and not shared");
+  // One wave awaits the next stage while it holds that of its running products and the one before.
+  if (c.waves == 1 && c.stages < 3)
+    return refuse("fewer than three stages");
   if (const std::string why = why_not(c, k_steps(shape), m_class, 8, true, shared_bytes_for(shape)); !why.empty())
     return refuse(why);
   return {};
