@@ -58,7 +58,7 @@ std::optional<PersistentConfig> PersistentConfig::parse(std::string_view text) {
 
 std::vector<std::int64_t> usual_rows(std::int64_t m_class, std::int64_t previous) {
   if (m_class == kAny)
-    return {previous * 3 / 2, previous * 2, 1500, 2048, 4096, 8192};
+    return {previous * 3 / 2, previous * 2, previous * 4, previous * 6, previous * 8, previous * 16};
   return {(previous + m_class) / 2, m_class};
 }
 
