@@ -32,10 +32,15 @@ bool is_power_from(std::int32_t first, std::int32_t bytes) {
   return bytes == 0 || (bytes >= first && std::has_single_bit(static_cast<unsigned>(bytes)));
 }
 
+/// Words by themselves, each with an odd factor of its own, so that the multiplications need not wait for one another:
+/// three maps are looked up in every launch.
 std::uint64_t hash_of(const auto& key) {
-  std::uint64_t sum = 0;
-  for (const std::uint64_t word : key)
-    sum = (std::rotl(sum, 23) ^ word) * 0x9E3779B97F4A7C15ull;
+  std::uint64_t sum = 0, factor = 0x9E3779B97F4A7C15;
+  for (const std::uint64_t word : key) {
+    sum ^= std::rotl((word ^ word >> 29) * factor, 31);
+    factor += 0xD6E8FEB86659FD92;
+  }
+  sum *= 0x9E3779B97F4A7C15;
   return sum ^ sum >> 32;
 }
 
