@@ -70,9 +70,9 @@ TEST_CASE("the chosen fill the GPU where the shape allows it") {
 }
 
 TEST_CASE("text that is no configuration") {
-  for (const char* text :
-       {"", "x", "x2", "z2v1n128s5k1g8", "x2v1n128s5k1g8q", "x2v1n128s5k1g8rr", "x02v1n128s5k1g8", "x2v1n128s5k1g",
-        "x2v1n128s5k1g-8", "x2v1n99999999999s5k1g8", "x2v1n128s5k1g8 ", "X2v1n128s5k1g8"}) {
+  for (const char* text : {"", "x", "x2", "z2v1n128s5k1g8", "x2v1n128s5k1g8q", "x2v1n128s5k1g8rr", "x02v1n128s5k1g8",
+                           "x2v1n128s5k1g", "x2v1n128s5k1g-8", "x2v1n99999999999s5k1g8", "x2v1n128s5k1g8 ",
+                           "X2v1n128s5k1g8", "x2v1n128s5k1g8io", "x2v1n128s5k1g8oo", "x2v1n128s5k1gr8o"}) {
     CAPTURE(text);
     CHECK_FALSE(Config::parse(text));
   }
@@ -100,4 +100,11 @@ TEST_CASE("configurations that no kernel is made of are refused with the reason"
   CHECK(contains(why("y1v1n8s4k1g0c", 8), "multiple of eight"));
   CHECK(contains(why("y1v1n8s4k1g0", 16), "a tile has 8 rows, the class 16"));
   CHECK(contains(why("x2v1n128s4k1g0"), "a tile has 128 rows"));
+  CHECK(contains(why("x2v1n128s5k1g8o"), "registers"));
+  CHECK(check(shape, kAny, false, *Config::parse("x2v1n128s5k1g8oi")));
+  CHECK(contains(why("x1v2n32s4k1g8o"), "steps overlap in one wave"));
+  CHECK(contains(why("x2v1n64s4k2g8o"), "steps overlap in one wave"));
+  for (const char* text : {"x2v1n128s5k1g8i", "x2v1n128s2k1g8oi", "x2v1n128s5k1g8oie", "x2v1n128s5k1g8oip"})
+    CHECK(contains(why(text), "without a warp that copies"));
+  CHECK(contains(why("x2v1n128s5k1g8f"), "more than once"));
 }

@@ -25,16 +25,26 @@ struct Shape {
 /// The 64-row operand is X, or Y when `swapped`. A stage has 128 of K. `columns`: a multiple of 8, unless swapped 16,
 /// to 256.
 struct Config : PersistentConfig {
+  bool overlaps = false;   ///< the products of a step run while those of the one before are scaled, in registers more
+  bool copier = true;      ///< a warp of its own copies; else the multiplying ones do, and may have more registers
+  bool early = false;      ///< copying begins before the block's warps have met
+  bool streams = false;    ///< Y is read once: it is the first to leave L2, before what others have written there
+  bool prefetches = false; ///< what of Y the ring has no room for yet goes to L2
+  bool direct = false;     ///< Z leaves from registers: its place in shared memory is the ring's
+
+  int threads() const { return 128 * warpgroups + (copier ? 32 : 0); }
   int x_rows() const { return swapped ? columns : rows(); }
   int y_chunk() const { return swapped ? 64 : std::gcd(columns, 128); } ///< rows of Y that have one scale for sure
   int y_chunks() const { return (swapped ? rows() : columns) / y_chunk(); }
   /// Whether tiles of 16-bit elements leave through shared memory and the copy engine.
-  bool stages_output() const { return split == 1 && (swapped || columns % 64 == 0); }
+  bool stages_output() const { return split == 1 && !direct && (swapped || columns % 64 == 0); }
   std::int64_t shared_bytes() const;
   /// Of a thread, at most: sums, factors, and what addresses take besides.
-  int registers() const { return columns / 2 * (waves + 1) + (swapped ? columns / 2 : 0) + 40; }
+  int registers() const { return columns / 2 * (waves + (overlaps ? 2 : 1)) + (swapped ? columns / 2 : 0) + 40; }
   /// That run at one time, as their memory and registers allow.
   int blocks_per_sm() const;
+  /// PersistentConfig's, then o, i (no copier), e, f (streams), p, d for the flags in their order.
+  std::string text() const;
   /// Of what text() gives.
   static std::optional<Config> parse(std::string_view text);
   bool operator==(const Config&) const = default;

@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <ranges>
 
 #include "backends/nvidia/fp8_block_bmm.h"
 #include "backends/nvidia/persistent_choice.h"
@@ -28,14 +29,51 @@ int Config::blocks_per_sm() const {
   return blocks;
 }
 
+namespace {
+
+struct Flag {
+  char letter;
+  bool Config::*is;
+  bool usual; ///< what it is without the letter
+};
+constexpr Flag kFlags[] = {{'o', &Config::overlaps, false},   {'i', &Config::copier, true},
+                           {'e', &Config::early, false},      {'f', &Config::streams, false},
+                           {'p', &Config::prefetches, false}, {'d', &Config::direct, false}};
+
+} // namespace
+
+std::string Config::text() const {
+  std::string text = PersistentConfig::text();
+  for (const Flag& flag : kFlags)
+    if (this->*flag.is != flag.usual)
+      text += flag.letter;
+  return text;
+}
+
 std::optional<Config> Config::parse(std::string_view text) {
+  const std::string_view whole = text;
+  Config config;
+  for (const Flag& flag : kFlags | std::views::reverse)
+    if (text.ends_with(flag.letter)) {
+      config.*flag.is = !flag.usual;
+      text.remove_suffix(1);
+    }
   const std::optional<PersistentConfig> parsed = PersistentConfig::parse(text);
-  return parsed ? std::optional(Config{*parsed}) : std::nullopt;
+  if (!parsed)
+    return std::nullopt;
+  static_cast<PersistentConfig&>(config) = *parsed;
+  return config.text() == whole ? std::optional(config) : std::nullopt;
 }
 
 Status check(const Shape& shape, std::int64_t m_class, bool batch_invariant, const Config& c) {
-  const std::string why = why_not(c, k_blocks(shape), m_class, c.swapped ? 8 : 16, !batch_invariant,
-                                  [](const Config& config) { return config.shared_bytes(); });
+  std::string why = why_not(c, k_blocks(shape), m_class, c.swapped ? 8 : 16, !batch_invariant,
+                            [](const Config& config) { return config.shared_bytes(); });
+  if (why.empty() && c.overlaps && (c.waves != 1 || c.split != 1))
+    why = "steps overlap in one wave without a split of K";
+  if (why.empty() && !c.copier && (!c.overlaps || c.early || c.prefetches || c.stages < 3))
+    why = "without a warp that copies steps overlap, in three stages or more, and nothing is early or prefetched";
+  if (why.empty() && c.streams && c.group != 0)
+    why = "Y is read more than once";
   if (!why.empty())
     return Status::error(Code::invalid_argument, fmt::format("fp8_block_bmm: configuration {}: {}", c.text(), why));
   return {};

@@ -20,7 +20,10 @@ public:
 
   Result<std::string> emit() {
     prologue();
-    return roles([&] { produce(); }, [&] { consume(); });
+    if (c_.copier)
+      return roles([&] { produce(); }, [&] { consume(); });
+    consume();
+    return w_.finish();
   }
 
 private:
@@ -39,11 +42,11 @@ private:
   static int scales_offset(const Config& c) {
     return output_offset(c) + (c.stages_output() ? c.rows() * c.columns * 2 : 0);
   }
-  /// A stage has come with the copy engine's bytes and 32 lanes' scales.
+  /// A stage has come with the copy engine's bytes and the scales, of the copying warp's lanes or of a warpgroup's.
   static Layout layout_of(const Config& c) {
     return {.stage_bytes = stage_bytes(c),
             .sums_offset = scales_offset(c) + c.stages * scale_bytes(c),
-            .full_arrivals = 1 + 32};
+            .full_arrivals = 1 + (c.copier ? 32 : 128)};
   }
   int row_bytes() const { return c_.rows() * kRow; }
   int stage_bytes() const { return stage_bytes(c_); }
@@ -72,8 +75,10 @@ private:
     xs_stride_m_ = w_.parameter_b32("xs_stride_m");
     xs_stride_k_ = w_.parameter_b32("xs_stride_k");
 
-    start({x_map_, y_map_});
+    start({x_map_, y_map_}, c_.early ? Meeting::early : Meeting::together, c_.copier && !c_.early);
   }
+  /// Early and in no cluster that shares: the copying warp's first round through the ring.
+  bool has_unwaited_round() const { return c_.early && c_.sharing() == 1; }
 
   // ---- the copying warp
 
@@ -81,6 +86,9 @@ private:
     const Slot slot{w_.mov(0), w_.mov(1)};
     const Pred leads = w_.compare_u32(Compare::eq, thread_, 32 * consumer_warps());
     const int row_parts = (x_rows() + 31) / 32;
+    if (c_.streams)
+      policy_ = w_.evict_first_policy();
+    const B32 filled = has_unwaited_round() ? w_.mov(0) : B32(); // stages, until the ring is full
     for_tiles([&](B32 tile) {
       const Place place = locate(tile);
       const B32 x_row = c_.swapped ? place.column : place.row, y_row = c_.swapped ? place.row : place.column;
@@ -100,7 +108,15 @@ private:
       const B64 step_bytes = w_.mul_wide(xs_stride_k_, 4);
       for_steps([&](B32 step) {
         const B32 full = w_.mad(slot.index, 8, shared_);
-        w_.mbarrier_wait({full, empty_offset()}, slot.parity);
+        if (has_unwaited_round()) {
+          w_.if_(w_.compare_u32(Compare::ge, filled, c_.stages), [&] {
+            w_.if_(w_.compare_u32(Compare::eq, filled, c_.stages), [&] { w_.barrier(kEmptyMade, c_.threads()); });
+            w_.mbarrier_wait({full, empty_offset()}, slot.parity);
+          });
+          w_.mov_to(filled, w_.min_u32(w_.add(filled, 1), c_.stages + 1));
+        } else {
+          w_.mbarrier_wait({full, empty_offset()}, slot.parity);
+        }
         w_.if_(leads, [&] {
           if (c_.split == 1) {
             const std::array<B32, 4> v = {place.row, place.column, place.batch, place.batch};
@@ -108,6 +124,8 @@ private:
                             w_.compare_u32(Compare::eq, step, 0));
           }
           copy_operands(slot, step, place);
+          if (c_.prefetches)
+            prefetch(step, place);
         });
         const B32 scales = w_.mad(slot.index, scale_bytes(), w_.mad(lane_, 4, shared_));
         for (int i = 0; i < row_parts; ++i) {
@@ -122,25 +140,42 @@ private:
         advance(slot);
       });
     });
+    if (has_unwaited_round())
+      w_.if_(w_.compare_u32(Compare::le, filled, c_.stages), [&] { w_.barrier(kEmptyMade, c_.threads()); });
     await_release(slot);
     if (c_.split > 1)
       w_.barrier_cluster_wait();
+  }
+  /// Y of the step that will have this one's stage, if it is of the same tile.
+  void prefetch(B32 step, const Place& place) {
+    const B32 later = w_.add(step, c_.stages);
+    const int rows = c_.swapped ? c_.rows() : columns();
+    const bool shared = c_.share == (c_.swapped ? Share::rows : Share::columns);
+    w_.if_(w_.compare_u32(Compare::lt, later, steps_), [&] {
+      const B32 first = c_.swapped ? place.row : place.column;
+      w_.prefetch_tensor_3d(y_map_, w_.mul(w_.add(later, k_first_), kRow),
+                            shared ? w_.mad(rank_, rows / c_.sharing(), first) : first, place.batch, policy_);
+    });
   }
   void copy_operands(const Slot& slot, B32 step, const Place& place) {
     const B32 full = w_.mad(slot.index, 8, shared_);
     const B32 stage = w_.mad(slot.index, stage_bytes(), w_.add(shared_, kHeader));
     const B32 k = w_.mul(w_.add(step, k_first_), kRow);
     w_.mbarrier_expect_bytes({full}, stage_bytes());
-    copy(stage, c_.swapped ? y_map_ : x_map_, k, place.row, c_.rows(), c_.share == Share::rows, place.batch, full);
+    copy(stage, c_.swapped ? y_map_ : x_map_, k, place.row, c_.rows(), c_.share == Share::rows, place.batch, full,
+         c_.swapped ? policy_ : B64());
     copy(w_.add(stage, row_bytes()), c_.swapped ? x_map_ : y_map_, k, place.column, columns(),
-         c_.share == Share::columns, place.batch, full);
+         c_.share == Share::columns, place.batch, full, c_.swapped ? B64() : policy_);
   }
+
   // ---- the multiplying warpgroups
 
   void consume() {
     start_consuming();
     for (int e = 0; e < columns() / 2; ++e)
       part_.push_back(w_.f32());
+    for (int e = 0; c_.overlaps && e < columns() / 2; ++e)
+      other_part_.push_back(w_.f32());
     for (int i = 0; i < (c_.swapped ? columns() / 4 : 2 * c_.waves); ++i)
       x_scales_.push_back(w_.f32());
     for (int i = 0; i < (c_.swapped ? c_.waves : c_.y_chunks()); ++i)
@@ -151,6 +186,8 @@ private:
     describe(slot);
     if (c_.split > 1)
       multiply_split(slot);
+    else if (c_.overlaps)
+      multiply_overlapped(slot);
     else
       multiply_all(slot);
   }
@@ -181,6 +218,174 @@ private:
     });
     w_.bulk_wait_read(0); // the block's memory is read until then
   }
+  /// The same with the products of the next step begun, in the other set of registers, before those of a step are
+  /// scaled. The last step of a tile begins the next tile, but where their sets are the same, since K has an odd number
+  /// of steps: then only once it is scaled. (Awaiting the older of two steps in flight would be as good, but ptxas does
+  /// not see through that in a loop.)
+  void multiply_overlapped(const Slot& slot) {
+    if (!c_.copier)
+      begin_copies();
+    const B32 tile = w_.mov(cluster_);
+    Place place{w_.b32(), w_.b32(), w_.b32()};
+    w_.if_(w_.compare_u32(Compare::lt, tile, all_tiles_), [&] {
+      await_stage(slot);
+      start_products(part_);
+      w_.loop("tiles", [&] {
+        const Pred is_later = w_.compare_u32(Compare::ne, tile, cluster_);
+        w_.add_to(tile, tile, clusters_);
+        const Pred more = w_.compare_u32(Compare::lt, tile, all_tiles_);
+        const auto first = [&](const Slot& used) {
+          const Place next = load_place(used);
+          w_.if_(is_later, [&] { store_all(place); });
+          w_.mov_to(place.row, next.row);
+          w_.mov_to(place.column, next.column);
+          w_.mov_to(place.batch, next.batch);
+        };
+        const auto nothing = [](const Slot&) {};
+        const std::int64_t steps = k_blocks();
+        overlapped_step(slot, 0, true, steps > 1 ? Pred() : more, first);
+        if (steps > 3) {
+          const B32 pair = w_.mov(0);
+          w_.loop("steps along K", [&] {
+            overlapped_step(slot, 1, false, {}, nothing);
+            overlapped_step(slot, 0, false, {}, nothing);
+            w_.add_to(pair, pair, 1);
+            return w_.compare_u32(Compare::lt, pair, (steps - 2) / 2);
+          });
+        }
+        if (steps > 1 && steps % 2 != 0)
+          overlapped_step(slot, 1, false, {}, nothing);
+        if (steps > 1)
+          overlapped_step(slot, steps % 2 == 0 ? 1 : 0, false, more, nothing);
+        return more;
+      });
+      w_.wgmma_wait(0); // products of no tile
+      store_all(place);
+    });
+    if (!c_.copier)
+      w_.if_(w_.compare_u32(Compare::eq, warp_, 0), [&] { await_release(copies_.slot); });
+    w_.bulk_wait_read(0);
+  }
+  /// A step whose products run in set `set`. `more`: whether there is another tile, of a tile's last step; none: the
+  /// next step is of the same tile. Where nothing comes, products of whatever the ring holds begin all the same: ptxas
+  /// does not see through any that begin on a condition.
+  template <class Body>
+  void overlapped_step(const Slot& slot, int set, bool is_first, Pred more, const Body& meanwhile) {
+    const bool is_last = more != Pred();
+    const Slot used{w_.mov(slot.index), {}};
+    advance(slot);
+    describe(slot);
+    if (is_last)
+      w_.if_(more, [&] { await_stage(slot); });
+    else
+      await_stage(slot);
+    load_scales(used);
+    const std::vector<F32> factors = scale_factors(0);
+    meanwhile(used);
+    if (!c_.copier)
+      copy_next();
+    w_.wgmma_wait(0);
+    const bool in_same_set = is_last && set == 0;
+    if (!in_same_set)
+      start_products(set == 0 ? other_part_ : part_);
+    release(used.index);
+    add_scaled(set == 0 ? part_ : other_part_, factors, 0, is_first);
+    if (in_same_set)
+      start_products(part_);
+  }
+
+  // ---- copies by the multiplying warps: one thread the operands, the last warpgroup the scales, as many steps ahead
+  // as the ring has room for beside the stage that was multiplied last
+
+  /// Of the next step to be copied: its stage, tile and number, and where this thread's scales are.
+  struct Copies {
+    Slot slot;
+    B32 tile, step;
+    Place place;
+    std::vector<B64> x_from;
+    std::vector<B32> x_bytes;
+    B64 y_from;
+  };
+  int scale_parts() const { return (x_rows() + 127) / 128; }
+  void begin_copies() {
+    copies_.slot = {w_.mov(0), w_.mov(1)};
+    copies_.tile = w_.mov(cluster_);
+    copies_.step = w_.mov(0);
+    copies_.place = {w_.b32(), w_.b32(), w_.b32()};
+    for (int i = 0; i < scale_parts(); ++i) {
+      copies_.x_from.push_back(w_.b64());
+      copies_.x_bytes.push_back(w_.b32());
+    }
+    copies_.y_from = w_.b64();
+    scale_thread_ = w_.sub(thread_, 128 * (c_.warpgroups - 1));
+    copies_scales_ = w_.compare_u32(Compare::ge, warp_, 4 * (c_.warpgroups - 1));
+    if (c_.streams)
+      policy_ = w_.evict_first_policy();
+    xs_step_ = w_.mul_wide(xs_stride_k_, 4);
+    w_.if_(w_.compare_u32(Compare::lt, copies_.tile, all_tiles_), [&] { begin_copied_tile(); });
+    const B32 i = w_.mov(0);
+    w_.loop("the ring is filled", [&] {
+      copy_next();
+      w_.add_to(i, i, 1);
+      return w_.compare_u32(Compare::lt, i, c_.stages - 1);
+    });
+  }
+  void begin_copied_tile() {
+    const Place place = locate(copies_.tile);
+    w_.mov_to(copies_.place.row, place.row);
+    w_.mov_to(copies_.place.column, place.column);
+    w_.mov_to(copies_.place.batch, place.batch);
+    const B32 x_row = c_.swapped ? place.column : place.row, y_row = c_.swapped ? place.row : place.column;
+    const B64 first = w_.mul64(xs_stride_b_, w_.widen(place.batch));
+    for (std::size_t i = 0; i < copies_.x_from.size(); ++i) {
+      const B32 row = w_.add(w_.add(x_row, scale_thread_), 128 * static_cast<int>(i));
+      w_.mov_to(copies_.x_from[i], w_.add64(xs_, w_.mul64(w_.mad_wide(row, xs_stride_m_, first), 4)));
+      w_.mov_to(copies_.x_bytes[i], w_.select(w_.compare_u32(Compare::lt, row, m_), 4, 0));
+    }
+    const B32 block = w_.min_u32(w_.shr(w_.mad(scale_thread_, c_.y_chunk(), y_row), 7), n_blocks() - 1);
+    w_.mov_to(copies_.y_from, w_.mad_wide(w_.mul(w_.mad(place.batch, n_blocks(), block), k_blocks()), 4, ys_));
+  }
+  /// Nothing once all tiles are copied.
+  void copy_next() {
+    w_.if_(w_.compare_u32(Compare::lt, copies_.tile, all_tiles_), [&] {
+      const Slot& slot = copies_.slot;
+      const B32 full = w_.mad(slot.index, 8, shared_);
+      w_.if_(w_.compare_u32(Compare::eq, warp_, 0), [&] {
+        w_.mbarrier_wait({full, empty_offset()}, slot.parity);
+        w_.if_(w_.compare_u32(Compare::eq, thread_, 0), [&] {
+          const std::array<B32, 4> v = {copies_.place.row, copies_.place.column, copies_.place.batch,
+                                        copies_.place.batch};
+          w_.store_shared({scales_of(slot), place_offset()}, std::span<const B32>(v),
+                          w_.compare_u32(Compare::eq, copies_.step, 0));
+          copy_operands(slot, copies_.step, copies_.place);
+        });
+      });
+      w_.if_(copies_scales_, [&] {
+        w_.mbarrier_wait({full, empty_offset()}, slot.parity);
+        const B32 scales = w_.mad(slot.index, scale_bytes(), w_.mad(scale_thread_, 4, shared_));
+        for (int i = 0; i < scale_parts(); ++i) {
+          const int left = x_rows() - 128 * i;
+          const Guard guard = left < 128 ? Guard(w_.compare_u32(Compare::lt, scale_thread_, left)) : Guard();
+          B64& from = copies_.x_from[static_cast<std::size_t>(i)];
+          w_.cp_async_word({scales, scales_offset() + 512 * i}, {from}, copies_.x_bytes[static_cast<std::size_t>(i)],
+                           guard);
+          w_.add64_to(from, from, xs_step_);
+        }
+        w_.cp_async_word({scales, scales_offset() + 4 * x_rows()}, {copies_.y_from}, w_.mov(4),
+                         w_.compare_u32(Compare::lt, scale_thread_, c_.y_chunks()));
+        w_.add64_to(copies_.y_from, copies_.y_from, 4);
+        w_.cp_async_mbarrier_arrive({full});
+      });
+      advance(slot);
+      w_.add_to(copies_.step, copies_.step, 1);
+      w_.if_(w_.compare_u32(Compare::eq, copies_.step, k_blocks()), [&] {
+        w_.mov_to(copies_.step, 0);
+        w_.add_to(copies_.tile, copies_.tile, clusters_);
+        w_.if_(w_.compare_u32(Compare::lt, copies_.tile, all_tiles_), [&] { begin_copied_tile(); });
+      });
+    });
+  }
+
   /// With K split over the cluster.
   void multiply_split(const Slot& slot) {
     const auto steps = [&] {
@@ -205,7 +410,7 @@ private:
         [&](const std::vector<F32>& sums, I32 wave, I32 unit) { store_unit(sums, wave, unit); });
   }
 
-  /// As the copying warp left it with a tile's first stage.
+  /// As it was left with the scales of a tile's first stage.
   Place load_place(const Slot& slot) {
     const std::array<B32, 4> v = w_.make<B32, 4>();
     w_.load_shared(std::span<const B32>(v), {scales_of(slot), place_offset()});
@@ -226,11 +431,12 @@ private:
     load_y_scales(scales);
   }
   /// part = 64 rows of the stage times its columns, not awaited.
-  void start_products(int wave) {
+  void start_products(int wave) { start_products(part_, wave); }
+  void start_products(const std::vector<F32>& part, int wave = 0) {
     const B32 row_low = w_.add(row_descriptor_, wave * 64 * kRow / 16), column_low = column_descriptor_;
     w_.wgmma_fence();
     for (int i = 0; i < kRow / 32; ++i)
-      w_.wgmma_fp8(part_, w_.combine(w_.add(row_low, 2 * i), kDescriptorHigh),
+      w_.wgmma_fp8(part, w_.combine(w_.add(row_low, 2 * i), kDescriptorHigh),
                    w_.combine(w_.add(column_low, 2 * i), kDescriptorHigh), columns(), i == 0 ? no_ : yes_,
                    c_.swapped ? shape_.y_e5m2 : shape_.x_e5m2, c_.swapped ? shape_.x_e5m2 : shape_.y_e5m2);
     w_.wgmma_commit();
@@ -300,11 +506,14 @@ private:
   }
   /// sums += factors · part; of a tile's first step =.
   void add_scaled(const std::vector<F32>& factors, int wave, bool is_first) {
+    add_scaled(part_, factors, wave, is_first);
+  }
+  void add_scaled(const std::vector<F32>& parts, const std::vector<F32>& factors, int wave, bool is_first) {
     for (int e = 0; e < columns() / 2; ++e) {
       const int j = e / 4, half = e / 2 % 2;
       const int f = c_.swapped ? 2 * j + e % 2 : 2 * (8 * j / c_.y_chunk()) + half;
       const F32 sum = sums_[static_cast<std::size_t>(wave * columns() / 2 + e)];
-      const F32 part = part_[static_cast<std::size_t>(e)], factor = factors[static_cast<std::size_t>(f)];
+      const F32 part = parts[static_cast<std::size_t>(e)], factor = factors[static_cast<std::size_t>(f)];
       if (is_first)
         w_.mov_to(sum, w_.mul(part, factor));
       else
@@ -410,7 +619,12 @@ private:
   B64 x_map_, y_map_, z_map_, xs_, ys_, z_, z_stride_b_, xs_stride_b_;
   B32 z_stride_m_, xs_stride_m_, xs_stride_k_;
   B32 row_descriptor_, column_descriptor_;
-  std::vector<F32> part_; ///< of 128 k
+  B64 policy_; ///< of Y's copies; none: L2's own
+  Copies copies_;
+  B32 scale_thread_;
+  Pred copies_scales_;
+  B64 xs_step_;
+  std::vector<F32> part_, other_part_; ///< of 128 k, and of the next 128
   std::vector<F32> x_scales_, y_scales_;
 };
 
@@ -423,6 +637,7 @@ Result<Emitted> emit(Sm sm, const Shape& shape, const Config& config) {
   Emitted emitted;
   emitted.text = std::move(*text);
   emitted.launch = persistent_launch(config, config.shared_bytes(), config.blocks_per_sm());
+  emitted.launch.threads = config.threads();
   emitted.boxes.x = {.inner = 128, .rows = config.swapped ? config.column_box() : config.row_box(), .swizzle = 128};
   if (config.stages_output() && shape.z != fp8_block_bmm::ZDtype::f32)
     emitted.boxes.z = config.swapped ? cuda::TensorBox{.inner = 16, .rows = config.columns}

@@ -1,6 +1,7 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -115,41 +116,31 @@ protected:
   int wave_units() const { return columns() / 2 / unit_sums(); }
   int units() const { return c_.units(); }
 
-  /// After the parameters: who this thread is, the barriers, the tiles that there are.
-  void start(std::initializer_list<B64> maps) {
+  /// How the block's warps meet before the ring is used: all of them once; or, early, the copying warp makes the `full`
+  /// barriers, which is all that it needs to fill the ring once, and waits for nobody, but where it copies into another
+  /// block, whose barriers must be there.
+  enum class Meeting : std::uint8_t { together, early };
+
+  /// After the parameters: who this thread is, the barriers, the tiles that there are. `divides`: finds its cluster by
+  /// a division, which takes longer than a shift.
+  void start(std::initializer_list<B64> maps, Meeting meeting = Meeting::together, bool divides = true) {
     thread_ = w_.thread();
     lane_ = w_.and_(thread_, 31);
     warp_ = w_.uniform(w_.shr(thread_, 5));
     rank_ = c_.cluster() > 1 ? w_.rank_in_cluster() : w_.mov(0);
-    cluster_ = c_.cluster() > 1 ? w_.div_u32(w_.block_x(), c_.cluster()) : w_.block_x();
-    clusters_ = c_.cluster() > 1 ? w_.div_u32(w_.blocks_x(), c_.cluster()) : w_.blocks_x();
+    if (!divides && std::has_single_bit(static_cast<unsigned>(c_.cluster()))) {
+      const int bits = std::countr_zero(static_cast<unsigned>(c_.cluster()));
+      cluster_ = bits > 0 ? w_.shr(w_.block_x(), bits) : w_.block_x();
+      clusters_ = bits > 0 ? w_.shr(w_.blocks_x(), bits) : w_.blocks_x();
+    } else {
+      cluster_ = c_.cluster() > 1 ? w_.div_u32(w_.block_x(), c_.cluster()) : w_.block_x();
+      clusters_ = c_.cluster() > 1 ? w_.div_u32(w_.blocks_x(), c_.cluster()) : w_.blocks_x();
+    }
     shared_ = w_.shared_memory();
-    // One thread each, by its number: the assembler makes a loop over the lanes of anything that may be several.
-    const auto one_thread = [&](int thread, auto body) { w_.if_(w_.compare_u32(Compare::eq, thread_, thread), body); };
-    one_thread(0, [&] {
-      for (int s = 0; s < c_.stages; ++s)
-        w_.mbarrier_init({shared_, 8 * s}, layout_.full_arrivals);
-      w_.fence_mbarrier_init();
-    });
-    one_thread(32, [&] {
-      for (int s = 0; s < c_.stages; ++s)
-        w_.mbarrier_init({shared_, empty_offset() + 8 * s}, consumer_warps() * c_.sharing());
-      w_.fence_mbarrier_init();
-    });
-    one_thread(64, [&] {
-      for (const B64 map : maps)
-        w_.prefetch_tensor_map(map);
-      if (c_.split > 1) {
-        w_.mbarrier_init({shared_, sums_ready_offset()}, 1);
-        w_.mbarrier_init({shared_, sums_read_offset()}, consumer_warps() * c_.split);
-        w_.fence_mbarrier_init();
-      }
-    });
-    w_.barrier();
-    if (c_.cluster() > 1)
-      w_.barrier_cluster_arrive_relaxed();
-    if (c_.sharing() > 1) // else the others are waited for when there is something to send
-      w_.barrier_cluster_wait();
+    if (meeting == Meeting::early)
+      meet_early(maps);
+    else
+      meet(maps);
     // Tiles, or pairs of tiles that share an operand.
     m_tiles_ = c_.group == 0 ? w_.mov(1) : w_.div_u32(w_.add(m_, m_step() - 1), m_step());
     matrix_tiles_ = w_.mul(m_tiles_, n_tiles());
@@ -160,6 +151,78 @@ protected:
       k_first_ = w_.mul(rank_, rank_steps());
       steps_ = w_.max_s32(w_.min_s32(w_.sub(k_steps(), k_first_), rank_steps()), 0);
     }
+  }
+  /// One thread, by its number: the assembler makes a loop over the lanes of anything that may be several.
+  template <class Body> void one_thread(int thread, Body body) {
+    w_.if_(w_.compare_u32(Compare::eq, thread_, thread), body);
+  }
+  void init_full_barriers() {
+    for (int s = 0; s < c_.stages; ++s)
+      w_.mbarrier_init({shared_, 8 * s}, layout_.full_arrivals);
+    w_.fence_mbarrier_init();
+  }
+  void init_empty_barriers() {
+    for (int s = 0; s < c_.stages; ++s)
+      w_.mbarrier_init({shared_, empty_offset() + 8 * s}, consumer_warps() * c_.sharing());
+    w_.fence_mbarrier_init();
+  }
+  void init_sums_barriers() {
+    w_.mbarrier_init({shared_, sums_ready_offset()}, 1);
+    w_.mbarrier_init({shared_, sums_read_offset()}, consumer_warps() * c_.split);
+    w_.fence_mbarrier_init();
+  }
+  void meet(std::initializer_list<B64> maps) {
+    one_thread(0, [&] { init_full_barriers(); });
+    one_thread(32, [&] { init_empty_barriers(); });
+    one_thread(64, [&] {
+      for (const B64 map : maps)
+        w_.prefetch_tensor_map(map);
+      if (c_.split > 1)
+        init_sums_barriers();
+    });
+    w_.barrier();
+    if (c_.cluster() > 1)
+      w_.barrier_cluster_arrive_relaxed();
+    if (c_.sharing() > 1) // else the others are waited for when there is something to send
+      w_.barrier_cluster_wait();
+  }
+  static constexpr int kFullMade = 1, kEmptyMade = 2; ///< barriers of the block
+  void meet_early(std::initializer_list<B64> maps) {
+    const auto meet_cluster = [&] {
+      w_.barrier_cluster_arrive_relaxed();
+      w_.barrier_cluster_wait();
+    };
+    const ptx::Label others = w_.label(), met = w_.label();
+    w_.branch(others, w_.compare_u32(Compare::lt, warp_, consumer_warps()));
+    one_thread(32 * consumer_warps(), [&] {
+      for (const B64 map : maps)
+        w_.prefetch_tensor_map(map);
+      init_full_barriers();
+      w_.fence_proxy_async(); // before its own copies count there
+    });
+    w_.barrier_warp();
+    if (c_.sharing() > 1) {
+      meet_cluster();
+    } else {
+      w_.barrier_arrive(kFullMade, c_.threads());
+      if (c_.split > 1)
+        w_.barrier_cluster_arrive_relaxed();
+    }
+    w_.branch(met);
+    w_.bind(others);
+    one_thread(0, [&] { init_empty_barriers(); });
+    if (c_.split > 1)
+      one_thread(32, [&] { init_sums_barriers(); });
+    w_.barrier_warp();
+    if (c_.sharing() > 1) {
+      meet_cluster();
+    } else {
+      w_.barrier_arrive(kEmptyMade, c_.threads());
+      w_.barrier(kFullMade, c_.threads());
+      if (c_.split > 1)
+        w_.barrier_cluster_arrive_relaxed();
+    }
+    w_.bind(met);
   }
   /// The copying warp behind the multiplying warpgroups.
   template <class Produce, class Consume> Result<std::string> roles(Produce produce, Consume consume) {

@@ -561,12 +561,19 @@ B32 Writer::shared_memory() {
 void Writer::barrier() {
   emit("bar.sync", {I32(0)});
 }
-void Writer::barrier(I32 id, int threads) {
+void Writer::check_barrier(I32 id, int threads) {
   if ((id.is_immediate && (id.immediate < 0 || id.immediate > 15)) || threads <= 0 || threads % 32 != 0 ||
       threads > threads_)
     fail(fmt::format("barrier {} of {} threads: allowed are 0 to 15 and multiples of 32 to {}", id.immediate, threads,
                      threads_));
+}
+void Writer::barrier(I32 id, int threads) {
+  check_barrier(id, threads);
   emit("bar.sync", {id, I32(threads)});
+}
+void Writer::barrier_arrive(I32 id, int threads) {
+  check_barrier(id, threads);
+  emit("bar.arrive", {id, I32(threads)});
 }
 void Writer::barrier_warp() {
   emit("bar.warp.sync", {I32(-1)});
@@ -779,6 +786,25 @@ void Writer::copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 
     body_ += ", ";
     append(mask);
   }
+  if (policy.id >= 0) {
+    body_ += ", ";
+    append(policy);
+  }
+  body_ += ";\n";
+}
+void Writer::prefetch_tensor_3d(B64 tensor_map, I32 x, I32 y, I32 z, B64 policy) {
+  require(90, 80, "cp.async.bulk.prefetch.tensor");
+  begin({});
+  body_ += "cp.async.bulk.prefetch.tensor.3d.L2.global";
+  body_ += policy.id >= 0 ? ".L2::cache_hint [" : " [";
+  append(tensor_map);
+  body_ += ", {";
+  append(x);
+  body_ += ", ";
+  append(y);
+  body_ += ", ";
+  append(z);
+  body_ += "}]";
   if (policy.id >= 0) {
     body_ += ", ";
     append(policy);

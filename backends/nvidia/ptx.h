@@ -227,8 +227,10 @@ public:
   // ---- "Parallel Synchronization and Communication Instructions"
   void barrier();                    ///< all threads of the block
   void barrier(I32 id, int threads); ///< those that name it; `threads` a multiple of 32
-  void barrier_warp();               ///< all lanes; orders their memory accesses
-  void barrier_cluster_arrive();     ///< release
+  /// The same without waiting: what this thread did before is done for those that wait there.
+  void barrier_arrive(I32 id, int threads);
+  void barrier_warp();           ///< all lanes; orders their memory accesses
+  void barrier_cluster_arrive(); ///< release
   void barrier_cluster_arrive_relaxed();
   void barrier_cluster_wait(); ///< acquire
   void fence_device();         ///< fence.acq_rel.gpu
@@ -287,6 +289,8 @@ public:
   /// by its own mbarrier; 0: this block alone. `policy`: none, or that of L2.
   void copy_tensor_3d(SharedAddress to, B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress mbarrier, int blocks = 0,
                       B64 policy = {});
+  /// The same box into L2 alone ("cp.async.bulk.prefetch.tensor").
+  void prefetch_tensor_3d(B64 tensor_map, I32 x, I32 y, I32 z, B64 policy = {});
   /// A box out of shared memory; what lies outside of the tensor is not written. Part of this thread's next group.
   void store_tensor_3d(B64 tensor_map, I32 x, I32 y, I32 z, SharedAddress from, Guard guard = {});
   void bulk_commit();
@@ -337,6 +341,7 @@ private:
   void require_specific(std::string_view what);
   void fail(std::string message);
   void check_offset(std::int64_t offset);
+  void check_barrier(I32 id, int threads);
 
   Sm sm_;
   std::string name_;
