@@ -85,16 +85,18 @@ constexpr std::int64_t kUsualM = 4096; // of the class without bound
 constexpr std::size_t kCandidates = 16;
 
 /// About how many cycles the busiest SM needs. Constants are fits to times on an H200: per 128 of k 1.35 of what the
-/// tensor cores alone take (4096 products a cycle), or 40 bytes a cycle of what comes from L2; what a tile costs
-/// besides its steps, hidden where an SM has several blocks; the sums over a cluster.
+/// tensor cores alone take (4096 products a cycle; an estimate where steps overlap), or 40 bytes a cycle of what comes
+/// from L2; what a tile costs besides its steps, hidden where an SM has several blocks; the sums over a cluster.
 double cycles(const Shape& shape, std::int64_t m, const Config& c) {
   const std::int64_t tile_m = c.swapped ? c.columns : c.rows(), tile_n = c.swapped ? c.rows() : c.columns;
   const std::int64_t blocks = (m + tile_m - 1) / tile_m * ((shape.n + tile_n - 1) / tile_n) * shape.b * c.split;
   const double turns = static_cast<double>((blocks + kSms - 1) / kSms);
   const double steps = static_cast<double>((k_blocks(shape) + c.split - 1) / c.split);
   const int halved = c.share == Share::rows ? c.rows() : c.share == Share::columns ? c.columns : 0;
-  const double products = 1.35 * c.rows() * c.columns / 32, reads = 128.0 / 40 * (c.rows() + c.columns - halved / 2);
-  return turns * (steps * std::max(products, reads) + 1000.0 / c.blocks_per_sm()) + (c.split > 1 ? 1500 : 0);
+  const double products = (c.overlaps ? 1.1 : 1.35) * c.rows() * c.columns / 32,
+               reads = 128.0 / 40 * (c.rows() + c.columns - halved / 2);
+  return turns * (steps * std::max(products, reads) + (c.overlaps ? 500.0 : 1000.0) / c.blocks_per_sm()) +
+         (c.split > 1 ? 1500 : 0);
 }
 
 /// Whatever may be good for a class.
@@ -104,6 +106,8 @@ std::vector<Config> pool(const Shape& shape, std::int64_t m_class) {
   const auto add = [&](Config c) {
     const std::int64_t tile_m = c.swapped ? c.columns : c.rows();
     const bool one_high = !unbounded && m_class <= tile_m;
+    c.streams = one_high;
+    c.early = c.copier && !unbounded;
     const std::int64_t tiles = (shape.n + (c.swapped ? c.rows() : c.columns) - 1) / (c.swapped ? c.rows() : c.columns) *
                                shape.b * (unbounded ? 1 : (m_class + tile_m - 1) / tile_m);
     for (const Share share : {Share::rows, Share::columns, Share::none})
@@ -115,6 +119,8 @@ std::vector<Config> pool(const Shape& shape, std::int64_t m_class) {
           if (!one_high || group == 16)
             all.push_back(c);
       }
+    if (c.overlaps)
+      return;
     c.share = Share::none;
     c.group = one_high ? 0 : 16;
     // Clusters of more than two find no place on some SMs: only where few of them are needed.
@@ -123,7 +129,15 @@ std::vector<Config> pool(const Shape& shape, std::int64_t m_class) {
   };
   if (unbounded || m_class >= 64)
     for (const int columns : {128, 64, 192, 32})
-      add({{.warpgroups = m_class == 64 ? 1 : 2, .waves = 1, .columns = columns}});
+      for (const bool overlaps : {true, false}) {
+        if (overlaps && (columns < 64 || k_blocks(shape) < 4)) // too little to hide anything under
+          continue;
+        Config c{{.warpgroups = m_class == 64 ? 1 : 2, .waves = 1, .columns = columns}};
+        c.overlaps = overlaps;
+        c.copier = !overlaps || columns < 128; // two sets of 128 columns take more registers than a ninth warp leaves
+        c.prefetches = overlaps && c.copier && !unbounded;
+        add(c);
+      }
   if (!unbounded && m_class <= 128)
     for (const int warpgroups : {1, 2, 3})
       add({{.swapped = true, .warpgroups = warpgroups, .waves = 1, .columns = static_cast<int>(m_class)}});
