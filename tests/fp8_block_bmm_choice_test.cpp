@@ -107,4 +107,5 @@ TEST_CASE("configurations that no kernel is made of are refused with the reason"
   for (const char* text : {"x2v1n128s5k1g8i", "x2v1n128s2k1g8oi", "x2v1n128s5k1g8oie", "x2v1n128s5k1g8oip"})
     CHECK(contains(why(text), "without a warp that copies"));
   CHECK(contains(why("x2v1n128s5k1g8f"), "more than once"));
+  CHECK(contains(why("x2v1n128s5k1g8l"), "nothing is late"));
 }

@@ -191,6 +191,7 @@ TEST_CASE("steps that overlap, of tiles with one to five steps") {
     check_problem({2, 130, 136, k, "x2v1n64s3k1g8ro"});
   check_problem({1, 128, 136, 656, "x2v1n64s4k1g0roefp"});
   check_problem({2, 16, 136, 656, "y2v1n16s4k1g0oef"});
+  check_problem({2, 130, 136, 656, "x2v1n64s3k1g8rol"});
 }
 
 TEST_CASE("copies by the multiplying warps, of tiles with one to five steps") {
@@ -200,6 +201,7 @@ TEST_CASE("copies by the multiplying warps, of tiles with one to five steps") {
   check_problem({1, 129, 200, 400, "x2v1n112s4k1g8roi"});
   check_problem({1, 129, 200, 528, "x2v1n128s6k1g16roid", false, false, ZDtype::f16});
   check_problem({1, 5, 72, 1040, "y1v1n8s3k1g0oif"});
+  check_problem({1, 129, 264, 400, "x2v1n128s4k1g8roil"});
   check_problem({2, 30, 136, 528, "y1v1n32s4k1g0coif"});
 }
 

@@ -30,7 +30,9 @@ struct Config : PersistentConfig {
   bool early = false;      ///< copying begins before the block's warps have met
   bool streams = false;    ///< Y is read once: it is the first to leave L2, before what others have written there
   bool prefetches = false; ///< what of Y the ring has no room for yet goes to L2
-  bool direct = false;     ///< Z leaves from registers: its place in shared memory is the ring's
+  bool late =
+      false; ///< where steps overlap: scales are read behind the next products, so that nothing is between these
+  bool direct = false; ///< Z leaves from registers: its place in shared memory is the ring's
 
   int threads() const { return 128 * warpgroups + (copier ? 32 : 0); }
   int x_rows() const { return swapped ? columns : rows(); }
@@ -43,7 +45,7 @@ struct Config : PersistentConfig {
   int registers() const { return columns / 2 * (waves + (overlaps ? 2 : 1)) + (swapped ? columns / 2 : 0) + 40; }
   /// That run at one time, as their memory and registers allow.
   int blocks_per_sm() const;
-  /// PersistentConfig's, then o, i (no copier), e, f (streams), p, d for the flags in their order.
+  /// PersistentConfig's, then o, i (no copier), e, f (streams), p, l, d for the flags in their order.
   std::string text() const;
   /// Of what text() gives.
   static std::optional<Config> parse(std::string_view text);

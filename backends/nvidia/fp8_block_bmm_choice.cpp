@@ -38,7 +38,8 @@ struct Flag {
 };
 constexpr Flag kFlags[] = {{'o', &Config::overlaps, false},   {'i', &Config::copier, true},
                            {'e', &Config::early, false},      {'f', &Config::streams, false},
-                           {'p', &Config::prefetches, false}, {'d', &Config::direct, false}};
+                           {'p', &Config::prefetches, false}, {'l', &Config::late, false},
+                           {'d', &Config::direct, false}};
 
 } // namespace
 
@@ -70,6 +71,8 @@ Status check(const Shape& shape, std::int64_t m_class, bool batch_invariant, con
                             [](const Config& config) { return config.shared_bytes(); });
   if (why.empty() && c.overlaps && (c.waves != 1 || c.split != 1))
     why = "steps overlap in one wave without a split of K";
+  if (why.empty() && c.late && !c.overlaps)
+    why = "nothing is late where steps do not overlap";
   if (why.empty() && !c.copier && (!c.overlaps || c.early || c.prefetches || c.stages < 3))
     why = "without a warp that copies steps overlap, in three stages or more, and nothing is early or prefetched";
   if (why.empty() && c.streams && c.group != 0)
@@ -136,7 +139,11 @@ std::vector<Config> pool(const Shape& shape, std::int64_t m_class) {
         c.overlaps = overlaps;
         c.copier = !overlaps || columns < 128; // two sets of 128 columns take more registers than a ninth warp leaves
         c.prefetches = overlaps && c.copier && !unbounded;
+        c.late = overlaps;
         add(c);
+        c.late = false;
+        if (overlaps)
+          add(c);
       }
   if (!unbounded && m_class <= 128)
     for (const int warpgroups : {1, 2, 3})

@@ -279,8 +279,13 @@ private:
       w_.if_(more, [&] { await_stage(slot); });
     else
       await_stage(slot);
-    load_scales(used);
-    const std::vector<F32> factors = scale_factors(0);
+    std::vector<F32> factors;
+    const auto read_scales = [&] {
+      load_scales(used);
+      factors = scale_factors(0);
+    };
+    if (!c_.late)
+      read_scales();
     meanwhile(used);
     if (!c_.copier)
       copy_next();
@@ -288,6 +293,10 @@ private:
     const bool in_same_set = is_last && set == 0;
     if (!in_same_set)
       start_products(set == 0 ? other_part_ : part_);
+    if (c_.late) {
+      w_.barrier_warp(); // ptxas moves nothing across it that reads memory, nor what needs that
+      read_scales();
+    }
     release(used.index);
     add_scaled(set == 0 ? part_ : other_part_, factors, 0, is_first);
     if (in_same_set)
