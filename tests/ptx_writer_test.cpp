@@ -135,6 +135,7 @@ TEST_CASE("operands are checked") {
       {"cp.async of 8 bytes", [](Writer& w) { w.cp_async({w.b32()}, {w.b64()}, 8); }},
       {"barrier 16", [](Writer& w) { w.barrier(16, 32); }},
       {"of 160 threads", [](Writer& w) { w.barrier(1, 160); }},
+      {"barrier 2 of 48 threads", [](Writer& w) { w.barrier_arrive(2, 48); }},
       {"ldmatrix of 3", [](Writer& w) { w.ldmatrix(w.make<B32, 3>(), {w.b32()}); }},
       {"m64n12k16",
        [](Writer& w) {
