@@ -157,7 +157,13 @@ std::string wrong(const Problem& p, const Config& config, std::uint64_t seed, in
   return norm > 0 ? "" : "nothing but zeros";
 }
 
-void check_problem(const Problem& p, int sms = 4, int seeds = 2) {
+#if defined(__SANITIZE_ADDRESS__) // ten times slower
+constexpr int kSeeds = 1;
+#else
+constexpr int kSeeds = 2;
+#endif
+
+void check_problem(const Problem& p, int sms = 4, int seeds = kSeeds) {
   const std::optional<Config> config = Config::parse(p.configuration);
   REQUIRE(config);
   for (int seed = 1; seed <= seeds; ++seed) {
