@@ -45,7 +45,8 @@ Result<std::string> emit_tile(ptx::Sm sm, const Shape& shape, const TileConfig& 
 /// `swapped`; `columns` is 8, 16, 24, 32 or a multiple of 16 from 48 to 256. K > 0.
 struct TmaConfig : PersistentConfig {
   std::int64_t shared_bytes() const;
-  int registers() const { return columns / 2 * waves + 32 + 8 * waves; } ///< of a thread, about
+  /// Of a thread, about.
+  int registers() const { return columns / 2 * waves + 32 + 8 * waves + (split > 1 ? 8 : 0); }
   int blocks_per_sm() const { return 1; }
   bool operator==(const TmaConfig&) const = default;
 };
